@@ -1,0 +1,2 @@
+//! QEMU virt: the devices the hypervisor itself uses.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Numbers shared by guests, the hypervisor and xtask.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Says why it exists.
+#![no_std]

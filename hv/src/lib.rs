@@ -1,0 +1,2 @@
+//! The hypervisor: EL2 runtime, guests, virtual devices, scheduler, monitor.
+#![no_std]

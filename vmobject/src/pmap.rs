@@ -1,0 +1,76 @@
+//! What the VM asks of the machine's translation tables.
+//!
+//! A [`Pmap`] is one guest's hardware map, and a cache: any entry may be dropped at any time and is
+//! faulted back. `stage2` implements it for AArch64, `testing` in memory. On return from every method
+//! here the TLB is part of the promise: no CPU can use what was taken away.
+
+use crate::addr::{Ipa, IpaRange, Pfn};
+use crate::prot::Prot;
+
+/// No frame could be had for a translation table. The fault waits for memory or ends in a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfTables;
+
+/// What a leaf remembered of its page when it was edited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Harvest {
+    /// Where the guest saw it.
+    pub at: Ipa,
+    /// The frame that was mapped.
+    pub frame: Pfn,
+    /// The page was used since the last look.
+    pub accessed: bool,
+    /// The page was written through this leaf since the last look.
+    pub dirty: bool,
+}
+
+/// Where harvested state goes: to the frame's page, under whatever lock guards it (invariant I14).
+pub type Sink<'a> = &'a mut dyn FnMut(Harvest);
+
+/// A leaf as [`Pmap::lookup`] finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// The frame that the address translates to (inside a block: that page's own frame).
+    pub frame: Pfn,
+    /// What it allows now; a leaf below a parked entry allows no write.
+    pub prot: Prot,
+    /// True when a 2 MiB block maps it.
+    pub block: bool,
+}
+
+/// One guest's hardware map.
+pub trait Pmap: Send {
+    /// Maps one page, replacing what was there (break before make).
+    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
+
+    /// Maps `frames` from `first` on, inside one chunk, only where no valid leaf is: neighbours of a
+    /// fault, in one go. `None` leaves its place alone. Returns how many were mapped.
+    fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables>;
+
+    /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there.
+    fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
+
+    /// Unmaps a range. On return no CPU can reach what was mapped there.
+    fn remove(&mut self, range: IpaRange, sink: Sink<'_>);
+
+    /// Takes away everything that `keep` does not allow, in a range; never adds a permission.
+    fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>);
+
+    /// Write-protects everything in time independent of how much is mapped (DESIGN 6): top-level
+    /// entries are parked, one invalidate for the whole VMID, the rest is done lazily by whoever
+    /// faults there.
+    fn park(&mut self);
+
+    /// Reads and clears accessed state, and moves dirty state to the sink, without unmapping.
+    fn age(&mut self, range: IpaRange, sink: Sink<'_>);
+
+    /// The leaf for an address, parked subtrees included.
+    fn lookup(&self, at: Ipa) -> Option<Leaf>;
+
+    /// A fault came although the leaf already allows the access: another CPU was faster, or this
+    /// CPU's TLB is stale. Drops this CPU's cached translations for the address.
+    fn refresh(&mut self, at: Ipa);
+
+    /// Frames used for tables now, the root included.
+    fn tables(&self) -> u32;
+}

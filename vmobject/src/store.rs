@@ -1,0 +1,90 @@
+//! The machine below the VM: the bytes of frames, and stores that start I/O and never wait.
+
+use crate::addr::Pfn;
+
+/// The bytes behind frame numbers; the only door to them.
+pub trait PhysMemory: Sync {
+    /// Fills a frame with zeros and cleans it as far as a guest can look (invariant I2).
+    fn zero(&self, frame: Pfn);
+    /// Copies a frame and cleans the copy as far as a guest can look. The source may have been
+    /// written uncached: it is cleaned and invalidated first where the CPU needs that (I2).
+    fn copy(&self, from: Pfn, to: Pfn);
+    /// Fills a frame from `bytes` (at most a page), zero after them, and cleans it.
+    fn fill(&self, frame: Pfn, bytes: &[u8]);
+    /// Reads `out.len()` bytes from `offset` in the frame; the range must lie in the page.
+    fn read(&self, frame: Pfn, offset: usize, out: &mut [u8]);
+    /// Writes `bytes` at `offset` in the frame; the range must lie in the page.
+    fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]);
+    /// Makes a frame that a device has just filled ready for guests: cleaned, and I-cache coherent.
+    fn publish(&self, frame: Pfn);
+}
+
+/// Names one backing store: a partition of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StoreId(pub u16);
+
+/// Names one I/O in flight. Given by the VM, returned with the completion; never reused while a stale
+/// completion could still arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IoToken(pub u64);
+
+/// Why a store could not take or finish a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreError {
+    /// The queue is full: try again after a completion.
+    Busy,
+    /// The device says the transfer failed.
+    Io,
+    /// The page lies outside the store, or the store is read-only.
+    Refused,
+    /// The device is gone.
+    Gone,
+}
+
+/// Which way a transfer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the store into frames.
+    In,
+    /// From frames to the store.
+    Out,
+}
+
+/// Starts transfers, never waits for one. Its owner delivers each completion to the VM by token.
+pub trait PageStore: Sync {
+    /// Starts moving `frames.len()` pages between the store's pages from `first` on and `frames`.
+    /// Exactly one completion follows an `Ok`, none an error. The frames belong to the device until
+    /// then.
+    fn start(
+        &self,
+        store: StoreId,
+        direction: Direction,
+        first: u64,
+        frames: &[Pfn],
+        token: IoToken,
+    ) -> Result<(), StoreError>;
+
+    /// Makes what was written before it durable; completes like a transfer.
+    fn start_flush(&self, store: StoreId, token: IoToken) -> Result<(), StoreError>;
+
+    /// Says that pages are not needed any more; advice, may do nothing.
+    fn discard(&self, store: StoreId, first: u64, pages: u64);
+
+    /// Pages in the store; a last part of a page counts, and reads as zero behind its end.
+    fn pages(&self, store: StoreId) -> u64;
+}
+
+/// The machine, as one parameter: what the VM runs on.
+pub trait Machine: Sized + Sync + 'static {
+    /// The translation tables.
+    type Pmap: crate::pmap::Pmap;
+    /// The frames' bytes.
+    type Memory: PhysMemory;
+    /// The backing stores.
+    type Store: PageStore;
+
+    /// The frames' bytes.
+    fn memory(&self) -> &Self::Memory;
+    /// The backing stores.
+    fn store(&self) -> &Self::Store;
+}
