@@ -1,2 +1,16 @@
 //! The hypervisor: EL2 runtime, guests, virtual devices, scheduler, monitor.
+//!
+//! Read in this order, which is also who may use whom: a module uses only those before it. Calls go down,
+//! wants come back up as values.
+//!
+//! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
+//! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
 #![no_std]
+
+extern crate alloc;
+// The host's fake CPU is per thread; nothing else uses it.
+#[cfg(not(target_os = "none"))]
+extern crate std;
+
+pub mod arch;
+pub mod mm;

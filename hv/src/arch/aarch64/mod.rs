@@ -1,0 +1,1 @@
+//! The CPU itself: assembly and EL2 registers.

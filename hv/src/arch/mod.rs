@@ -1,0 +1,18 @@
+//! The CPU: every line of assembly and every EL2 register that the hypervisor touches.
+//!
+//! Two implementations with the same names: `aarch64` on the target, `host` (over plain memory, with
+//! knobs for tests) elsewhere, so that everything above compiles and is tested on any machine.
+//! [`context`] holds what both speak of: the state of a vCPU, and why it stopped.
+//! Nothing here knows guests or devices; `guest` and `sched` call down.
+
+pub mod context;
+
+#[cfg(target_os = "none")]
+mod aarch64;
+#[cfg(target_os = "none")]
+pub use aarch64::{at, cache, debug, el2, fpsimd, gich, id, irq, percpu, power, switch, timer, tlb};
+
+#[cfg(not(target_os = "none"))]
+mod host;
+#[cfg(not(target_os = "none"))]
+pub use host::{at, cache, debug, el2, fpsimd, gich, id, irq, percpu, power, switch, timer, tlb};

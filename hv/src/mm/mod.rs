@@ -1,0 +1,1 @@
+//! What joins `vmobject` and `stage2` to the metal: adapters, and the heap.
