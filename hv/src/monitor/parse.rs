@@ -1,0 +1,251 @@
+//! From words to a command; a wrong word gets the usage and the nearest right one.
+//!
+//! [`COMMANDS`] is the one list: help, usage and parsing all read it.
+
+use alloc::borrow::ToOwned;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+/// One command as help shows it.
+pub struct Help {
+    /// The first word.
+    pub name: &'static str,
+    /// The words that follow.
+    pub usage: &'static str,
+    /// What it does, in one line.
+    pub does: &'static str,
+}
+
+const fn help(name: &'static str, usage: &'static str, does: &'static str) -> Help {
+    Help { name, usage, does }
+}
+
+/// Every command there is.
+pub const COMMANDS: &[Help] = &[
+    help("attach", "G", "connect the console to guest G; Ctrl-T comes back here"),
+    help("check", "", "audit every invariant of the memory manager now"),
+    help(
+        "create",
+        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR]",
+        "create and start a guest from the images on the disk",
+    ),
+    help("guests", "", "the guests, their state and how much memory they hold"),
+    help("help", "[CMD]", "this list, or one command of it"),
+    help("kill", "G", "end guest G and give its memory back"),
+    help("log", "G", "what guest G has printed lately"),
+    help("map", "G", "the map of guest G: ranges, objects, protection"),
+    help("memory", "", "frames by owner and queue"),
+    help("objects", "[G]", "the memory objects: size, resident, shared, references, pager"),
+    help("pause", "G", "stop the vCPUs of guest G"),
+    help("resume", "G", "let a paused guest go on"),
+    help("send", "G TEXT", "type TEXT and a return into guest G"),
+    help("shutdown", "", "kill every guest and leave"),
+    help("stats", "[G]", "counters of exits, faults and the scheduler"),
+    help("trace", "[G]", "the last exits of guest G's vCPUs"),
+];
+
+/// A parsed command. Guests are named by number or by name; who executes looks them up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Connect the console to a guest.
+    Attach(String),
+    /// Audit now.
+    Check,
+    /// Create a guest from `key=value` options.
+    Create(Vec<(String, String)>),
+    /// List guests.
+    Guests,
+    /// Help on all or one.
+    Help(Option<String>),
+    /// End a guest.
+    Kill(String),
+    /// Recent console output.
+    Log(String),
+    /// A guest's map.
+    Map(String),
+    /// Frames.
+    Memory,
+    /// Objects, of one guest or all.
+    Objects(Option<String>),
+    /// Stop a guest's vCPUs.
+    Pause(String),
+    /// Let them go on.
+    Resume(String),
+    /// Type into a guest.
+    Send(String, String),
+    /// Leave.
+    Shutdown,
+    /// Counters, of one guest or the host.
+    Stats(Option<String>),
+    /// Recent exits.
+    Trace(Option<String>),
+}
+
+/// The usage line of a command.
+pub fn usage(help: &Help) -> String {
+    format!("usage: {} {}", help.name, help.usage).trim_end().to_owned()
+}
+
+/// Parses a line. The error is what the person reads: what was wrong, and what would be right.
+pub fn parse(line: &str) -> Result<Command, String> {
+    let words = split(line)?;
+    let Some((name, rest)) = words.split_first() else {
+        return Err("no command; 'help' lists them".into());
+    };
+    let Some(help) = COMMANDS.iter().find(|c| c.name == name) else {
+        return Err(match nearest(name) {
+            Some(other) => format!("unknown command '{name}'; did you mean '{other}'? ('help' lists all)"),
+            None => format!("unknown command '{name}'; 'help' lists them all"),
+        });
+    };
+    let wrong = || usage(help);
+    let none = |command| if rest.is_empty() { Ok(command) } else { Err(wrong()) };
+    let one = || match rest {
+        [guest] => Ok(guest.clone()),
+        _ => Err(wrong()),
+    };
+    let maybe = || match rest {
+        [] => Ok(None),
+        [guest] => Ok(Some(guest.clone())),
+        _ => Err(wrong()),
+    };
+    match help.name {
+        "attach" => one().map(Command::Attach),
+        "check" => none(Command::Check),
+        "create" => rest
+            .iter()
+            .map(|word| {
+                let (key, value) = word
+                    .split_once('=')
+                    .ok_or_else(|| format!("'{word}' is not KEY=VALUE; {}", usage(help)))?;
+                Ok((key.to_owned(), value.to_owned()))
+            })
+            .collect::<Result<_, String>>()
+            .map(Command::Create),
+        "guests" => none(Command::Guests),
+        "help" => maybe().map(Command::Help),
+        "kill" => one().map(Command::Kill),
+        "log" => one().map(Command::Log),
+        "map" => one().map(Command::Map),
+        "memory" => none(Command::Memory),
+        "objects" => maybe().map(Command::Objects),
+        "pause" => one().map(Command::Pause),
+        "resume" => one().map(Command::Resume),
+        "send" => match rest {
+            [guest, text @ ..] if !text.is_empty() => Ok(Command::Send(guest.clone(), text.join(" "))),
+            _ => Err(wrong()),
+        },
+        "shutdown" => none(Command::Shutdown),
+        "stats" => maybe().map(Command::Stats),
+        "trace" => maybe().map(Command::Trace),
+        other => Err(format!("'{other}' is listed but not parsed")),
+    }
+}
+
+/// Splits at spaces; double quotes hold a word together.
+fn split(line: &str) -> Result<Vec<String>, String> {
+    let (mut words, mut word, mut quoted, mut started) = (Vec::new(), String::new(), false, false);
+    for c in line.chars() {
+        match c {
+            '"' => (quoted, started) = (!quoted, true),
+            ' ' | '\t' if !quoted => {
+                if started {
+                    words.push(core::mem::take(&mut word));
+                }
+                started = false;
+            }
+            c => {
+                word.push(c);
+                started = true;
+            }
+        }
+    }
+    if quoted {
+        return Err("a quote is not closed".to_string());
+    }
+    if started {
+        words.push(word);
+    }
+    Ok(words)
+}
+
+/// The command that `word` most likely meant: at most two edits away, or the only one it begins.
+fn nearest(word: &str) -> Option<&'static str> {
+    let names = || COMMANDS.iter().map(|c| c.name);
+    let mut begun = names().filter(|name| name.starts_with(word));
+    if let (Some(name), None) = (begun.next(), begun.next()) {
+        return Some(name);
+    }
+    names().map(|name| (distance(word, name), name)).min().filter(|(edits, _)| *edits <= 2).map(|(_, name)| name)
+}
+
+/// Edits (insert, delete, replace) from one word to another.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (cell, cb) in row.iter_mut().skip(1).zip(&b) {
+            let replace = diagonal + usize::from(ca != *cb);
+            diagonal = *cell;
+            left = replace.min(left + 1).min(*cell + 1);
+            *cell = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_command_parses_with_what_its_usage_asks() {
+        for command in COMMANDS {
+            let needed: String =
+                command.usage.split(' ').filter(|w| !w.starts_with('[')).map(|w| format!(" {w}")).collect();
+            let line = format!("{}{}", command.name, needed);
+            assert!(parse(&line).is_ok(), "{line}: {:?}", parse(&line));
+        }
+    }
+
+    #[test]
+    fn a_wrong_word_names_the_nearest_right_one() {
+        for (wrong, right) in [("gests", "guests"), ("obj", "objects"), ("stast", "stats"), ("kil", "kill")] {
+            let error = parse(wrong).unwrap_err();
+            assert!(error.contains(&format!("'{right}'")), "{error}");
+        }
+        assert!(parse("xyzzyplugh").unwrap_err().contains("'help'"));
+    }
+
+    #[test]
+    fn a_missing_word_gets_the_usage() {
+        assert_eq!(parse("kill").unwrap_err(), "usage: kill G");
+        assert_eq!(parse("send 1").unwrap_err(), "usage: send G TEXT");
+        assert_eq!(parse("memory now").unwrap_err(), "usage: memory");
+    }
+
+    #[test]
+    fn quotes_hold_a_word_together() {
+        assert_eq!(
+            parse("create append=\"a b\" name=x"),
+            Ok(Command::Create(alloc::vec![
+                ("append".into(), "a b".into()),
+                ("name".into(), "x".into())
+            ]))
+        );
+        assert!(parse("send 1 \"x").is_err());
+    }
+
+    #[test]
+    fn distance_counts_single_edits() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("same", "same"), 0);
+    }
+}
