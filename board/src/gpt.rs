@@ -1,0 +1,1 @@
+//! Named partitions on the disk.
