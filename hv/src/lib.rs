@@ -5,6 +5,7 @@
 //!
 //! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
+//! * [`loader`] - what kind of program an image is, what is where in a new guest, its device tree.
 #![no_std]
 
 extern crate alloc;
@@ -14,3 +15,4 @@ extern crate std;
 
 pub mod arch;
 pub mod mm;
+pub mod loader;

@@ -1,0 +1,32 @@
+//! What xtask tells the hypervisor at boot: names on the disk, and the shape of the manifest.
+//!
+//! The boot disk has a GPT. One partition, [`PARTITION`], holds the manifest: JSON text, zero bytes behind
+//! it. The other partitions hold one image each, page-aligned, zero bytes behind; the manifest names them.
+//!
+//! ```json
+//! {"version": 1, "batch": false,
+//!  "images": [{"partition": "linux", "bytes": 31461376}],
+//!  "guests": [{"name": "one", "kernel": "linux", "initrd": "initrd", "append": "quiet",
+//!              "memory_mib": 256, "vcpus": 1}]}
+//! ```
+//!
+//! `version` must be [`VERSION`] when it is there. `images` gives exact lengths; an image that it leaves
+//! out counts as long as its partition. A guest has a `kernel` or a `bios`; `initrd`, `append`,
+//! `memory_mib` (256) and `vcpus` (1) may be left out. Any other key is an error.
+
+/// The partition that holds the manifest.
+pub const PARTITION: &str = "manifest";
+/// The partition that pages are swapped to.
+pub const SWAP_PARTITION: &str = "swap";
+/// The format that this build reads and writes.
+pub const VERSION: u64 = 1;
+/// Bytes that a manifest can have at most.
+pub const LIMIT: usize = 64 * 1024;
+/// Characters of a partition's name at most: GPT holds 36 units of UTF-16.
+pub const NAME_LIMIT: usize = 36;
+/// Bytes of a kernel command line at most: Linux on arm64 takes 2048 with the ending zero.
+pub const APPEND_LIMIT: usize = 2047;
+/// Guests that a manifest can start at most.
+pub const GUESTS_LIMIT: usize = 64;
+/// RAM of a guest whose entry does not say.
+pub const DEFAULT_MEMORY_MIB: u64 = 256;
