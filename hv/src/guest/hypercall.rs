@@ -1,0 +1,97 @@
+//! HVC and SMC: PSCI, then the calling convention's own services.
+//!
+//! Both instructions are the same call; a trapped SMC alone must be stepped over, which `exit` does. What
+//! a call wants from other vCPUs goes up as a kick; what it wants from the guest as a whole is an
+//! [`Exit`]. Calls `psci`, `smccc`.
+
+use super::exit::{Ending, Exit, Run};
+use super::psci::{self, Request, code};
+use super::vcpu::Power;
+use super::{rank, smccc};
+use hv_abi::machine::index_of;
+use vmobject::lock::Held;
+
+/// Answers the call in the guest's registers.
+#[inline]
+pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
+    let x = &run.context.regs.x;
+    #[expect(clippy::cast_possible_truncation, reason = "a function number is 32 bits wide")]
+    let number = x[0] as u32;
+    match psci::call(number, [x[1], x[2], x[3]]) {
+        Some(Request::Answer(answer)) => {
+            run.context.regs.x[0] = answer;
+            Exit::Resume
+        }
+        Some(request) => power(run, request, held),
+        None => service(run, number, held),
+    }
+}
+
+fn service(run: &mut Run<'_>, number: u32, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
+    let argument = run.context.regs.x[1];
+    let guest = run.guest;
+    let answer = smccc::call(number, argument, || guest.random.lock(held).0.words());
+    for (register, value) in run.context.regs.x.iter_mut().zip(answer) {
+        if let Some(value) = value {
+            *register = value;
+        }
+    }
+    Exit::Resume
+}
+
+#[cold]
+fn power(run: &mut Run<'_>, request: Request, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
+    let answer = match request {
+        Request::Answer(answer) => answer,
+        Request::Suspend => {
+            run.context.regs.x[0] = code::SUCCESS;
+            return Exit::Idle;
+        }
+        Request::CpuOff => {
+            let (mut power, _held) = run.vcpu.power.lock(held);
+            *power = Power::Off;
+            return Exit::Off;
+        }
+        Request::CpuOn { target, entry, context } => cpu_on(run, target, entry, context, held),
+        Request::AffinityInfo { target } => affinity_info(run, target, held),
+        Request::SystemOff => return Exit::End(Ending::Off),
+        Request::SystemReset => return Exit::End(Ending::Reset),
+    };
+    run.context.regs.x[0] = answer;
+    Exit::Resume
+}
+
+fn cpu_on(
+    run: &mut Run<'_>,
+    target: u64,
+    entry: u64,
+    context: u64,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> u64 {
+    let Some(vcpu) = index_of(target).and_then(|index| run.guest.vcpus.get(index)) else {
+        return code::INVALID_PARAMETERS;
+    };
+    if entry & 0b11 != 0 {
+        return code::INVALID_ADDRESS;
+    }
+    match vcpu.power_on(entry, context, held) {
+        Ok(()) => {
+            run.kicks |= 1 << vcpu.index;
+            code::SUCCESS
+        }
+        Err(Power::OnPending { .. }) => code::ON_PENDING,
+        Err(Power::On | Power::Off) => code::ALREADY_ON,
+    }
+}
+
+fn affinity_info(run: &Run<'_>, target: u64, held: &mut Held<'_, { rank::VCPU }>) -> u64 {
+    let Some(vcpu) = index_of(target).and_then(|index| run.guest.vcpus.get(index)) else {
+        return code::INVALID_PARAMETERS;
+    };
+    let (power, _held) = vcpu.power.lock(held);
+    match *power {
+        Power::On => 0,
+        Power::Off => 1,
+        Power::OnPending { .. } => 2,
+    }
+}

@@ -1,0 +1,179 @@
+//! Stage-2 aborts: where the guest was, and what becomes of it.
+//!
+//! First the address (DESIGN 14 says when which register can be trusted), then the device window, which
+//! is the short path, then the memory manager. A fault that must wait comes back as [`Exit::Wait`]; the
+//! instruction then runs again from its start, which is what makes any fault safe to forget.
+//! Called by `exit`; calls `mmio` and `vmobject`.
+
+use super::exit::{Ending, Exit, Run, Waiting, inject};
+use super::inject::Exception;
+use super::mmio::{self, WINDOW_END, WINDOW_START};
+use super::syndrome::{Abort, DataAbort, Fault};
+use super::vcpu::count;
+use super::{Complaint, aarch32, rank};
+use crate::arch;
+use crate::mm;
+use vmobject::addr::Ipa;
+use vmobject::fault::{FaultError, Faulted, WaitFor};
+use vmobject::lock::Held;
+use vmobject::prot::Prot;
+
+/// The page number's place in HPFAR_EL2, and how far it has to move.
+const HPFAR_PAGE: u64 = 0x0fff_ffff_fff0;
+
+/// Where stage 2 refused; `None` when that cannot be known, and the guest is to try again.
+#[inline]
+fn address(abort: Abort, write: bool, far: u64, hpfar: u64) -> Option<Ipa> {
+    let in_page = far & 0xfff;
+    if matches!(abort.fault, Fault::Permission) && !abort.walk {
+        // HPFAR is UNKNOWN here, whatever QEMU shows.
+        return arch::at::at_s1e1r(far, write).ok().map(|at| Ipa::new(at.page().bits() | in_page));
+    }
+    Some(Ipa::new((hpfar & HPFAR_PAGE) << 8 | in_page))
+}
+
+/// A load, store or maintenance instruction.
+#[inline]
+pub fn data(
+    run: &mut Run<'_>,
+    data: DataAbort,
+    esr: u64,
+    far: u64,
+    hpfar: u64,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Exit {
+    if !is_ours(data.abort.fault) {
+        return passed_on(run, data.abort.fault, esr, far);
+    }
+    let write = data.is_write();
+    let Some(at) = address(data.abort, write, far, hpfar) else { return Exit::Resume };
+    let external =
+        Exception::DataAbort { far, walk: data.abort.walk, wnr: data.wnr, maintenance: data.maintenance };
+    if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
+        return device(run, data, at, esr, external, held);
+    }
+    let denied = Exception::Denied { far, fetch: false, wnr: data.wnr };
+    fault(run, at, if write { Prot::WRITE } else { Prot::READ }, external, denied, held)
+}
+
+/// An instruction fetch.
+pub fn fetch(
+    run: &mut Run<'_>,
+    abort: Abort,
+    esr: u64,
+    far: u64,
+    hpfar: u64,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Exit {
+    if !is_ours(abort.fault) {
+        return passed_on(run, abort.fault, esr, far);
+    }
+    let write = abort.walk && matches!(abort.fault, Fault::Permission);
+    let Some(at) = address(abort, write, far, hpfar) else { return Exit::Resume };
+    let external = Exception::FetchAbort { far, walk: abort.walk };
+    if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
+        return hole(run, at, external);
+    }
+    let wanted = match (abort.walk, write) {
+        (true, true) => Prot::WRITE,
+        (true, false) => Prot::READ,
+        (false, _) => Prot::EXECUTE,
+    };
+    fault(run, at, wanted, external, Exception::Denied { far, fetch: true, wnr: false }, held)
+}
+
+/// Stage 2 made these; everything else came from the guest's own doing or from the bus.
+const fn is_ours(fault: Fault) -> bool {
+    matches!(fault, Fault::Translation | Fault::AccessFlag | Fault::Permission | Fault::AddressSize)
+}
+
+#[cold]
+fn passed_on(run: &mut Run<'_>, fault: Fault, esr: u64, far: u64) -> Exit {
+    if run.guest.complain_once(Complaint::Abort) {
+        log::warn!("guest {}: {fault:?}, esr {esr:#x} at {:#x}", run.guest.id, run.context.regs.pc);
+    }
+    inject(run, Exception::Passed { far, esr })
+}
+
+#[cold]
+fn hole(run: &mut Run<'_>, at: Ipa, exception: Exception) -> Exit {
+    if run.guest.complain_once(Complaint::Hole) {
+        log::warn!("guest {}: nothing is at {at}; pc {:#x}", run.guest.id, run.context.regs.pc);
+    }
+    inject(run, exception)
+}
+
+#[inline]
+fn fault(
+    run: &mut Run<'_>,
+    at: Ipa,
+    wanted: Prot,
+    external: Exception,
+    denied: Exception,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Exit {
+    count(&run.vcpu.counts.faults);
+    match mm::vm().fault(&run.guest.map, at, wanted, held) {
+        Ok(Faulted::Mapped) => Exit::Resume,
+        Ok(Faulted::Wait(wait)) => Exit::Wait(waiting(wait)),
+        Err(FaultError::Hole(_)) => hole(run, at, external),
+        Err(FaultError::Denied { .. }) => inject(run, denied),
+        Err(FaultError::Lost(error)) => {
+            log::error!("guest {}: the page at {at} is lost: {error:?}", run.guest.id);
+            Exit::End(Ending::Lost)
+        }
+    }
+}
+
+/// An access to the device window.
+#[inline]
+fn device(
+    run: &mut Run<'_>,
+    data: DataAbort,
+    at: Ipa,
+    esr: u64,
+    external: Exception,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Exit {
+    let Some(target) = mmio::find(at, run.guest.vcpus.len()) else { return hole(run, at, external) };
+    let (Some(access), false, false) = (data.access, data.abort.walk, data.maintenance) else {
+        return undecodable(run, at, external);
+    };
+    count(&run.vcpu.counts.mmio);
+    let effect = {
+        let (mut devices, _held) = run.guest.devices.lock(held);
+        if data.wnr {
+            let value = mmio::stored(access, &run.context.regs);
+            devices.write(target, access.size, value, run.guest.time())
+        } else {
+            let (value, kicks) = devices.read(target, access.size, run.guest.time());
+            run.context.regs.write(usize::from(access.rt), mmio::extended(access, value));
+            mmio::Effect { kicks, output: None }
+        }
+    };
+    aarch32::advance(&mut run.context.regs, esr);
+    run.kicks |= effect.kicks;
+    if let Some(byte) = effect.output {
+        run.guest.print(byte, held);
+    }
+    Exit::Resume
+}
+
+#[cold]
+fn undecodable(run: &mut Run<'_>, at: Ipa, external: Exception) -> Exit {
+    if run.guest.complain_once(Complaint::Device) {
+        log::warn!(
+            "guest {}: device access at {at} without a syndrome; pc {:#x}",
+            run.guest.id,
+            run.context.regs.pc
+        );
+    }
+    inject(run, external)
+}
+
+const fn waiting(what: WaitFor) -> Waiting {
+    match what {
+        WaitFor::Io(token) => Waiting::Io(token),
+        WaitFor::Memory => Waiting::Memory,
+    }
+}

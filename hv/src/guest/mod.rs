@@ -1,0 +1,229 @@
+//! Guests: their vCPUs, their devices, and everything that happens when one of them stops.
+//!
+//! Start with [`Guest`], then `vcpu`, then `exit`, which is the table of contents of the rest: one trap
+//! family a file. Nothing here calls the scheduler: a handler answers with an [`exit::Exit`] and a set of
+//! vCPUs to wake, and `sched` does it. Uses `arch`, `mm`, `vdev`, `loader`; used by `sched`, `monitor`, `boot`.
+
+pub mod aarch32;
+pub mod console;
+pub mod create;
+pub mod debug;
+pub mod devices;
+pub mod exit;
+pub mod hypercall;
+pub mod idregs;
+pub mod inject;
+pub mod memory;
+pub mod mmio;
+pub mod psci;
+pub mod smccc;
+pub mod syndrome;
+pub mod sysreg;
+pub mod table;
+pub mod trng;
+pub mod vcpu;
+
+use alloc::boxed::Box;
+use alloc::string::String;
+use alloc::sync::Arc;
+use core::fmt;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+
+use crate::arch::percpu::MAX_CPUS;
+use crate::arch::{self, timer};
+use crate::loader::GuestConfig;
+use crate::mm::Map;
+use devices::Devices;
+use exit::Ending;
+use idregs::GuestIds;
+use spin::Once;
+use trng::Generator;
+use vcpu::Vcpu;
+use vmobject::addr::PhysAddr;
+use vmobject::lock::{Held, Ranked};
+
+/// The ranks of the guests' locks: all below the memory manager's, so that a handler may hold any of them
+/// and take a fault.
+pub mod rank {
+    /// A vCPU's registers: held by the CPU that runs it, for as long as it runs.
+    pub const VCPU: u8 = 1;
+    /// The list of guests.
+    pub const GUESTS: u8 = 2;
+    /// Whether a vCPU is switched on.
+    pub const POWER: u8 = 3;
+    /// One guest's devices.
+    pub const DEVICES: u8 = 4;
+    /// A generator of random numbers.
+    pub const RANDOM: u8 = 5;
+    /// One guest's console output.
+    pub const CONSOLE: u8 = 6;
+    /// vCPUs that wait for transfers.
+    pub const WAITERS: u8 = 7;
+    /// A run queue.
+    pub const SCHED: u8 = 8;
+}
+
+/// The most vCPUs of all guests together.
+pub const MAX_VCPUS: usize = 4096;
+
+static IDS: Once<GuestIds> = Once::new();
+
+/// The identification registers that every guest sees. Made at the first call, on the first CPU.
+pub fn ids() -> &'static GuestIds {
+    IDS.call_once(|| {
+        let pa_range = match arch::id::pa_bits() {
+            0..36 => 0,
+            36..40 => 1,
+            _ => 2,
+        };
+        let hardware = arch::id::read();
+        GuestIds::new(&hardware, &hardware.aarch32, pa_range)
+    })
+}
+
+/// Names a guest for as long as the hypervisor runs; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestId(pub u32);
+
+impl fmt::Display for GuestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whether a guest's vCPUs may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Life {
+    /// They may.
+    Running,
+    /// They stay where they are until it is resumed.
+    Paused,
+    /// They never will again; its memory goes when the last has left its CPU.
+    Ending,
+}
+
+/// What is logged once for each guest, however often it happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Complaint {
+    /// An undefined instruction that EL2 took.
+    Undefined,
+    /// A system register that is not given.
+    Register,
+    /// An abort that was not stage 2's.
+    Abort,
+    /// An address with nothing there.
+    Hole,
+    /// A device access that cannot be done by hand.
+    Device,
+}
+
+/// A virtual machine.
+pub struct Guest {
+    /// Its number.
+    pub id: GuestId,
+    /// How it was made, and is made again after a reset.
+    pub config: GuestConfig,
+    /// Its memory.
+    pub map: Arc<Map>,
+    /// Its vCPUs; never more or fewer.
+    pub vcpus: Box<[Vcpu]>,
+    /// Its devices.
+    pub devices: Ranked<{ rank::DEVICES }, Devices>,
+    /// Its random numbers.
+    pub random: Ranked<{ rank::RANDOM }, Generator>,
+    /// What it printed lately, shared with the guest that takes its place after a reset.
+    pub log: Arc<console::Log>,
+    /// The host's counter when this guest's counter was zero.
+    pub offset: u64,
+    /// The vCPU that each CPU ran last.
+    pub last_ran: [AtomicUsize; MAX_CPUS],
+    life: AtomicU8,
+    ending: AtomicU8,
+    complaints: AtomicU32,
+}
+
+impl Guest {
+    /// A guest whose memory is filled and whose first vCPU is switched on.
+    fn new(id: GuestId, config: GuestConfig, map: Arc<Map>, parts: create::Parts) -> Self {
+        Self {
+            id,
+            config,
+            map,
+            vcpus: parts.vcpus,
+            devices: Ranked::new(parts.devices),
+            random: Ranked::new(parts.random),
+            log: parts.log,
+            offset: timer::now(),
+            last_ran: [const { AtomicUsize::new(usize::MAX) }; MAX_CPUS],
+            life: AtomicU8::new(Life::Running as u8),
+            ending: AtomicU8::new(Ending::Off as u8),
+            complaints: AtomicU32::new(0),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &String {
+        &self.config.name
+    }
+
+    /// What its counters say now.
+    pub fn time(&self) -> u64 {
+        timer::now().wrapping_sub(self.offset)
+    }
+
+    /// Whether its vCPUs may run.
+    pub fn life(&self) -> Life {
+        match self.life.load(Ordering::SeqCst) {
+            0 => Life::Running,
+            1 => Life::Paused,
+            _ => Life::Ending,
+        }
+    }
+
+    /// Pauses or resumes; false when it is ending or already so.
+    pub fn move_life(&self, from: Life, to: Life) -> bool {
+        self.life.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Ends it. The first reason stays.
+    pub fn end(&self, ending: Ending) {
+        if self.move_life(Life::Running, Life::Ending) || self.move_life(Life::Paused, Life::Ending) {
+            self.ending.store(ending as u8, Ordering::SeqCst);
+        }
+    }
+
+    /// Why it ended.
+    pub fn ending(&self) -> Ending {
+        match self.ending.load(Ordering::SeqCst) {
+            0 => Ending::Off,
+            1 => Ending::Reset,
+            2 => Ending::Killed,
+            _ => Ending::Lost,
+        }
+    }
+
+    /// True the first time.
+    pub fn complain_once(&self, complaint: Complaint) -> bool {
+        let bit = 1 << complaint as u8;
+        self.complaints.fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+
+    /// The root of its stage-2 tables and its VMID now.
+    pub fn stage2<const R: u8>(&self, held: &mut Held<'_, R>) -> (PhysAddr, u16) {
+        crate::mm::stage2_of(&self.map, held)
+    }
+
+    /// Prints a byte of its console.
+    pub fn print<const R: u8>(&self, byte: u8, held: &mut Held<'_, R>) {
+        const { assert!(R < rank::CONSOLE) };
+        self.log.put(self.id, byte, held);
+    }
+
+    /// Types into its console; the vCPUs to wake.
+    pub fn type_in<const R: u8>(&self, bytes: &[u8], held: &mut Held<'_, R>) -> u64 {
+        const { assert!(R < rank::DEVICES) };
+        self.devices.lock(held).0.type_in(bytes)
+    }
+}

@@ -1,0 +1,82 @@
+//! The list of guests: what the monitor shows and acts on.
+//!
+//! Every operation takes and gives values; the monitor's commands are a thin layer over these. Ending a
+//! guest only says so: the scheduler takes its vCPUs off their CPUs, then the daemon takes it out of this
+//! list and frees its memory.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use super::vcpu::{NOWHERE, State};
+use super::{Guest, GuestId, Life, rank};
+use vmobject::lock::{Held, Ranked};
+
+/// The most guests at once.
+pub const MAX_GUESTS: usize = 1024;
+
+static GUESTS: Ranked<{ rank::GUESTS }, Vec<Arc<Guest>>> = Ranked::new(Vec::new());
+static NEXT_ID: AtomicU32 = AtomicU32::new(1);
+
+/// A number that no guest had.
+pub fn next_id() -> GuestId {
+    GuestId(NEXT_ID.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Puts a guest into the list; hands it back when the list is full.
+pub fn add<const R: u8>(guest: Arc<Guest>, held: &mut Held<'_, R>) -> Result<(), Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let (mut guests, _held) = GUESTS.lock(held);
+    if guests.len() >= MAX_GUESTS || guests.try_reserve(1).is_err() {
+        return Err(guest);
+    }
+    guests.push(guest);
+    Ok(())
+}
+
+/// The guest with a number.
+pub fn get<const R: u8>(id: GuestId, held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    GUESTS.lock(held).0.iter().find(|guest| guest.id == id).cloned()
+}
+
+/// The guest with a name or a number.
+pub fn find<const R: u8>(word: &str, held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let number = word.parse().ok().map(GuestId);
+    let (guests, _held) = GUESTS.lock(held);
+    let by_name = guests.iter().find(|guest| guest.config.name == word);
+    by_name.or_else(|| guests.iter().find(|guest| Some(guest.id) == number)).cloned()
+}
+
+/// All guests; empty when there is no memory for the list.
+pub fn all<const R: u8>(held: &mut Held<'_, R>) -> Vec<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let (guests, _held) = GUESTS.lock(held);
+    let mut list = Vec::new();
+    if list.try_reserve_exact(guests.len()).is_ok() {
+        list.extend(guests.iter().cloned());
+    }
+    list
+}
+
+/// Takes out one guest that has ended and that no CPU holds any more.
+pub fn take_ended<const R: u8>(held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let (mut guests, _held) = GUESTS.lock(held);
+    let place = guests.iter().position(|guest| guest.life() == Life::Ending && is_quiet(guest))?;
+    Some(guests.swap_remove(place))
+}
+
+/// True when there is no guest.
+pub fn is_empty<const R: u8>(held: &mut Held<'_, R>) -> bool {
+    const { assert!(R < rank::GUESTS) };
+    GUESTS.lock(held).0.is_empty()
+}
+
+fn is_quiet(guest: &Guest) -> bool {
+    guest
+        .vcpus
+        .iter()
+        .all(|vcpu| vcpu.state() == State::Off && vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE)
+}

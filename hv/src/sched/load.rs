@@ -1,0 +1,187 @@
+//! Putting a vCPU on this CPU, and taking it off.
+//!
+//! An exit stores general registers only. The rest stays in the hardware until another vCPU comes
+//! (DESIGN 15), also while its vCPU waits: then a wake-up finds everything in place. FP registers come
+//! with the first FP instruction and leave with the vCPU. Nothing of one vCPU is left for the next
+//! (invariant I18): all that a guest can write is in what [`Cpu::load`] replaces.
+
+#![expect(unsafe_code, reason = "loading a stage-2 root is a claim about its tables")]
+
+use core::sync::atomic::Ordering;
+
+use crate::arch::{self, fpsimd, gich, switch, timer, tlb};
+use crate::guest::Guest;
+use crate::guest::rank;
+use crate::guest::vcpu::{Context, NOWHERE, Power, Vcpu, VcpuRef, count};
+use vmobject::lock::Held;
+
+use super::Outside;
+use super::wait::Sleepers;
+
+/// ICH_HCR_EL2: the virtual interface is on.
+const ICH_HCR_EN: u32 = 1;
+/// CNTV_CTL: enabled, not masked, the condition is met.
+const TIMER_FIRED: u64 = 0b101;
+
+/// What this CPU's main loop knows.
+pub struct Cpu {
+    /// Its number.
+    pub id: usize,
+    /// The vCPU whose registers are in the hardware.
+    pub loaded: Option<VcpuRef>,
+    /// The FP registers in the hardware are its.
+    pub fp_live: bool,
+    /// The list registers must be written from the virtual interrupt controller before entry.
+    pub flush: bool,
+    /// The list registers have been read back since the vCPU last ran.
+    pub synced: bool,
+    /// When the running vCPU's turn ends.
+    pub slice_end: u64,
+    /// vCPUs that wait for a time.
+    pub sleepers: Sleepers<VcpuRef>,
+}
+
+impl Cpu {
+    /// A CPU with nothing loaded.
+    pub fn new(id: usize) -> Self {
+        Self {
+            id,
+            loaded: None,
+            fp_live: false,
+            flush: false,
+            synced: true,
+            slice_end: 0,
+            sleepers: Sleepers::new(),
+        }
+    }
+
+    /// True when a vCPU's registers are in this CPU.
+    pub fn has_loaded(&self, vcpu: &VcpuRef) -> bool {
+        self.loaded.as_ref().is_some_and(|loaded| loaded == vcpu)
+    }
+
+    /// Puts a vCPU's registers into the hardware. Nothing is loaded before.
+    pub fn load(
+        &mut self,
+        entry: &VcpuRef,
+        context: &mut Context,
+        outside: &dyn Outside,
+        held: &mut Held<'_, { rank::VCPU }>,
+    ) {
+        let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+        count(&vcpu.counts.loads);
+        let (root, vmid) = guest.stage2(held);
+        // SAFETY: the guest keeps its map, and so the tables under `root`, until no CPU has one of its
+        // vCPUs loaded (`loaded_on`); the allocator gave the VMID to this guest alone.
+        unsafe { switch::load_stage2(root, vmid) };
+        // Two vCPUs of one guest share the VMID, but may use one ASID for different tables.
+        if guest.last_ran[self.id].swap(vcpu.index, Ordering::Relaxed) != vcpu.index {
+            tlb::local_flush_vmid();
+        }
+        switch::set_cntvoff(guest.offset);
+        switch::load_el1(&context.el1);
+        arch::debug::load(&context.debug);
+        arch::el2::set_virtual_serror(context.serror);
+        gich::write_vmcr(context.vgic.vmcr);
+        gich::write_aprs(&context.vgic.ap0r, &context.vgic.ap1r);
+        gich::set_hcr(ICH_HCR_EN);
+        {
+            let (devices, _held) = guest.devices.lock(held);
+            outside.set_timer_active(devices.timer_interrupt_is_live(vcpu.index));
+        }
+        fpsimd::trap(true);
+        self.fp_live = false;
+        self.flush = true;
+        self.synced = true;
+        vcpu.loaded_on.store(self.id, Ordering::SeqCst);
+        self.loaded = Some(entry.clone());
+    }
+
+    /// Takes whatever is loaded off this CPU.
+    pub fn unload(&mut self, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+        let Some(entry) = self.loaded.take() else { return };
+        let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+        {
+            let (mut context, mut held) = vcpu.context.lock(held);
+            self.sync(guest, vcpu, &mut held);
+            switch::save_el1(&mut context.el1);
+            if self.fp_live {
+                fpsimd::save(&mut context.fp);
+            }
+            context.serror = arch::el2::virtual_serror();
+            context.vgic.vmcr = gich::read_vmcr();
+            let vgic = &mut context.vgic;
+            gich::read_aprs(&mut vgic.ap0r, &mut vgic.ap1r);
+        }
+        for lr in 0..gich::nr_lrs() {
+            gich::write_lr(lr, 0);
+        }
+        gich::set_hcr(0);
+        arch::el2::set_virtual_serror(false);
+        // Its timer must not fire into whoever comes next, and its interrupt's active state goes with it.
+        switch::stop_virtual_timer();
+        outside.set_timer_active(false);
+        fpsimd::trap(true);
+        self.fp_live = false;
+        vcpu.loaded_on.store(NOWHERE, Ordering::SeqCst);
+    }
+
+    /// Reads the list registers back into the virtual interrupt controller.
+    pub fn sync(&mut self, guest: &Guest, vcpu: &Vcpu, held: &mut Held<'_, { rank::VCPU }>) {
+        if self.synced {
+            return;
+        }
+        let mut lrs = [0; gich::MAX_LRS];
+        let used = gich::nr_lrs().min(lrs.len());
+        for (n, lr) in lrs[..used].iter_mut().enumerate() {
+            *lr = gich::read_lr(n);
+        }
+        guest.devices.lock(held).0.vgic_sync(vcpu.index, &lrs[..used]);
+        self.synced = true;
+    }
+
+    /// Writes the list registers from the virtual interrupt controller.
+    pub fn flush(&mut self, guest: &Guest, vcpu: &Vcpu, held: &mut Held<'_, { rank::VCPU }>) {
+        self.sync(guest, vcpu, held);
+        let mut lrs = [0; gich::MAX_LRS];
+        let used = gich::nr_lrs().min(lrs.len());
+        let more = guest.devices.lock(held).0.vgic_flush(vcpu.index, &mut lrs[..used]);
+        for (n, &lr) in lrs[..used].iter().enumerate() {
+            gich::write_lr(n, lr);
+        }
+        gich::set_hcr(ICH_HCR_EN | more);
+        self.flush = false;
+        self.synced = false;
+    }
+
+    /// True when PSCI has switched a vCPU on and it has not run since.
+    pub fn is_starting<const R: u8>(vcpu: &Vcpu, held: &mut Held<'_, R>) -> bool {
+        const { assert!(R < rank::POWER) };
+        matches!(*vcpu.power.lock(held).0, Power::OnPending { .. })
+    }
+
+    /// Starts a vCPU that PSCI has switched on, before it is loaded.
+    pub fn start(vcpu: &Vcpu, context: &mut Context, held: &mut Held<'_, { rank::VCPU }>) {
+        let (mut power, _held) = vcpu.power.lock(held);
+        if let Power::OnPending { entry, context: x0 } = *power {
+            context.start(vcpu.mpidr, entry, x0);
+            *power = Power::On;
+        }
+    }
+}
+
+/// When the virtual timer of a vCPU will fire, in host ticks, as its saved registers say; `None` when it
+/// will not.
+pub fn virtual_deadline(control: u64, compare: u64, offset: u64) -> Option<u64> {
+    (control & 0b11 == 1).then(|| compare.saturating_add(offset))
+}
+
+/// True when the virtual timer's line is high.
+pub const fn fired(control: u64) -> bool {
+    control & 0b111 == TIMER_FIRED
+}
+
+/// Ticks in `ms` milliseconds.
+pub fn ticks(ms: u64) -> u64 {
+    timer::freq().saturating_mul(ms) / 1000
+}

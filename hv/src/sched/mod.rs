@@ -1,0 +1,240 @@
+//! The scheduler: every CPU's main loop, and the only caller of the guests' run functions.
+//!
+//! Read [`main_loop`], then [`slice::run`](slice). A CPU takes a vCPU from its queue, runs it for at most
+//! one slice, and goes round; with nothing to run it sleeps. Others reach a vCPU through [`wake`] only.
+//! What EL2 does for a vCPU happens inside its slice and so is charged to it (invariant I17).
+//!
+//! A wake-up is never lost: the waker leaves a note, then looks at the state; the waiter sets the state,
+//! then looks for a note.
+
+mod daemon;
+mod idle;
+pub mod load;
+pub mod runqueue;
+pub mod slice;
+pub mod wait;
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::arch::percpu::MAX_CPUS;
+use crate::arch::{irq, percpu, timer};
+use crate::guest::exit::Ending;
+use crate::guest::vcpu::{NOWHERE, State, VcpuRef};
+use crate::guest::{Guest, Life, MAX_VCPUS, create, rank, table};
+use alloc::sync::Arc;
+use load::Cpu;
+use runqueue::RunQueue;
+use vmobject::lock::Held;
+use vmobject::store::IoToken;
+use wait::Waiters;
+
+/// How long a vCPU may run while others wait.
+pub const SLICE_MS: u64 = 10;
+
+static QUEUES: [RunQueue<VcpuRef>; MAX_CPUS] = [const { RunQueue::new() }; MAX_CPUS];
+static WAITERS: Waiters<VcpuRef> = Waiters::new();
+/// CPUs that sleep, by number: a vCPU that becomes ready elsewhere may be worth waking one.
+static ASLEEP: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
+/// Where the next vCPU is put first.
+static NEXT_HOME: AtomicUsize = AtomicUsize::new(0);
+/// Something for the daemon: a guest ended, or wants to begin again.
+static CHORES: AtomicBool = AtomicBool::new(false);
+
+/// What the scheduler asks of whoever owns the machine's devices.
+pub trait Outside: Sync {
+    /// A device interrupt arrived on this CPU; it is acknowledged and will be ended afterwards.
+    fn interrupt(&self, intid: u32, held: &mut Held<'_, { rank::VCPU }>);
+    /// The last guest has ended.
+    fn last_guest_ended(&self);
+    /// Makes the virtual timer's physical interrupt active or not, on this CPU.
+    fn set_timer_active(&self, active: bool);
+    /// This CPU looks around before it picks a vCPU: for work that no interrupt announces.
+    fn look_around(&self, cpu: usize, held: &mut Held<'_, 0>);
+}
+
+/// Runs guests on this CPU, for ever.
+pub fn main_loop(outside: &dyn Outside) -> ! {
+    let mut held = Held::root();
+    let mut cpu = Cpu::new(percpu::cpu());
+    loop {
+        turn(&mut cpu, outside, &mut held);
+    }
+}
+
+/// One turn of the main loop: a chore, a slice or a sleep.
+pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    outside.look_around(cpu.id, held);
+    if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() == Life::Ending) {
+        cpu.unload(outside, held);
+    }
+    if CHORES.swap(false, Ordering::SeqCst) {
+        daemon::work(outside, held);
+    }
+    while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
+        wake(&vcpu, held);
+    }
+    match next(cpu.id, held) {
+        Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
+        None => idle::sleep(cpu, outside, held),
+    }
+}
+
+/// The next vCPU for a CPU: from its own queue, else from another's.
+fn next(cpu: usize, held: &mut Held<'_, 0>) -> Option<VcpuRef> {
+    if let Some(vcpu) = QUEUES[cpu].pop(held) {
+        return Some(vcpu);
+    }
+    let cpus = percpu::count();
+    let movable = |entry: &VcpuRef| entry.vcpu().loaded_on.load(Ordering::SeqCst) == NOWHERE;
+    (1..cpus).find_map(|step| QUEUES[(cpu + step) % cpus].steal(movable, held))
+}
+
+/// True when somebody waits for this CPU.
+fn contended<const R: u8>(cpu: usize, held: &mut Held<'_, R>) -> bool {
+    const { assert!(R < rank::SCHED) };
+    !QUEUES[cpu].is_empty(held)
+}
+
+/// Tells a vCPU that there is something to look at. Any CPU may, holding any lock below the scheduler's.
+pub fn wake<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::SCHED) };
+    let vcpu = entry.vcpu();
+    vcpu.note();
+    match vcpu.state() {
+        State::Running => {
+            let home = vcpu.home.load(Ordering::SeqCst);
+            if home != percpu::cpu() {
+                irq::kick(home);
+            }
+        }
+        State::Blocked => {
+            if vcpu.move_state(State::Blocked, State::Ready) {
+                enqueue(entry, held);
+            }
+        }
+        State::Ready | State::Off => {}
+    }
+}
+
+/// Queues a vCPU that the caller has just made ready, and sees that a CPU takes it.
+fn enqueue<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::SCHED) };
+    let vcpu = entry.vcpu();
+    let home = vcpu.home.load(Ordering::SeqCst);
+    QUEUES[home].push(entry.clone(), held);
+    if home != percpu::cpu() {
+        irq::kick(home);
+    }
+    if vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE && !ASLEEP[home].load(Ordering::SeqCst) {
+        // Its own CPU is busy and any other may run it: one that sleeps will find it.
+        let sleeper = (0..percpu::count()).find(|&cpu| ASLEEP[cpu].load(Ordering::SeqCst));
+        if let Some(cpu) = sleeper {
+            irq::kick(cpu);
+        }
+    }
+}
+
+/// Wakes the vCPUs of a guest whose bits are set; one that PSCI has switched on starts.
+pub fn wake_many<const R: u8>(guest: &Arc<Guest>, mut kicks: u64, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::SCHED) };
+    while kicks != 0 {
+        let index = kicks.trailing_zeros() as usize;
+        kicks &= kicks - 1;
+        if let Some(entry) = VcpuRef::new(guest, index) {
+            wake(&entry, held);
+        }
+    }
+}
+
+/// Starts a vCPU that was switched on: from `Off` into a queue.
+pub fn start<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::SCHED) };
+    let vcpu = entry.vcpu();
+    if vcpu.move_state(State::Off, State::Ready) {
+        let home = NEXT_HOME.fetch_add(1, Ordering::Relaxed) % percpu::count();
+        vcpu.home.store(home, Ordering::SeqCst);
+        enqueue(entry, held);
+    }
+}
+
+/// Lets a new guest run: into the list, and its first vCPU into a queue.
+pub fn launch(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
+    if let Err(guest) = table::add(guest.clone(), held) {
+        log::error!("guest {}: there are too many guests", guest.id);
+        create::destroy(guest, held);
+        return;
+    }
+    for index in 0..guest.vcpus.len() {
+        if let Some(entry) = VcpuRef::new(&guest, index)
+            && Cpu::is_starting(entry.vcpu(), held)
+        {
+            start(&entry, held);
+        }
+    }
+}
+
+/// Stops a guest's vCPUs where they are; false when it is not running.
+pub fn pause(guest: &Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
+    let done = guest.move_life(Life::Running, Life::Paused);
+    if done {
+        interrupt_guest(guest, held);
+    }
+    done
+}
+
+/// Lets a paused guest's vCPUs go on; false when it is not paused.
+pub fn resume(guest: &Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
+    let done = guest.move_life(Life::Paused, Life::Running);
+    if done {
+        interrupt_guest(guest, held);
+    }
+    done
+}
+
+/// Ends a guest.
+pub fn end(guest: &Arc<Guest>, ending: Ending, held: &mut Held<'_, 0>) {
+    guest.end(ending);
+    interrupt_guest(guest, held);
+    call_daemon();
+}
+
+/// A transfer is finished: wakes who waited for it. After the memory manager was told.
+pub fn io_done<const R: u8>(token: IoToken, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::WAITERS) };
+    while let Some(vcpu) = WAITERS.take_io(token, held) {
+        wake(&vcpu, held);
+    }
+}
+
+/// Frames became free: wakes who waited for memory.
+pub fn memory_freed<const R: u8>(held: &mut Held<'_, R>) {
+    const { assert!(R < rank::WAITERS) };
+    while let Some(vcpu) = WAITERS.take_memory(held) {
+        wake(&vcpu, held);
+    }
+}
+
+/// Makes room for a new guest's vCPUs in every list, so that running it allocates nothing here.
+pub fn reserve(vcpus: usize, held: &mut Held<'_, 0>) -> Result<(), alloc::collections::TryReserveError> {
+    let all = MAX_VCPUS.max(vcpus);
+    for queue in QUEUES.iter().take(percpu::count()) {
+        queue.reserve(all, held)?;
+    }
+    WAITERS.reserve(all, held)
+}
+
+/// Asks for the daemon, on whichever CPU goes round next, and shakes every CPU: one may still hold
+/// registers of a guest that ended.
+pub fn call_daemon() {
+    CHORES.store(true, Ordering::SeqCst);
+    let me = percpu::cpu();
+    for cpu in (0..percpu::count()).filter(|&cpu| cpu != me) {
+        irq::kick(cpu);
+    }
+}
+
+/// Stops a guest's vCPUs: each leaves its CPU at its next exit, which this brings about.
+pub fn interrupt_guest<const R: u8>(guest: &Arc<Guest>, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::SCHED) };
+    wake_many(guest, u64::MAX, held);
+}

@@ -1,0 +1,349 @@
+//! One slice: a vCPU on this CPU, from its entry to whatever makes it leave.
+//!
+//! The loop in [`run`] is the hottest code of the hypervisor. An exit that needs nothing special costs
+//! one test each for kicks, the timer and the list registers, and goes back in; list registers are touched
+//! only when something changed for this vCPU, EL1 registers only when another vCPU comes.
+
+use core::sync::atomic::Ordering;
+
+use crate::arch::context::Trap;
+use crate::arch::percpu::MAX_CPUS;
+use crate::arch::{irq, switch, timer};
+use crate::guest::exit::{self, Ending, Exit, Run, Waiting};
+use crate::guest::vcpu::{Context, State, VcpuRef, count};
+use crate::guest::{Life, rank};
+use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
+use vmobject::lock::{Held, Ranked};
+
+use super::load::{Cpu, fired, ticks, virtual_deadline};
+use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, start, wake};
+
+/// The interrupt by which CPUs kick each other.
+const KICK_SGI: u32 = 0;
+/// How many interrupts are handled in a row before the guest runs again (invariant I6).
+const MAX_INTERRUPTS: usize = 16;
+/// How long a vCPU that waits for memory or a transfer sleeps before it looks by itself.
+const PATIENCE_MS: u64 = 20;
+
+/// What stands for the running vCPU's lock while there is none, one for each CPU.
+static IDLE: [Ranked<{ rank::VCPU }, ()>; MAX_CPUS] = [const { Ranked::new(()) }; MAX_CPUS];
+
+/// What an interrupt round found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Seen {
+    /// Somebody wants this CPU to look around.
+    kicked: bool,
+    /// The host's timer fired.
+    ticked: bool,
+    /// The loaded vCPU's virtual timer fired.
+    timer: bool,
+}
+
+/// Runs a vCPU that was taken from a queue.
+pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    let vcpu = entry.vcpu();
+    vcpu.home.store(cpu.id, Ordering::SeqCst);
+    match entry.guest.life() {
+        Life::Running => {}
+        Life::Paused => {
+            // The note brings it back when the guest is resumed.
+            vcpu.set_state(State::Blocked);
+            vcpu.note();
+            if entry.guest.life() == Life::Running && vcpu.move_state(State::Blocked, State::Ready) {
+                enqueue(entry, held);
+            }
+            return;
+        }
+        Life::Ending => {
+            vcpu.set_state(State::Off);
+            call_daemon();
+            return;
+        }
+    }
+    if !cpu.has_loaded(entry) {
+        cpu.unload(outside, held);
+    }
+    vcpu.set_state(State::Running);
+    let leaves = {
+        let (mut context, mut held) = vcpu.context.lock(held);
+        if !cpu.has_loaded(entry) {
+            Cpu::start(vcpu, &mut context, &mut held);
+            cpu.load(entry, &mut context, outside, &mut held);
+        } else if Cpu::is_starting(vcpu, &mut held) {
+            // Switched off and on again while its registers were still here.
+            Cpu::start(vcpu, &mut context, &mut held);
+            switch::load_el1(&context.el1);
+        }
+        vcpu.take_note();
+        cpu.flush = true;
+        go(cpu, entry, &mut context, outside, &mut held)
+    };
+    leave(cpu, entry, leaves, outside, held);
+}
+
+/// Why the slice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaves {
+    /// Its turn is over.
+    Ready,
+    /// It waits; the state says so already.
+    Blocked,
+    /// It switched itself off.
+    Off,
+    /// Its guest ends.
+    End(Ending),
+}
+
+fn go(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    context: &mut Context,
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Leaves {
+    let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+    cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));
+    arm(cpu, entry, held);
+    let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
+    loop {
+        if cpu.flush {
+            cpu.flush(guest, vcpu, held);
+        }
+        let trap = switch::enter(&mut run.context.regs);
+        count(&vcpu.counts.exits);
+        let what = match trap {
+            Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
+            Trap::Irq | Trap::Fiq => {
+                if let Some(leaves) = interrupted(cpu, entry, outside, held) {
+                    cpu.fp_live = run.fp_live;
+                    return leaves;
+                }
+                Exit::Resume
+            }
+            Trap::SError { esr } => {
+                log::error!("guest {}: SError, esr {esr:#x}, at {:#x}", guest.id, run.context.regs.pc);
+                crate::arch::el2::set_virtual_serror(true);
+                Exit::Resume
+            }
+        };
+        if run.kicks != 0 {
+            kick(cpu, entry, &mut run, held);
+        }
+        if run.timer_changed {
+            run.timer_changed = false;
+            arm(cpu, entry, held);
+        }
+        if what != Exit::Resume {
+            cpu.fp_live = run.fp_live;
+            if let Some(leaves) = decide(cpu, entry, what, held) {
+                return leaves;
+            }
+        }
+    }
+}
+
+/// Passes kicks on; one for this vCPU itself means that its list registers are out of date.
+#[cold]
+fn kick(cpu: &mut Cpu, entry: &VcpuRef, run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) {
+    let mine = 1u64 << entry.vcpu().index;
+    cpu.flush |= run.kicks & mine != 0;
+    let mut others = core::mem::take(&mut run.kicks) & !mine;
+    while others != 0 {
+        let index = others.trailing_zeros() as usize;
+        others &= others - 1;
+        if let Some(other) = VcpuRef::new(&entry.guest, index) {
+            if Cpu::is_starting(other.vcpu(), held) {
+                start(&other, held);
+            }
+            wake(&other, held);
+        }
+    }
+}
+
+/// What becomes of an exit that does not simply go on; `None` goes on after all.
+#[cold]
+fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank::VCPU }>) -> Option<Leaves> {
+    match what {
+        Exit::Resume => None,
+        Exit::Off => Some(Leaves::Off),
+        Exit::End(ending) => Some(Leaves::End(ending)),
+        Exit::Idle => idle(cpu, entry, held),
+        Exit::Wait(waiting) => {
+            let vcpu = entry.vcpu();
+            count(&vcpu.counts.waits);
+            WAITERS.add(waiting, entry, held);
+            // Look once more now that a completion would find us: it may have come before.
+            if matches!(waiting, Waiting::Io(token) if !crate::mm::vm().in_flight(token, held)) {
+                return None;
+            }
+            block(cpu, entry, timer::now().saturating_add(ticks(PATIENCE_MS)))
+        }
+    }
+}
+
+/// A WFI: waits unless an interrupt is there already.
+fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> Option<Leaves> {
+    let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+    cpu.sync(guest, vcpu, held);
+    cpu.flush = true;
+    let vmcr = crate::arch::gich::read_vmcr();
+    let (pending, physical) = {
+        let (devices, _held) = guest.devices.lock(held);
+        (devices.vgic_pending(vcpu.index, vmcr), devices.timer_deadline(vcpu.index))
+    };
+    let (control, compare) = switch::virtual_timer();
+    if pending || (fired(control) && !irq_is_masked_by_active(guest, vcpu.index, held)) {
+        return None;
+    }
+    count(&vcpu.counts.waits);
+    let virtual_timer = virtual_deadline(control, compare, guest.offset).unwrap_or(u64::MAX);
+    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset));
+    block(cpu, entry, virtual_timer.min(physical))
+}
+
+/// True when the timer's interrupt is already with the guest: then the line alone wakes nobody.
+fn irq_is_masked_by_active(
+    guest: &crate::guest::Guest,
+    index: usize,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> bool {
+    guest.devices.lock(held).0.timer_interrupt_is_live(index)
+}
+
+/// Leaves the CPU until somebody wakes the vCPU, or `deadline`.
+fn block(cpu: &mut Cpu, entry: &VcpuRef, deadline: u64) -> Option<Leaves> {
+    let vcpu = entry.vcpu();
+    vcpu.set_state(State::Blocked);
+    if vcpu.take_note() {
+        if vcpu.move_state(State::Blocked, State::Running) {
+            return None;
+        }
+        // A waker was faster: the vCPU is in a queue already.
+        return Some(Leaves::Blocked);
+    }
+    if deadline != u64::MAX && cpu.sleepers.add(deadline, entry.clone()).is_err() {
+        return vcpu
+            .move_state(State::Blocked, State::Running)
+            .then_some(Leaves::Ready)
+            .or(Some(Leaves::Blocked));
+    }
+    Some(Leaves::Blocked)
+}
+
+/// Does what the end of a slice asks for, with no lock held.
+fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    let vcpu = entry.vcpu();
+    match leaves {
+        Leaves::Blocked => {}
+        Leaves::Ready => {
+            vcpu.set_state(State::Ready);
+            enqueue(entry, held);
+        }
+        Leaves::Off => {
+            cpu.unload(outside, held);
+            vcpu.set_state(State::Off);
+            // CPU_ON may have come between the switch-off and here.
+            if Cpu::is_starting(vcpu, held) {
+                start(entry, held);
+            }
+        }
+        Leaves::End(ending) => {
+            entry.guest.end(ending);
+            cpu.unload(outside, held);
+            vcpu.set_state(State::Off);
+            super::interrupt_guest(&entry.guest, held);
+            call_daemon();
+        }
+    }
+}
+
+/// Sets the host's timer: the end of the slice, the guest's physical timer, the first sleeper.
+fn arm(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
+    let guest = &entry.guest;
+    let physical = guest.devices.lock(held).0.timer_deadline(entry.vcpu().index);
+    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset));
+    let sleeper = cpu.sleepers.next().unwrap_or(u64::MAX);
+    timer::arm_host(cpu.slice_end.min(physical).min(sleeper));
+}
+
+/// Interrupts ended a guest run: handles them, and says whether the vCPU has to leave.
+fn interrupted(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Option<Leaves> {
+    let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+    count(&vcpu.counts.interrupts);
+    let seen = acknowledge(outside, held);
+    if seen.timer {
+        guest.devices.lock(held).0.timer_fired(vcpu.index);
+        cpu.flush = true;
+    }
+    // A kick may mean new interrupts for us; the maintenance interrupt does.
+    if seen.kicked {
+        cpu.flush = true;
+        vcpu.take_note();
+    }
+    if seen.ticked {
+        if guest.devices.lock(held).0.timer_update(vcpu.index, guest.time()) {
+            cpu.flush = true;
+        }
+        while let Some(sleeper) = cpu.sleepers.expired(timer::now()) {
+            wake(&sleeper, held);
+        }
+        if timer::now() >= cpu.slice_end {
+            if contended(cpu.id, held) || super::CHORES.load(Ordering::SeqCst) {
+                return Some(Leaves::Ready);
+            }
+            cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));
+        }
+        arm(cpu, entry, held);
+    }
+    if guest.life() != Life::Running || (seen.kicked && super::CHORES.load(Ordering::SeqCst)) {
+        return Some(Leaves::Ready);
+    }
+    None
+}
+
+/// Interrupts that came while nothing ran.
+pub fn idle_interrupts(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    let seen = {
+        // Nobody contends for it: it only says that this call chain holds what a running vCPU would.
+        let (_guard, mut inner) = IDLE[cpu.id].lock(held);
+        acknowledge(outside, &mut inner)
+    };
+    if !seen.timer {
+        return;
+    }
+    if let Some(entry) = cpu.loaded.clone() {
+        entry.guest.devices.lock(held).0.timer_fired(entry.vcpu().index);
+        wake(&entry, held);
+    }
+}
+
+/// Acknowledges and ends what is pending, a bounded number of times.
+fn acknowledge(outside: &dyn Outside, held: &mut Held<'_, { rank::VCPU }>) -> Seen {
+    let mut seen = Seen::default();
+    for _ in 0..MAX_INTERRUPTS {
+        let intid = irq::ack();
+        match intid {
+            1020..=1023 => break,
+            INTID_VIRTUAL_TIMER => {
+                // Stays active: the guest ends it, through the list register that is linked to it.
+                seen.timer = true;
+                irq::eoi(intid);
+                continue;
+            }
+            KICK_SGI | INTID_MAINTENANCE => seen.kicked = true,
+            INTID_HYP_TIMER => {
+                seen.ticked = true;
+                timer::disarm_host();
+            }
+            other => outside.interrupt(other, held),
+        }
+        irq::eoi(intid);
+        irq::deactivate(intid);
+    }
+    seen
+}
