@@ -284,12 +284,14 @@ mod tests {
 
         fn distributor(&self, offset: usize) -> u32 {
             // SAFETY: inside the leaked memory.
-            unsafe { self.distributor.byte_add(offset).read_volatile() }
+            unsafe { self.distributor.wrapping_byte_add(offset).read_volatile() }
         }
 
         fn private(&self, index: usize, offset: usize) -> u32 {
             // SAFETY: inside the leaked memory.
-            unsafe { self.redistributors.byte_add(index * 0x2_0000 + 0x1_0000 + offset).read_volatile() }
+            unsafe {
+                self.redistributors.wrapping_byte_add(index * 0x2_0000 + 0x1_0000 + offset).read_volatile()
+            }
         }
     }
 

@@ -118,12 +118,12 @@ mod tests {
 
     fn set(registers: *mut [u32; 1024], offset: usize, value: u32) {
         // SAFETY: inside the leaked page.
-        unsafe { registers.cast::<u32>().add(offset / 4).write_volatile(value) }
+        unsafe { registers.cast::<u32>().wrapping_add(offset / 4).write_volatile(value) }
     }
 
     fn get(registers: *mut [u32; 1024], offset: usize) -> u32 {
         // SAFETY: inside the leaked page.
-        unsafe { registers.cast::<u32>().add(offset / 4).read_volatile() }
+        unsafe { registers.cast::<u32>().wrapping_add(offset / 4).read_volatile() }
     }
 
     #[test]
