@@ -1,0 +1,300 @@
+//! The VM's backing stores on the metal: partitions of virtio disks.
+//!
+//! A store is a partition; its [`StoreId`] is its place among all partitions of all disks, in the order found.
+//! Starting a transfer turns frames into segments, joining neighbours, and puts them on the disk's queue. The
+//! scheduler calls [`Disks::poll`] when a disk interrupts, and delivers what it gives to the VM.
+//!
+//! Each disk has a lock of its own, below every ranked one: nothing is locked under it, and no completion is
+//! delivered under it.
+#![expect(unsafe_code, reason = "frames are lent to a device by their number")]
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use arrayvec::ArrayVec;
+use board::gpt::{self, GptError, Partition};
+use board::platform::Interrupt;
+use board::virtio::blk::{self, Blk, BlkError, MAX_SEGMENTS, SECTOR, Segment};
+use spin::mutex::SpinMutex;
+use vmobject::addr::{PAGE_SIZE, Pfn};
+use vmobject::store::{Direction, IoToken, PageStore, StoreError, StoreId};
+
+/// Completions that are collected under a disk's lock before they are delivered.
+const BATCH: usize = 32;
+/// Sectors in a page.
+const PER_PAGE: u64 = PAGE_SIZE / SECTOR;
+/// [`SECTOR`], as the length of a buffer.
+const SECTOR_BYTES: usize = 512;
+
+/// One disk.
+struct Disk {
+    blk: SpinMutex<Blk>,
+    interrupt: Interrupt,
+}
+
+/// One partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    disk: usize,
+    name: String,
+    first_sector: u64,
+    sectors: u64,
+}
+
+/// All disks and their partitions. Made at boot, never changed.
+#[derive(Default)]
+pub struct Disks {
+    disks: Vec<Disk>,
+    parts: Vec<Part>,
+}
+
+impl Disks {
+    /// No disks.
+    pub const fn new() -> Self {
+        Self { disks: Vec::new(), parts: Vec::new() }
+    }
+
+    /// Adds a disk and the partitions of its table. Waits for the disk: for boot.
+    pub fn add(&mut self, mut blk: Blk, interrupt: Interrupt) -> Result<(), GptError> {
+        let (disk, parts) = (self.disks.len(), &mut self.parts);
+        let known = parts.len();
+        let mut each = |partition: Partition| {
+            // More partitions than a StoreId can name cannot be used.
+            if parts.len() <= usize::from(u16::MAX) {
+                let Partition { name, first_sector, sectors, .. } = partition;
+                parts.push(Part { disk, name: name.to_string(), first_sector, sectors });
+            }
+        };
+        let read = gpt::read(&mut blk, &mut each);
+        if read.is_err() {
+            self.parts.truncate(known);
+        }
+        read?;
+        self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
+        Ok(())
+    }
+
+    /// The partition of this name, the first if there are several.
+    pub fn find(&self, name: &str) -> Option<StoreId> {
+        let index = self.parts.iter().position(|part| part.name == name)?;
+        u16::try_from(index).ok().map(StoreId)
+    }
+
+    /// The partitions' names, in the order of their numbers.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().map(|part| part.name.as_str())
+    }
+
+    /// Bytes in a store.
+    pub fn bytes(&self, store: StoreId) -> u64 {
+        self.part(store).map_or(0, |part| part.sectors * SECTOR)
+    }
+
+    /// The disks' interrupts: on any of them, [`Disks::poll`].
+    pub fn interrupts(&self) -> impl Iterator<Item = Interrupt> {
+        self.disks.iter().map(|disk| disk.interrupt)
+    }
+
+    /// Gives every completion there is to `deliver`, with no lock held. Returns their number.
+    pub fn poll(&self, deliver: &mut dyn FnMut(IoToken, Result<(), StoreError>)) -> usize {
+        let mut count = 0;
+        for disk in &self.disks {
+            loop {
+                let mut batch = ArrayVec::<_, BATCH>::new();
+                disk.blk.lock().poll(BATCH, &mut |token, result| {
+                    batch.push((IoToken(token), result.map_err(store_error)));
+                });
+                let more = batch.is_full();
+                for (token, result) in batch {
+                    deliver(token, result);
+                    count += 1;
+                }
+                if !more {
+                    break;
+                }
+            }
+        }
+        count
+    }
+
+    /// Transfers in flight on all disks.
+    pub fn in_flight(&self) -> usize {
+        self.disks.iter().map(|disk| disk.blk.lock().in_flight()).sum()
+    }
+
+    /// Reads `out.len()` bytes at `offset` of a store, waiting. For boot: busy while anything is in flight.
+    pub fn read_now(&self, store: StoreId, offset: u64, out: &mut [u8]) -> Result<(), StoreError> {
+        let (part, disk) = self.disk_of(store)?;
+        let end = offset.checked_add(out.len() as u64);
+        if end.is_none_or(|end| end > part.sectors * SECTOR) {
+            return Err(StoreError::Refused);
+        }
+        let mut blk = disk.blk.lock();
+        let mut sector = part.first_sector + offset / SECTOR;
+        // The part of a first sector that `offset` skips, then whole sectors.
+        let skip = usize::try_from(offset % SECTOR).map_err(|_| StoreError::Refused)?;
+        let head = if skip == 0 { 0 } else { out.len().min(SECTOR_BYTES - skip) };
+        let (first, rest) = out.split_at_mut(head);
+        if !first.is_empty() {
+            let mut whole = [0; SECTOR_BYTES];
+            blk.read_now(sector, &mut whole).map_err(store_error)?;
+            first.copy_from_slice(&whole[skip..skip + head]);
+            sector += 1;
+        }
+        blk.read_now(sector, rest).map_err(store_error)
+    }
+
+    fn part(&self, store: StoreId) -> Option<&Part> {
+        self.parts.get(usize::from(store.0))
+    }
+
+    fn disk_of(&self, store: StoreId) -> Result<(&Part, &Disk), StoreError> {
+        let part = self.part(store).ok_or(StoreError::Gone)?;
+        Ok((part, self.disks.get(part.disk).ok_or(StoreError::Gone)?))
+    }
+}
+
+impl PageStore for Disks {
+    fn start(
+        &self,
+        store: StoreId,
+        direction: Direction,
+        first: u64,
+        frames: &[Pfn],
+        token: IoToken,
+    ) -> Result<(), StoreError> {
+        let (part, disk) = self.disk_of(store)?;
+        let transfer = Transfer::new(part, first, frames)?;
+        let way = match direction {
+            Direction::In => blk::Direction::Read,
+            Direction::Out => blk::Direction::Write,
+        };
+        let mut blk = disk.blk.lock();
+        if let (Direction::In, Some((at, bytes))) = (direction, transfer.tail) {
+            // SAFETY: the frame is the transfer's alone by `PageStore::start`'s contract, RAM is mapped where it
+            // is, and the tail ends with the page.
+            unsafe { core::ptr::with_exposed_provenance_mut::<u8>(at).write_bytes(0, bytes) };
+        }
+        // SAFETY: the frames are RAM and the device's until the completion, by `PageStore::start`'s contract: the
+        // VM keeps them busy (P2).
+        unsafe { blk.start(way, transfer.sector, &transfer.segments, token.0) }.map_err(store_error)
+    }
+
+    fn start_flush(&self, store: StoreId, token: IoToken) -> Result<(), StoreError> {
+        self.disk_of(store)?.1.blk.lock().start_flush(token.0).map_err(store_error)
+    }
+
+    fn discard(&self, store: StoreId, first: u64, pages: u64) {
+        let Ok((part, disk)) = self.disk_of(store) else { return };
+        let start = first.saturating_mul(PER_PAGE).min(part.sectors);
+        let mut left = pages.saturating_mul(PER_PAGE).min(part.sectors - start);
+        let mut sector = part.first_sector + start;
+        let mut blk = disk.blk.lock();
+        // Bounded by the queue: when it is full the rest is forgotten, which advice may be.
+        while left > 0 {
+            let Ok(taken) = blk.discard(sector, left) else { return };
+            sector += taken;
+            left -= taken;
+        }
+    }
+
+    fn pages(&self, store: StoreId) -> u64 {
+        self.part(store).map_or(0, |part| part.sectors.div_ceil(PER_PAGE))
+    }
+}
+
+/// A transfer, as a disk takes it.
+#[derive(Debug, PartialEq, Eq)]
+struct Transfer {
+    sector: u64,
+    segments: ArrayVec<Segment, MAX_SEGMENTS>,
+    /// Address and length of what lies in the last frame behind the store's end, and reads as zero.
+    tail: Option<(usize, usize)>,
+}
+
+impl Transfer {
+    fn new(part: &Part, first: u64, frames: &[Pfn]) -> Result<Self, StoreError> {
+        let start = first.checked_mul(PER_PAGE).filter(|start| *start < part.sectors);
+        let start = start.ok_or(StoreError::Refused)?;
+        let mut left = (part.sectors - start) * SECTOR;
+        let mut transfer = Self { sector: part.first_sector + start, segments: ArrayVec::new(), tail: None };
+        for frame in frames {
+            let bytes = left.min(PAGE_SIZE);
+            let base = frame.base();
+            let size = u32::try_from(bytes).map_err(|_| StoreError::Refused)?;
+            if size == 0 {
+                return Err(StoreError::Refused);
+            }
+            left -= bytes;
+            if bytes < PAGE_SIZE {
+                let number = |value: u64| usize::try_from(value).map_err(|_| StoreError::Refused);
+                transfer.tail = Some((number(base.bits() + bytes)?, number(PAGE_SIZE - bytes)?));
+            }
+            // A neighbour of the last frame lengthens its segment.
+            if let Some(last) = transfer.segments.last_mut()
+                && last.base.checked_add(u64::from(last.bytes)) == Some(base)
+                && let Some(joined) = last.bytes.checked_add(size)
+            {
+                last.bytes = joined;
+                continue;
+            }
+            let segment = Segment { base, bytes: size };
+            transfer.segments.try_push(segment).map_err(|_| StoreError::Refused)?;
+        }
+        Ok(transfer)
+    }
+}
+
+fn store_error(error: BlkError) -> StoreError {
+    match error {
+        BlkError::Busy => StoreError::Busy,
+        BlkError::Io => StoreError::Io,
+        BlkError::Refused => StoreError::Refused,
+        BlkError::Gone => StoreError::Gone,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmobject::addr::PhysAddr;
+
+    fn part() -> Part {
+        Part { disk: 0, name: String::new(), first_sector: 100, sectors: 20 }
+    }
+
+    fn segment(base: u64, bytes: u32) -> Segment {
+        Segment { base: PhysAddr::new(base), bytes }
+    }
+
+    #[test]
+    fn neighbouring_frames_are_one_segment() {
+        let frames = [Pfn::new(5), Pfn::new(6), Pfn::new(8)];
+        let part = Part { sectors: 1000, ..part() };
+        let transfer = Transfer::new(&part, 2, &frames).unwrap();
+        assert_eq!(transfer.sector, 116);
+        assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 0x2000), segment(0x8000, 0x1000)]);
+        assert_eq!(transfer.tail, None);
+    }
+
+    #[test]
+    fn the_last_part_of_a_page_is_transferred_and_the_rest_of_its_frame_is_zeroed() {
+        let transfer = Transfer::new(&part(), 2, &[Pfn::new(5)]).unwrap();
+        assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 4 * 512)]);
+        assert_eq!(transfer.tail, Some((0x5800, 0x800)));
+    }
+
+    #[test]
+    fn pages_past_the_end_are_refused() {
+        assert_eq!(Transfer::new(&part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
+        assert_eq!(Transfer::new(&part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
+        assert_eq!(Transfer::new(&part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
+    }
+
+    #[test]
+    fn a_store_that_does_not_exist_has_no_pages_and_takes_nothing() {
+        let disks = Disks::new();
+        assert_eq!(disks.pages(StoreId(0)), 0);
+        let started = disks.start(StoreId(0), Direction::In, 0, &[], IoToken(1));
+        assert_eq!(started, Err(StoreError::Gone));
+    }
+}
