@@ -15,4 +15,5 @@ extern crate std;
 
 pub mod arch;
 pub mod mm;
+pub mod vdev;
 pub mod loader;

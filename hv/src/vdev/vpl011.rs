@@ -1,0 +1,210 @@
+//! The console's UART: a PL011 whose line is infinitely fast.
+//!
+//! What is written is sent at once, so the transmit FIFO is always empty; what is typed waits in a receive
+//! FIFO of sixteen bytes (one, while FIFOs are off). There is no time in it, so the receive timeout is
+//! raised as soon as anything is there. Registers may be read and written with any size. Used by `guest`.
+
+use super::primecell_id;
+
+/// Bytes that the receive FIFO holds.
+pub const FIFO: usize = 16;
+
+const DR: u64 = 0x00;
+const RSR: u64 = 0x04;
+const FR: u64 = 0x18;
+const ILPR: u64 = 0x20;
+const IBRD: u64 = 0x24;
+const FBRD: u64 = 0x28;
+const LCR_H: u64 = 0x2c;
+const CR: u64 = 0x30;
+const IFLS: u64 = 0x34;
+const IMSC: u64 = 0x38;
+const RIS: u64 = 0x3c;
+const MIS: u64 = 0x40;
+const ICR: u64 = 0x44;
+const DMACR: u64 = 0x48;
+
+const FR_RXFE: u16 = 1 << 4;
+const FR_RXFF: u16 = 1 << 6;
+const FR_TXFE: u16 = 1 << 7;
+const LCR_FEN: u16 = 1 << 4;
+const CR_LOOPBACK: u16 = 1 << 7;
+const INT_RX: u16 = 1 << 4;
+const INT_TX: u16 = 1 << 5;
+const INT_TIMEOUT: u16 = 1 << 6;
+const INT_ALL: u16 = 0x7ff;
+
+const ID: [u8; 8] = [0x11, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
+
+/// A UART.
+#[derive(Clone, Debug)]
+pub struct Vpl011 {
+    fifo: [u8; FIFO],
+    first: usize,
+    count: usize,
+    low_power: u16,
+    baud_whole: u16,
+    baud_part: u16,
+    line: u16,
+    control: u16,
+    levels: u16,
+    mask: u16,
+    raised: u16,
+    dma: u16,
+}
+
+impl Default for Vpl011 {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Vpl011 {
+    /// As after reset.
+    pub const fn new() -> Self {
+        Self {
+            fifo: [0; FIFO],
+            first: 0,
+            count: 0,
+            low_power: 0,
+            baud_whole: 0,
+            baud_part: 0,
+            line: 0,
+            control: 0x300,
+            levels: 0x12,
+            mask: 0,
+            raised: 0,
+            dma: 0,
+        }
+    }
+
+    /// Whether its interrupt line is high.
+    pub const fn level(&self) -> bool {
+        self.raised & self.mask != 0
+    }
+
+    /// How many bytes [`Self::push`] would take now.
+    pub const fn room(&self) -> usize {
+        self.depth().saturating_sub(self.count)
+    }
+
+    /// A typed byte arrives; false when there is no room, and it must be kept.
+    pub fn push(&mut self, byte: u8) -> bool {
+        if self.room() == 0 {
+            return false;
+        }
+        self.fifo[(self.first + self.count) % FIFO] = byte;
+        self.count += 1;
+        if self.count >= self.trigger() {
+            self.raised |= INT_RX;
+        }
+        self.raised |= INT_TIMEOUT;
+        true
+    }
+
+    /// Reads the register at `offset`; a part of one, when not at its start.
+    pub fn read(&mut self, offset: u64) -> u64 {
+        let register = u64::from(self.register(offset & !3));
+        register >> (8 * (offset & 3))
+    }
+
+    fn register(&mut self, offset: u64) -> u16 {
+        match offset {
+            DR => self.take(),
+            FR => {
+                let mut flags = FR_TXFE;
+                if self.count == 0 {
+                    flags |= FR_RXFE;
+                }
+                if self.room() == 0 {
+                    flags |= FR_RXFF;
+                }
+                flags
+            }
+            ILPR => self.low_power,
+            IBRD => self.baud_whole,
+            FBRD => self.baud_part,
+            LCR_H => self.line,
+            CR => self.control,
+            IFLS => self.levels,
+            IMSC => self.mask,
+            RIS => self.raised,
+            MIS => self.raised & self.mask,
+            DMACR => self.dma,
+            0xfe0..=0xfff => u16::try_from(primecell_id(&ID, offset)).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    /// Writes the register at `offset`; the byte that it sends, if it sends one.
+    pub fn write(&mut self, offset: u64, value: u64) -> Option<u8> {
+        let [byte, high, ..] = value.to_le_bytes();
+        let value = u16::from_le_bytes([byte, high]);
+        match offset {
+            DR => return self.send(byte),
+            // Errors never happen, so clearing them is nothing.
+            RSR => {}
+            ILPR => self.low_power = value & 0xff,
+            IBRD => self.baud_whole = value,
+            FBRD => self.baud_part = value & 0x3f,
+            LCR_H => {
+                // Turning the FIFOs on or off empties them.
+                if (self.line ^ value) & LCR_FEN != 0 {
+                    self.first = 0;
+                    self.count = 0;
+                }
+                self.line = value & 0xff;
+            }
+            CR => self.control = value & 0xff87,
+            IFLS => self.levels = value & 0x3f,
+            IMSC => self.mask = value & INT_ALL,
+            ICR => self.raised &= !value,
+            DMACR => self.dma = value & 7,
+            _ => {}
+        }
+        None
+    }
+
+    fn send(&mut self, byte: u8) -> Option<u8> {
+        // Gone at once: the FIFO passes its threshold with every byte.
+        self.raised |= INT_TX;
+        if self.control & CR_LOOPBACK != 0 {
+            self.push(byte);
+            return None;
+        }
+        Some(byte)
+    }
+
+    fn take(&mut self) -> u16 {
+        if self.count == 0 {
+            return 0;
+        }
+        let byte = self.fifo[self.first];
+        self.first = (self.first + 1) % FIFO;
+        self.count -= 1;
+        if self.count < self.trigger() {
+            self.raised &= !INT_RX;
+        }
+        if self.count == 0 {
+            self.raised &= !INT_TIMEOUT;
+        }
+        u16::from(byte)
+    }
+
+    const fn depth(&self) -> usize {
+        if self.line & LCR_FEN != 0 { FIFO } else { 1 }
+    }
+
+    const fn trigger(&self) -> usize {
+        if self.line & LCR_FEN == 0 {
+            return 1;
+        }
+        match self.levels >> 3 & 7 {
+            0 => FIFO / 8,
+            1 => FIFO / 4,
+            2 => FIFO / 2,
+            3 => FIFO * 3 / 4,
+            _ => FIFO * 7 / 8,
+        }
+    }
+}

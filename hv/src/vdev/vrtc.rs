@@ -1,0 +1,112 @@
+//! The clock: a PL031, which counts seconds and raises its line at one of them.
+//!
+//! The caller passes the guest's counter in; the clock keeps the second that a counter of zero stands for.
+//! Used by `guest`.
+
+use super::{low, primecell_id};
+
+const DR: u64 = 0x00;
+const MR: u64 = 0x04;
+const LR: u64 = 0x08;
+const CR: u64 = 0x0c;
+const IMSC: u64 = 0x10;
+const RIS: u64 = 0x14;
+const MIS: u64 = 0x18;
+const ICR: u64 = 0x1c;
+
+const ID: [u8; 8] = [0x31, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
+
+/// A clock.
+#[derive(Clone, Debug)]
+pub struct Vrtc {
+    /// Counts per second; not zero.
+    frequency: u64,
+    /// The second at a count of zero.
+    base: u32,
+    loaded: u32,
+    /// The second of the alarm.
+    alarm: u32,
+    mask: bool,
+    raised: bool,
+    /// The alarm can still happen: it lies ahead.
+    armed: bool,
+}
+
+impl Vrtc {
+    /// A clock that shows `seconds` (since 1970) when the counter, of `frequency` Hz, is zero.
+    pub const fn new(frequency: u64, seconds: u32) -> Self {
+        let frequency = if frequency == 0 { 1 } else { frequency };
+        Self { frequency, base: seconds, loaded: seconds, alarm: 0, mask: false, raised: false, armed: false }
+    }
+
+    const fn seconds(&self, now: u64) -> u32 {
+        self.base.wrapping_add(low(now / self.frequency))
+    }
+
+    /// Reads the register at `offset` when the counter is at `now`.
+    pub fn read(&mut self, offset: u64, now: u64) -> u64 {
+        self.update(now);
+        match offset {
+            DR => u64::from(self.seconds(now)),
+            MR => u64::from(self.alarm),
+            LR => u64::from(self.loaded),
+            CR => 1,
+            IMSC => u64::from(self.mask),
+            RIS => u64::from(self.raised),
+            MIS => u64::from(self.raised && self.mask),
+            0xfe0..=0xfff => primecell_id(&ID, offset),
+            _ => 0,
+        }
+    }
+
+    /// Writes the register at `offset` when the counter is at `now`.
+    pub fn write(&mut self, offset: u64, value: u64, now: u64) {
+        self.update(now);
+        let value = low(value);
+        match offset {
+            MR => {
+                self.alarm = value;
+                self.arm(now);
+            }
+            LR => {
+                self.loaded = value;
+                self.base = value.wrapping_sub(low(now / self.frequency));
+                self.arm(now);
+            }
+            IMSC => self.mask = value & 1 != 0,
+            ICR if value & 1 != 0 => self.raised = false,
+            _ => {}
+        }
+    }
+
+    fn arm(&mut self, now: u64) {
+        let ahead = self.alarm.wrapping_sub(self.seconds(now));
+        if ahead == 0 {
+            self.raised = true;
+        }
+        // Half the range is ahead, half is behind: a second that has passed comes again in 136 years.
+        self.armed = ahead != 0 && ahead < 1 << 31;
+    }
+
+    /// Lets time come to `now`; whether the interrupt line is high.
+    pub fn update(&mut self, now: u64) -> bool {
+        if self.armed && self.alarm.wrapping_sub(self.seconds(now)).wrapping_sub(1) >= 1 << 31 {
+            self.armed = false;
+            self.raised = true;
+        }
+        self.level()
+    }
+
+    /// Whether the interrupt line is high.
+    pub const fn level(&self) -> bool {
+        self.raised && self.mask
+    }
+
+    /// The count at which the line rises by itself, if it will.
+    pub fn deadline(&self) -> Option<u64> {
+        if !self.armed || !self.mask {
+            return None;
+        }
+        u64::from(self.alarm.wrapping_sub(self.base)).checked_mul(self.frequency)
+    }
+}
