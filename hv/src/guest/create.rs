@@ -9,6 +9,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Once;
 use vmobject::VmError;
@@ -56,11 +57,26 @@ pub struct Image {
 }
 
 static IMAGES: Once<Vec<Image>> = Once::new();
+/// The second, since 1970, when the host's counter was zero.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
 static MACHINE_RANDOM: Ranked<{ rank::RANDOM }, Option<Generator>> = Ranked::new(None);
 
 /// Says which images there are; once, at boot.
 pub fn set_images(images: Vec<Image>) {
     IMAGES.call_once(|| images);
+}
+
+/// Says what time it is, in seconds since 1970: for guests' clocks.
+pub fn set_time(seconds: u64) {
+    let since = timer::now() / timer::freq().max(1);
+    EPOCH.store(seconds.saturating_sub(since), Ordering::Relaxed);
+}
+
+/// What time it is.
+fn seconds() -> u32 {
+    let now = EPOCH.load(Ordering::Relaxed).wrapping_add(timer::now() / timer::freq().max(1));
+    // The clock has 32 bits, and wraps in 2106.
+    u32::try_from(now & 0xffff_ffff).unwrap_or(0)
 }
 
 /// Seeds the generator that every guest's own comes from.
@@ -224,7 +240,7 @@ fn prepare(
         let _ = first.power_on(plan.entry.bits(), plan.x0, held);
     }
     Ok(Parts {
-        devices: Devices::new(config.vcpus, gich::nr_lrs(), timer::freq()),
+        devices: Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds()),
         vcpus: vcpus.into_boxed_slice(),
         random,
         log: log.unwrap_or_default(),

@@ -1,18 +1,35 @@
 //! One guest's devices, under one lock, joined by their interrupt lines.
 //!
-//! `vdev` holds each device's logic and knows nothing of the others; here the console's line meets the
-//! interrupt controller, and each timer its private interrupt. Every function returns the vCPUs that have
-//! something to look at. Called by `mmio`'s callers, `sysreg` and `sched`.
+//! `vdev` holds each device's logic and knows nothing of the others; here the console's and the clock's
+//! lines meet the interrupt controller, and each timer its private interrupt. Functions return the vCPUs that
+//! have something to look at. The list registers in this CPU are read by [`Devices::sync`] and written by
+//! [`Devices::flush`]. Called by `memory`, `sysreg` and `sched`.
+
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
 
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
+use crate::arch::{gich, switch};
+use crate::vdev::vgic::SgiRegister;
 use crate::vdev::{Vgic, Vpl011, Vrtc, Vtimer};
-use alloc::collections::VecDeque;
-use alloc::vec::Vec;
-use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_VIRTUAL_TIMER};
+use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
 
 /// How much may be typed before the guest reads it.
 const TYPE_AHEAD: usize = 4096;
+/// ICH_HCR_EL2: the virtual interface is on.
+const ICH_HCR_EN: u32 = 1;
+/// ICH_HCR_EL2.EOIcount's place.
+const ICH_HCR_EOI_SHIFT: u32 = 27;
+
+/// What a flush wants from the caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flushed {
+    /// Make the virtual timer's physical interrupt inactive.
+    pub release_timer: bool,
+    /// Other vCPUs that have something to look at.
+    pub kicks: u64,
+}
 
 /// The devices of a guest.
 pub struct Devices {
@@ -29,30 +46,56 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Devices out of reset, for `vcpus` vCPUs.
-    pub fn new(vcpus: usize, lrs: usize, freq: u64) -> Self {
+    /// Devices out of reset, for `vcpus` vCPUs; the clock starts at `seconds`.
+    pub fn new(vcpus: usize, lrs: usize, freq: u64, seconds: u32) -> Self {
         Self {
             vgic: Vgic::new(vcpus, lrs),
             uart: Vpl011::new(),
-            rtc: Vrtc::new(freq),
+            rtc: Vrtc::new(freq, seconds),
             timers: (0..vcpus).map(|_| Vtimer::new()).collect(),
             typed: VecDeque::new(),
         }
     }
 
-    /// Reads a device register of `1 << size` bytes.
+    /// Reads a device register of `1 << size` bytes, for the vCPU `reader`, which is on this CPU.
     #[inline]
-    pub fn read(&mut self, target: Target, size: u8, now: u64) -> (u64, u64) {
-        let bytes = 1usize << size;
+    pub fn read(&mut self, target: Target, size: u8, reader: usize, now: u64) -> (u64, u64) {
         match target {
             Target::Uart(offset) => {
                 let value = self.uart.read(offset);
-                (value, self.update_uart())
+                // Only taking a byte moves anything.
+                let kicks = if offset & !3 == 0 { self.update_uart() } else { 0 };
+                (value, kicks)
             }
-            Target::Distributor(offset) => (self.vgic.dist_read(offset, bytes), 0),
-            Target::Redistributor(vcpu, offset) => (self.vgic.redist_read(vcpu, offset, bytes), 0),
+            Target::Distributor(_) | Target::Redistributor(..) => {
+                let value = self.read_gic(target, size);
+                let stale = self.vgic.take_stale();
+                if stale.is_empty() { (value, 0) } else { self.read_stale(target, size, reader, stale.0) }
+            }
             Target::Rtc(offset) => (self.rtc.read(offset, now), 0),
         }
+    }
+
+    #[inline]
+    fn read_gic(&mut self, target: Target, size: u8) -> u64 {
+        let bytes = 1usize << size;
+        match target {
+            Target::Distributor(offset) => self.vgic.dist_read(offset, bytes),
+            Target::Redistributor(vcpu, offset) => self.vgic.redist_read(vcpu, offset, bytes),
+            Target::Uart(_) | Target::Rtc(_) => 0,
+        }
+    }
+
+    /// The register shows what list registers hold: ours are read back, others' CPUs are asked to.
+    #[cold]
+    fn read_stale(&mut self, target: Target, size: u8, reader: usize, stale: u64) -> (u64, u64) {
+        let mut kicks = stale;
+        if stale & 1 << reader != 0 {
+            kicks |= self.sync(reader);
+        }
+        let value = self.read_gic(target, size);
+        let _ = self.vgic.take_stale();
+        (value, kicks)
     }
 
     /// Writes a device register of `1 << size` bytes.
@@ -69,12 +112,12 @@ impl Devices {
             }
             Target::Rtc(offset) => {
                 self.rtc.write(offset, value, now);
-                Effect::default()
+                Effect::of(self.vgic.set_spi(INTID_PL031, self.rtc.level()))
             }
         }
     }
 
-    /// Brings the console's line to the interrupt controller, and typed bytes to the console.
+    /// Brings typed bytes to the console, and its line to the interrupt controller.
     fn update_uart(&mut self) -> u64 {
         while let Some(&byte) = self.typed.front() {
             if !self.uart.push(byte) {
@@ -96,17 +139,24 @@ impl Devices {
     }
 
     /// A vCPU sends software interrupts.
-    pub fn sgi(&mut self, from: usize, value: u64) -> u64 {
-        self.vgic.sgi1r(from, value).0
+    pub fn sgi(&mut self, from: usize, register: SgiRegister, value: u64) -> u64 {
+        self.vgic.sgi(from, register, value).0
+    }
+
+    /// A vCPU on this CPU deactivates an interrupt by a trapped ICC_DIR_EL1.
+    pub fn deactivate(&mut self, vcpu: usize, intid: u32) -> u64 {
+        let kicks = self.sync(vcpu) | self.vgic.deactivate(vcpu, intid).0;
+        // Its list registers are out of date now.
+        kicks | 1 << vcpu
     }
 
     /// Reads a register of a vCPU's physical timer.
     pub fn timer_read(&mut self, vcpu: usize, register: TimerRegister, now: u64) -> u64 {
         let Some(timer) = self.timers.get(vcpu) else { return 0 };
         match register {
-            TimerRegister::Value => timer.tval(now),
-            TimerRegister::Control => timer.ctl(now),
-            TimerRegister::Compare => timer.cval(),
+            TimerRegister::Value => timer.value(now),
+            TimerRegister::Control => timer.control(now),
+            TimerRegister::Compare => timer.compare(),
         }
     }
 
@@ -114,50 +164,96 @@ impl Devices {
     pub fn timer_write(&mut self, vcpu: usize, register: TimerRegister, value: u64, now: u64) -> u64 {
         let Some(timer) = self.timers.get_mut(vcpu) else { return 0 };
         match register {
-            TimerRegister::Value => timer.set_tval(value, now),
-            TimerRegister::Control => timer.set_ctl(value),
-            TimerRegister::Compare => timer.set_cval(value),
+            TimerRegister::Value => timer.set_value(value, now),
+            TimerRegister::Control => timer.set_control(value),
+            TimerRegister::Compare => timer.set_compare(value),
         }
-        let level = timer.level(now);
+        let level = timer.update(now);
         self.vgic.set_ppi(vcpu, INTID_PHYSICAL_TIMER, level).0
     }
 
-    /// Looks at a vCPU's physical timer; true when its line changed something for the vCPU.
-    pub fn timer_update(&mut self, vcpu: usize, now: u64) -> bool {
-        let Some(timer) = self.timers.get(vcpu) else { return false };
-        let level = timer.level(now);
-        self.vgic.set_ppi(vcpu, INTID_PHYSICAL_TIMER, level).0 != 0
+    /// Looks at the lines that time alone moves; the vCPUs that have something to look at.
+    pub fn timer_update(&mut self, vcpu: usize, now: u64) -> u64 {
+        let Some(timer) = self.timers.get_mut(vcpu) else { return 0 };
+        let level = timer.update(now);
+        let mut kicks = self.vgic.set_ppi(vcpu, INTID_PHYSICAL_TIMER, level);
+        if self.rtc.deadline().is_some_and(|at| at <= now) {
+            let level = self.rtc.update(now);
+            kicks |= self.vgic.set_spi(INTID_PL031, level);
+        }
+        kicks.0
     }
 
-    /// When a vCPU's physical timer fires, in the guest's time; `None` when it does not or already did.
+    /// When [`Self::timer_update`] has something to do for a vCPU, in the guest's time. The clock's alarm
+    /// belongs to the first.
     pub fn timer_deadline(&self, vcpu: usize) -> Option<u64> {
-        self.timers.get(vcpu)?.deadline()
+        let timer = self.timers.get(vcpu)?.deadline();
+        let alarm = if vcpu == 0 { self.rtc.deadline() } else { None };
+        match (timer, alarm) {
+            (Some(timer), Some(alarm)) => Some(timer.min(alarm)),
+            (timer, alarm) => timer.or(alarm),
+        }
     }
 
-    /// The virtual timer's physical interrupt was taken for a vCPU.
-    pub fn timer_fired(&mut self, vcpu: usize) {
-        // The kick would be for the vCPU that the caller has at hand.
-        let _ = self.vgic.set_ppi(vcpu, INTID_VIRTUAL_TIMER, true);
+    /// Takes back what this CPU's list registers hold of a vCPU.
+    pub fn sync(&mut self, vcpu: usize) -> u64 {
+        let mut listed = self.vgic.listed(vcpu);
+        if listed == 0 {
+            return 0;
+        }
+        let mut lrs = [0; gich::MAX_LRS];
+        while listed != 0 {
+            let n = listed.trailing_zeros() as usize;
+            listed &= listed - 1;
+            if let Some(lr) = lrs.get_mut(n) {
+                *lr = gich::read_lr(n);
+            }
+        }
+        let mut kicks = self.vgic.sync(vcpu, &lrs).0;
+        let ended = gich::read_hcr() >> ICH_HCR_EOI_SHIFT;
+        if ended != 0 {
+            kicks |= self.vgic.ended_unlisted(vcpu, ended).0;
+            gich::set_hcr(gich::read_hcr() & !(0x1f << ICH_HCR_EOI_SHIFT));
+        }
+        kicks
     }
 
-    /// True while the virtual timer's interrupt is pending or active in the guest: then the physical one
-    /// is active, and the guest's end of interrupt ends both.
-    pub fn timer_interrupt_is_live(&self, vcpu: usize) -> bool {
-        self.vgic.is_live(vcpu, INTID_VIRTUAL_TIMER)
+    /// Brings this CPU's list registers up to date for a vCPU that is about to run on it.
+    pub fn flush(&mut self, vcpu: usize) -> Flushed {
+        let kicks = self.sync(vcpu);
+        if self.vgic.timer_waits(vcpu) && !timer_is_high(switch::virtual_timer().0) {
+            self.vgic.timer_dropped(vcpu);
+        }
+        if !self.vgic.is_dirty(vcpu) {
+            return Flushed { release_timer: false, kicks };
+        }
+        let mut lrs = [0; gich::MAX_LRS];
+        let flushed = self.vgic.flush(vcpu, &mut lrs);
+        let mut changed = flushed.changed;
+        while changed != 0 {
+            let n = changed.trailing_zeros() as usize;
+            changed &= changed - 1;
+            gich::write_lr(n, lrs.get(n).copied().unwrap_or(0));
+        }
+        gich::set_hcr(ICH_HCR_EN | flushed.hcr);
+        Flushed { release_timer: flushed.release_timer, kicks: kicks | flushed.kicks.0 }
     }
 
-    /// Takes back what the list registers hold.
-    pub fn vgic_sync(&mut self, vcpu: usize, lrs: &[u64]) {
-        self.vgic.sync(vcpu, lrs);
+    /// Takes everything of a vCPU out of this CPU's list registers: it leaves.
+    pub fn unlist(&mut self, vcpu: usize) -> u64 {
+        let mut listed = self.vgic.listed(vcpu);
+        let kicks = self.sync(vcpu) | self.vgic.unlist(vcpu).0;
+        while listed != 0 {
+            gich::write_lr(listed.trailing_zeros() as usize, 0);
+            listed &= listed - 1;
+        }
+        gich::set_hcr(0);
+        kicks
     }
+}
 
-    /// Fills the list registers; the answer is what else the interface's control register needs.
-    pub fn vgic_flush(&mut self, vcpu: usize, lrs: &mut [u64]) -> u32 {
-        self.vgic.flush(vcpu, lrs)
-    }
-
-    /// True when an interrupt would be signalled to a vCPU that has `vmcr`, its own masks aside.
-    pub fn vgic_pending(&self, vcpu: usize, vmcr: u64) -> bool {
-        self.vgic.has_pending(vcpu, vmcr)
-    }
+/// True when a virtual timer with this control register holds its line high.
+pub const fn timer_is_high(control: u64) -> bool {
+    // Enabled, not masked, condition met.
+    control & 0b111 == 0b101
 }

@@ -146,7 +146,7 @@ fn device(
             let value = mmio::stored(access, &run.context.regs);
             devices.write(target, access.size, value, run.guest.time())
         } else {
-            let (value, kicks) = devices.read(target, access.size, run.guest.time());
+            let (value, kicks) = devices.read(target, access.size, run.vcpu.index, run.guest.time());
             run.context.regs.write(usize::from(access.rt), mmio::extended(access, value));
             mmio::Effect { kicks, output: None }
         }

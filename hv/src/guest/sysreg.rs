@@ -9,6 +9,7 @@ use super::debug::{self, Outcome};
 use super::exit::Run;
 use super::syndrome::{SysAccess, SysReg};
 use crate::arch;
+use crate::vdev::vgic::SgiRegister;
 use vmobject::lock::Held;
 
 use super::rank;
@@ -27,12 +28,15 @@ pub enum Emulated {
 const ICC_SGI1R: SysReg = SysReg::new(3, 0, 12, 11, 5);
 const ICC_ASGI1R: SysReg = SysReg::new(3, 0, 12, 11, 6);
 const ICC_SGI0R: SysReg = SysReg::new(3, 0, 12, 11, 7);
+const ICC_DIR: SysReg = SysReg::new(3, 0, 12, 11, 1);
 const CNTPCT: SysReg = SysReg::new(3, 3, 14, 0, 1);
 const CNTPCTSS: SysReg = SysReg::new(3, 3, 14, 0, 5);
 const CNTP_TVAL: SysReg = SysReg::new(3, 3, 14, 2, 0);
 const CNTP_CTL: SysReg = SysReg::new(3, 3, 14, 2, 1);
 const CNTP_CVAL: SysReg = SysReg::new(3, 3, 14, 2, 2);
 const ACTLR: SysReg = SysReg::new(3, 0, 1, 0, 1);
+const REVIDR: SysReg = SysReg::new(3, 0, 0, 0, 6);
+const AIDR: SysReg = SysReg::new(3, 1, 0, 0, 7);
 const DC_ISW: SysReg = SysReg::new(1, 0, 7, 6, 2);
 const DC_CSW: SysReg = SysReg::new(1, 0, 7, 10, 2);
 const DC_CISW: SysReg = SysReg::new(1, 0, 7, 14, 2);
@@ -57,18 +61,22 @@ pub fn access(
 ) -> Emulated {
     match access.register {
         ICC_SGI1R | ICC_ASGI1R | ICC_SGI0R if access.read => Emulated::Undefined,
-        ICC_SGI1R => {
+        ICC_SGI1R => send(run, SgiRegister::Sgi1R, value, held),
+        ICC_ASGI1R => send(run, SgiRegister::Asgi1R, value, held),
+        ICC_SGI0R => send(run, SgiRegister::Sgi0R, value, held),
+        // Traps only while more interrupts are active than there are list registers.
+        ICC_DIR if !access.read => {
+            let intid = u32::try_from(value & 0xff_ffff).unwrap_or(0);
             let (mut devices, _held) = run.guest.devices.lock(held);
-            run.kicks |= devices.sgi(run.vcpu.index, value);
+            run.kicks |= devices.deactivate(run.vcpu.index, intid);
             Emulated::Done
         }
-        // Group 0 and the other security state's group 1: our guests have neither.
-        ICC_ASGI1R | ICC_SGI0R => Emulated::Done,
         CNTPCT | CNTPCTSS if access.read => Emulated::Value(run.guest.time()),
         CNTP_TVAL => timer(run, TimerRegister::Value, access.read, value, held),
         CNTP_CTL => timer(run, TimerRegister::Control, access.read, value, held),
         CNTP_CVAL => timer(run, TimerRegister::Compare, access.read, value, held),
-        ACTLR if access.read => Emulated::Value(0),
+        // What these say is the implementer's, and would differ from host to host.
+        ACTLR | REVIDR | AIDR if access.read => Emulated::Value(0),
         ACTLR => Emulated::Done,
         // A guest that cleans by set and way wants its data in memory, now, from this CPU. Invalidating
         // alone would lose a neighbour's data, so that cleans too.
@@ -78,6 +86,18 @@ pub fn access(
         }
         register => other(run, SysAccess { register, ..access }, value),
     }
+}
+
+#[inline]
+fn send(
+    run: &mut Run<'_>,
+    register: SgiRegister,
+    value: u64,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Emulated {
+    let (mut devices, _held) = run.guest.devices.lock(held);
+    run.kicks |= devices.sgi(run.vcpu.index, register, value);
+    Emulated::Done
 }
 
 fn other(run: &mut Run<'_>, access: SysAccess, value: u64) -> Emulated {

@@ -20,8 +20,6 @@ use super::wait::Sleepers;
 
 /// ICH_HCR_EL2: the virtual interface is on.
 const ICH_HCR_EN: u32 = 1;
-/// CNTV_CTL: enabled, not masked, the condition is met.
-const TIMER_FIRED: u64 = 0b101;
 
 /// What this CPU's main loop knows.
 pub struct Cpu {
@@ -33,8 +31,6 @@ pub struct Cpu {
     pub fp_live: bool,
     /// The list registers must be written from the virtual interrupt controller before entry.
     pub flush: bool,
-    /// The list registers have been read back since the vCPU last ran.
-    pub synced: bool,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
     /// vCPUs that wait for a time.
@@ -44,15 +40,7 @@ pub struct Cpu {
 impl Cpu {
     /// A CPU with nothing loaded.
     pub fn new(id: usize) -> Self {
-        Self {
-            id,
-            loaded: None,
-            fp_live: false,
-            flush: false,
-            synced: true,
-            slice_end: 0,
-            sleepers: Sleepers::new(),
-        }
+        Self { id, loaded: None, fp_live: false, flush: false, slice_end: 0, sleepers: Sleepers::new() }
     }
 
     /// True when a vCPU's registers are in this CPU.
@@ -87,12 +75,11 @@ impl Cpu {
         gich::set_hcr(ICH_HCR_EN);
         {
             let (devices, _held) = guest.devices.lock(held);
-            outside.set_timer_active(devices.timer_interrupt_is_live(vcpu.index));
+            outside.set_timer_active(devices.vgic.timer_is_live(vcpu.index));
         }
         fpsimd::trap(true);
         self.fp_live = false;
         self.flush = true;
-        self.synced = true;
         vcpu.loaded_on.store(self.id, Ordering::SeqCst);
         self.loaded = Some(entry.clone());
     }
@@ -101,9 +88,10 @@ impl Cpu {
     pub fn unload(&mut self, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         let Some(entry) = self.loaded.take() else { return };
         let (guest, vcpu) = (&*entry.guest, entry.vcpu());
+        let kicks;
         {
             let (mut context, mut held) = vcpu.context.lock(held);
-            self.sync(guest, vcpu, &mut held);
+            kicks = guest.devices.lock(&mut held).0.unlist(vcpu.index);
             switch::save_el1(&mut context.el1);
             if self.fp_live {
                 fpsimd::save(&mut context.fp);
@@ -113,10 +101,6 @@ impl Cpu {
             let vgic = &mut context.vgic;
             gich::read_aprs(&mut vgic.ap0r, &mut vgic.ap1r);
         }
-        for lr in 0..gich::nr_lrs() {
-            gich::write_lr(lr, 0);
-        }
-        gich::set_hcr(0);
         arch::el2::set_virtual_serror(false);
         // Its timer must not fire into whoever comes next, and its interrupt's active state goes with it.
         switch::stop_virtual_timer();
@@ -124,34 +108,23 @@ impl Cpu {
         fpsimd::trap(true);
         self.fp_live = false;
         vcpu.loaded_on.store(NOWHERE, Ordering::SeqCst);
+        super::wake_many(&entry.guest, kicks & !(1 << vcpu.index), held);
     }
 
-    /// Reads the list registers back into the virtual interrupt controller.
-    pub fn sync(&mut self, guest: &Guest, vcpu: &Vcpu, held: &mut Held<'_, { rank::VCPU }>) {
-        if self.synced {
-            return;
-        }
-        let mut lrs = [0; gich::MAX_LRS];
-        let used = gich::nr_lrs().min(lrs.len());
-        for (n, lr) in lrs[..used].iter_mut().enumerate() {
-            *lr = gich::read_lr(n);
-        }
-        guest.devices.lock(held).0.vgic_sync(vcpu.index, &lrs[..used]);
-        self.synced = true;
-    }
-
-    /// Writes the list registers from the virtual interrupt controller.
-    pub fn flush(&mut self, guest: &Guest, vcpu: &Vcpu, held: &mut Held<'_, { rank::VCPU }>) {
-        self.sync(guest, vcpu, held);
-        let mut lrs = [0; gich::MAX_LRS];
-        let used = gich::nr_lrs().min(lrs.len());
-        let more = guest.devices.lock(held).0.vgic_flush(vcpu.index, &mut lrs[..used]);
-        for (n, &lr) in lrs[..used].iter().enumerate() {
-            gich::write_lr(n, lr);
-        }
-        gich::set_hcr(ICH_HCR_EN | more);
+    /// Brings the list registers up to date before an entry; the other vCPUs that have something to look at.
+    pub fn flush(
+        &mut self,
+        guest: &Guest,
+        vcpu: &Vcpu,
+        outside: &dyn Outside,
+        held: &mut Held<'_, { rank::VCPU }>,
+    ) -> u64 {
         self.flush = false;
-        self.synced = false;
+        let flushed = guest.devices.lock(held).0.flush(vcpu.index);
+        if flushed.release_timer {
+            outside.set_timer_active(false);
+        }
+        flushed.kicks
     }
 
     /// True when PSCI has switched a vCPU on and it has not run since.
@@ -168,17 +141,6 @@ impl Cpu {
             *power = Power::On;
         }
     }
-}
-
-/// When the virtual timer of a vCPU will fire, in host ticks, as its saved registers say; `None` when it
-/// will not.
-pub fn virtual_deadline(control: u64, compare: u64, offset: u64) -> Option<u64> {
-    (control & 0b11 == 1).then(|| compare.saturating_add(offset))
-}
-
-/// True when the virtual timer's line is high.
-pub const fn fired(control: u64) -> bool {
-    control & 0b111 == TIMER_FIRED
 }
 
 /// Ticks in `ms` milliseconds.

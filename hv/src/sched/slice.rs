@@ -9,13 +9,15 @@ use core::sync::atomic::Ordering;
 use crate::arch::context::Trap;
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, switch, timer};
+use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Ending, Exit, Run, Waiting};
 use crate::guest::vcpu::{Context, State, VcpuRef, count};
 use crate::guest::{Life, rank};
+use crate::vdev::vtimer::virtual_deadline;
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
 
-use super::load::{Cpu, fired, ticks, virtual_deadline};
+use super::load::{Cpu, ticks};
 use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, start, wake};
 
 /// The interrupt by which CPUs kick each other.
@@ -107,7 +109,10 @@ fn go(
     let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
     loop {
         if cpu.flush {
-            cpu.flush(guest, vcpu, held);
+            let kicks = cpu.flush(guest, vcpu, outside, held) & !(1 << vcpu.index);
+            if kicks != 0 {
+                super::wake_many(&entry.guest, kicks, held);
+            }
         }
         let trap = switch::enter(&mut run.context.regs);
         count(&vcpu.counts.exits);
@@ -184,30 +189,24 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
 /// A WFI: waits unless an interrupt is there already.
 fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> Option<Leaves> {
     let (guest, vcpu) = (&*entry.guest, entry.vcpu());
-    cpu.sync(guest, vcpu, held);
     cpu.flush = true;
-    let vmcr = crate::arch::gich::read_vmcr();
-    let (pending, physical) = {
-        let (devices, _held) = guest.devices.lock(held);
-        (devices.vgic_pending(vcpu.index, vmcr), devices.timer_deadline(vcpu.index))
-    };
     let (control, compare) = switch::virtual_timer();
-    if pending || (fired(control) && !irq_is_masked_by_active(guest, vcpu.index, held)) {
+    let (here, physical, kicks) = {
+        let (mut devices, _held) = guest.devices.lock(held);
+        let kicks = devices.sync(vcpu.index);
+        let pending = devices.vgic.has_pending(vcpu.index, crate::arch::gich::read_vmcr());
+        // High, and its interrupt not yet with the guest: it is about to fire here.
+        let fires = timer_is_high(control) && !devices.vgic.timer_is_live(vcpu.index);
+        (pending || fires, devices.timer_deadline(vcpu.index), kicks)
+    };
+    super::wake_many(&entry.guest, kicks & !(1 << vcpu.index), held);
+    if here {
         return None;
     }
     count(&vcpu.counts.waits);
-    let virtual_timer = virtual_deadline(control, compare, guest.offset).unwrap_or(u64::MAX);
-    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset));
-    block(cpu, entry, virtual_timer.min(physical))
-}
-
-/// True when the timer's interrupt is already with the guest: then the line alone wakes nobody.
-fn irq_is_masked_by_active(
-    guest: &crate::guest::Guest,
-    index: usize,
-    held: &mut Held<'_, { rank::VCPU }>,
-) -> bool {
-    guest.devices.lock(held).0.timer_interrupt_is_live(index)
+    let virtual_timer = virtual_deadline(control, compare, guest.offset).filter(|_| !timer_is_high(control));
+    let physical = physical.map(|at| at.saturating_add(guest.offset));
+    block(cpu, entry, virtual_timer.unwrap_or(u64::MAX).min(physical.unwrap_or(u64::MAX)))
 }
 
 /// Leaves the CPU until somebody wakes the vCPU, or `deadline`.
@@ -277,7 +276,7 @@ fn interrupted(
     count(&vcpu.counts.interrupts);
     let seen = acknowledge(outside, held);
     if seen.timer {
-        guest.devices.lock(held).0.timer_fired(vcpu.index);
+        let _ = guest.devices.lock(held).0.vgic.timer_fired(vcpu.index);
         cpu.flush = true;
     }
     // A kick may mean new interrupts for us; the maintenance interrupt does.
@@ -286,9 +285,9 @@ fn interrupted(
         vcpu.take_note();
     }
     if seen.ticked {
-        if guest.devices.lock(held).0.timer_update(vcpu.index, guest.time()) {
-            cpu.flush = true;
-        }
+        let kicks = guest.devices.lock(held).0.timer_update(vcpu.index, guest.time());
+        cpu.flush |= kicks & 1 << vcpu.index != 0;
+        super::wake_many(&entry.guest, kicks & !(1 << vcpu.index), held);
         while let Some(sleeper) = cpu.sleepers.expired(timer::now()) {
             wake(&sleeper, held);
         }
@@ -317,7 +316,7 @@ pub fn idle_interrupts(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_,
         return;
     }
     if let Some(entry) = cpu.loaded.clone() {
-        entry.guest.devices.lock(held).0.timer_fired(entry.vcpu().index);
+        let _ = entry.guest.devices.lock(held).0.vgic.timer_fired(entry.vcpu().index);
         wake(&entry, held);
     }
 }
