@@ -1,2 +1,65 @@
-//! Says why it exists.
+//! Tiny EL1 guests, one behaviour each, and the little they share.
+//!
+//! A guest is a module with a `run` function, and a program in `bin/` that names it. It is entered at RAM
+//! start + 512 KiB with the MMU off and the device tree in X0, prints to the PL011, ends with one line,
+//! `guest NAME: ok` or `guest NAME: FAILED why`, and switches itself off. A failed `assert!` is the usual
+//! way to fail. Options come from the command line as words, `seed=7`.
+//!
+//! The runtime first: `start.S` is the way in, `trap` what happens on an exception, `runtime` the machine
+//! as a guest knows it; `register`, `mmio`, `console`, `power`, `mmu`, `gic`, `timer` are thin. On the host
+//! there is nothing here: each program is an empty one.
 #![no_std]
+#![cfg_attr(
+    target_os = "none",
+    expect(unsafe_code, reason = "programs without a system below, some of which misbehave for a living")
+)]
+
+#[cfg(target_os = "none")]
+#[macro_use]
+mod register;
+#[cfg(target_os = "none")]
+#[macro_use]
+pub mod console;
+#[cfg(target_os = "none")]
+#[macro_use]
+pub mod trap;
+#[cfg(target_os = "none")]
+pub mod gic;
+#[cfg(target_os = "none")]
+pub mod mmio;
+#[cfg(target_os = "none")]
+pub mod mmu;
+#[cfg(target_os = "none")]
+pub mod power;
+#[cfg(target_os = "none")]
+pub mod runtime;
+#[cfg(target_os = "none")]
+pub mod timer;
+
+// The guests.
+#[cfg(target_os = "none")]
+pub mod hello;
+
+/// Makes a program of the guest with that name.
+#[macro_export]
+macro_rules! program {
+    ($guest:ident) => {
+        #[cfg(target_os = "none")]
+        #[panic_handler]
+        fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+            $crate::runtime::fail(stringify!($guest), info)
+        }
+
+        /// Called by `_start` with the device tree's address.
+        #[cfg(target_os = "none")]
+        #[expect(unsafe_code, reason = "assembly calls it by name")]
+        #[unsafe(no_mangle)]
+        extern "C" fn guest_main(tree: u64) -> ! {
+            $crate::runtime::run(stringify!($guest), $crate::$guest::run, tree)
+        }
+
+        /// There is nothing to do on the host.
+        #[cfg(not(target_os = "none"))]
+        fn main() {}
+    };
+}

@@ -1,0 +1,46 @@
+//! The PL011, polled, one byte at a time, and `println!` over it.
+
+use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use hv_abi::machine::PL011;
+
+use crate::mmio::{read32, write8};
+
+const UARTDR: u64 = PL011.base;
+const UARTFR: u64 = PL011.base + 0x18;
+const TRANSMIT_FULL: u32 = 1 << 5;
+
+/// One line at a time, whichever vCPU prints it.
+static LINE: AtomicBool = AtomicBool::new(false);
+
+struct Console;
+
+impl Write for Console {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for byte in text.bytes() {
+            while read32(UARTFR) & TRANSMIT_FULL != 0 {}
+            write8(UARTDR, byte);
+        }
+        Ok(())
+    }
+}
+
+/// Prints a line. A line that is never finished, because a trap came in its middle, holds up the next one
+/// only for a while.
+pub fn line(text: fmt::Arguments<'_>) {
+    for _ in 0..10_000_000 {
+        if !LINE.swap(true, Ordering::Acquire) {
+            break;
+        }
+        core::hint::spin_loop();
+    }
+    // The PL011 takes everything.
+    let _ = writeln!(Console, "{text}\r");
+    LINE.store(false, Ordering::Release);
+}
+
+/// Prints a line.
+macro_rules! println {
+    ($($text:tt)*) => { $crate::console::line(format_args!($($text)*)) };
+}
