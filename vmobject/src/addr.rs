@@ -215,7 +215,7 @@ impl IpaRange {
     }
     /// The addresses of its pages, in order.
     pub fn iter_pages(self) -> impl Iterator<Item = Ipa> {
-        (self.start.0..self.end.0).step_by(PAGE_SIZE as usize).map(Ipa)
+        (self.start.0..self.end.0).step_by(1 << PAGE_SHIFT).map(Ipa)
     }
     /// The same as a range of [`Ipa`].
     pub const fn as_range(self) -> Range<Ipa> {

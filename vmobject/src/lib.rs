@@ -3,8 +3,12 @@
 //! Stage 2 is a cache of the map. The map is made of objects. An object is a cache of its pager. Any
 //! layer may forget and ask the one below again.
 //!
-//! Modules, each using only those before it:
-//! `addr` `prot` `lock` `pmap` `store`.
+//! Everything is reached through one [`Vm`], which lives as long as the machine. All of it works through
+//! `&self`; the locks are inside, and a [`Held`] proves that they are taken in order.
+//!
+//! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
+//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `object` `pager` `map` `fault` `describe`
+//! `check` `testing`.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -12,7 +16,139 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod check;
+pub mod describe;
+pub mod fault;
+pub mod limits;
 pub mod lock;
+pub mod map;
+pub mod object;
+pub mod page;
+pub mod pager;
 pub mod pmap;
 pub mod prot;
+pub mod stats;
 pub mod store;
+
+use alloc::sync::Weak;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use addr::Pfn;
+use lock::{Held, REGISTRY, Ranked};
+use map::Map;
+use object::{ObjectId, Objects, Pager};
+use page::Frames;
+use pager::Transfers;
+use stats::{Counts, Stats};
+use store::{Machine, PageStore as _, PhysMemory as _, StoreId};
+
+pub use map::Share;
+
+/// Why a call to build something was refused. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmError {
+    /// The heap has no room for the books.
+    NoMemory,
+    /// There are no frames at all.
+    NoFrames,
+    /// The range is empty, too large, or lies outside the object.
+    Range,
+    /// Something is mapped there already.
+    Overlap,
+    /// The object's pager takes no writes.
+    ReadOnly,
+    /// A limit of [`limits`] is reached: this one.
+    Limit(&'static str),
+}
+
+struct Maps<M: Machine> {
+    list: Vec<Weak<Map<M>>>,
+    next: u32,
+}
+
+/// The whole memory system.
+pub struct Vm<M: Machine> {
+    machine: M,
+    frames: Frames,
+    objects: Objects,
+    transfers: Transfers,
+    maps: Ranked<REGISTRY, Maps<M>>,
+    stats: Stats,
+}
+
+impl<M: Machine> Vm<M> {
+    /// Takes over these frames.
+    pub fn new(machine: M, frames: &[Range<Pfn>]) -> Result<Self, VmError> {
+        Ok(Self {
+            machine,
+            frames: Frames::new(frames)?,
+            objects: Objects::new(),
+            transfers: Transfers::new(),
+            maps: Ranked::new(Maps { list: Vec::new(), next: 0 }),
+            stats: Stats::new(),
+        })
+    }
+
+    /// The machine it runs on.
+    pub const fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// The object of a store that is only read: the same one for everybody who asks while it lives. The
+    /// caller has a reference to it now.
+    pub fn image<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        let pages = u32::try_from(self.machine.store().pages(store)).map_err(|_| VmError::Range)?;
+        if pages == 0 {
+            return Err(VmError::Range);
+        }
+        self.objects.image(store, pages, &self.frames, held)
+    }
+
+    /// A new object of this many zero pages, with one reference: the caller's.
+    pub fn anonymous<const OUTER: u8>(
+        &self,
+        pages: u32,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        if pages == 0 {
+            return Err(VmError::Range);
+        }
+        self.objects.create(pages, Pager::None, None, held)
+    }
+
+    /// Gives a reference back.
+    pub fn release<const OUTER: u8>(&self, object: ObjectId, held: &mut Held<'_, OUTER>) {
+        self.objects.release(object, &self.frames, held);
+    }
+
+    /// One more reference.
+    pub fn reference<const OUTER: u8>(
+        &self,
+        object: ObjectId,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        self.objects.reference(object, held)
+    }
+
+    /// A frame of zeros for a translation table. Only a pmap may ask: it is called under its lock.
+    pub fn alloc_table_frame(&self) -> Option<Pfn> {
+        let frame = self.frames.allocate_table(&mut Held::under_pmap())?;
+        self.machine.memory().zero(frame);
+        Some(frame)
+    }
+
+    /// Gives a table's frame back. No walker may reach it any more.
+    pub fn free_table_frame(&self, frame: Pfn) {
+        self.frames.free_table(frame, &mut Held::under_pmap());
+    }
+
+    /// What happened since the start, in all maps that live and in what they share.
+    pub fn stats(&self) -> Counts {
+        self.stats.counts()
+    }
+}

@@ -4,6 +4,10 @@
 //! deepest rank that a call chain holds; trap entry makes the first one, of rank 0. Locking needs a
 //! `&mut` to it and gives back a deeper one, so a rank can be taken only under smaller ranks, once.
 //!
+//! Two doors lead past that, both narrow. [`Descent`] goes down a shadow chain hand over hand: objects
+//! have one rank, and a shadow comes before what it shadows, so there is an order although the type
+//! does not show it. [`RankedRw::write_below`] is the same for a single step.
+//!
 //! ```compile_fail
 //! use vmobject::lock::{self, Held, Ranked};
 //! let queues = Ranked::<{ lock::QUEUES }, u32>::new(0);
@@ -25,19 +29,24 @@
 
 use core::marker::PhantomData;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
+use spin::rwlock::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+/// What a caller of the VM may hold: the ranks of guests and schedulers, 1 to 9.
+pub const CALLER: u8 = 9;
 /// One guest's map: its entries.
 pub const MAP: u8 = 10;
 /// One object; a shadow before what it shadows.
 pub const OBJECT: u8 = 20;
+/// Who maps and who shadows each object: the reverse map's structure.
+pub const LINKS: u8 = 25;
 /// One guest's stage-2 tables.
 pub const PMAP: u8 = 30;
 /// The registry of objects: ids, pager identities, the cache.
 pub const REGISTRY: u8 = 40;
-/// The page queues.
+/// Transfers in flight.
+pub const IO: u8 = 45;
+/// The page queues, the free list among them.
 pub const QUEUES: u8 = 50;
-/// The free list of frames.
-pub const FREE: u8 = 60;
 /// A backing store's own state.
 pub const STORE: u8 = 70;
 
@@ -49,6 +58,22 @@ pub type Guard<'a, T> = SpinMutexGuard<'a, T>;
 
 /// Proof of the deepest rank this call chain holds.
 pub struct Held<'h, const RANK: u8>(PhantomData<&'h mut ()>);
+
+impl<const RANK: u8> Held<'_, RANK> {
+    /// The same proof, claiming that more is held than is: always safe, and makes callers of
+    /// different ranks alike.
+    pub const fn deepen<const TO: u8>(&mut self) -> Held<'_, TO> {
+        const { assert!(RANK <= TO, "a proof cannot become shallower") };
+        Held(PhantomData)
+    }
+}
+
+impl Held<'static, PMAP> {
+    /// The proof for code that a pmap calls back into: whoever called the pmap holds at most that.
+    pub(crate) const fn under_pmap() -> Self {
+        Self(PhantomData)
+    }
+}
 
 impl Held<'static, 0> {
     /// The proof of holding nothing. Only trap entry, a CPU's main loop and tests may make one: a
@@ -76,5 +101,79 @@ impl<const RANK: u8, T> Ranked<RANK, T> {
     /// The value, without locking: nobody else can have it.
     pub fn get_mut(&mut self) -> &mut T {
         self.0.get_mut()
+    }
+}
+
+/// Data that many may read and one may change, under locks of smaller rank.
+pub struct RankedRw<const RANK: u8, T>(RwLock<T>);
+
+/// A reader's guard.
+pub type Reading<'a, T> = RwLockReadGuard<'a, T>;
+/// A writer's guard.
+pub type Writing<'a, T> = RwLockWriteGuard<'a, T>;
+
+impl<const RANK: u8, T> RankedRw<RANK, T> {
+    /// Wraps a value.
+    pub const fn new(value: T) -> Self {
+        Self(RwLock::new(value))
+    }
+
+    /// Locks for reading, beside other readers.
+    pub fn read<'h, const OUTER: u8>(
+        &'h self,
+        _outer: &'h mut Held<'_, OUTER>,
+    ) -> (Reading<'h, T>, Held<'h, RANK>) {
+        const { assert!(OUTER < RANK, "lock taken against the order in lock.rs") };
+        (self.0.read(), Held(PhantomData))
+    }
+
+    /// Locks for writing, alone.
+    pub fn write<'h, const OUTER: u8>(
+        &'h self,
+        _outer: &'h mut Held<'_, OUTER>,
+    ) -> (Writing<'h, T>, Held<'h, RANK>) {
+        const { assert!(OUTER < RANK, "lock taken against the order in lock.rs") };
+        (self.0.write(), Held(PhantomData))
+    }
+
+    /// Starts down a chain at this object, read-locked; `OUTER` may be the object's own rank when the
+    /// caller holds an object that shadows this one.
+    pub(crate) fn descend<'h, const OUTER: u8>(
+        &'h self,
+        _outer: &'h mut Held<'_, OUTER>,
+    ) -> Descent<'h, RANK, T> {
+        const { assert!(OUTER <= RANK, "lock taken against the order in lock.rs") };
+        Descent { guard: self.0.read(), held: Held(PhantomData) }
+    }
+
+    /// Write-locks what the caller's object shadows.
+    pub(crate) fn write_below<'h>(
+        &'h self,
+        _outer: &'h mut Held<'_, RANK>,
+    ) -> (Writing<'h, T>, Held<'h, RANK>) {
+        (self.0.write(), Held(PhantomData))
+    }
+}
+
+/// A way down a shadow chain: one object read-locked at a time, the next before the last is let go.
+pub(crate) struct Descent<'h, const RANK: u8, T> {
+    guard: Reading<'h, T>,
+    held: Held<'h, RANK>,
+}
+
+impl<'h, const RANK: u8, T> Descent<'h, RANK, T> {
+    /// One step down, to what the present object shadows.
+    pub(crate) fn step(&mut self, next: &'h RankedRw<RANK, T>) {
+        self.guard = next.0.read();
+    }
+
+    /// The object where we are.
+    pub(crate) fn here(&self) -> &T {
+        &self.guard
+    }
+
+    /// The object where we are, and the proof for locks below it.
+    pub(crate) fn split(&mut self) -> (&T, &mut Held<'h, RANK>) {
+        (&self.guard, &mut self.held)
     }
 }

@@ -1,0 +1,264 @@
+//! The audit: every numbered invariant that can be seen from outside, now.
+//!
+//! Tests call it after every step; the monitor calls it on a live machine. Each part looks under the lock
+//! that guards it, so an answer is exact only while no guest runs. The names in a [`Violation`] are those
+//! in the modules' headers and in the design's list (I1, I3).
+
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
+
+use crate::Vm;
+use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::lock::{Held, OBJECT};
+use crate::map::{Entry, Map};
+use crate::object::index::Slot;
+use crate::object::{Life, Pager, State};
+use crate::page::{Owner, Queue};
+use crate::pmap::{Leaf, Pmap as _};
+use crate::prot::Prot;
+use crate::store::Machine;
+
+/// What was looked at, when all of it was in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audit {
+    /// Frames.
+    pub frames: u32,
+    /// Live objects.
+    pub objects: u32,
+    /// Slots that are not absent.
+    pub slots: u32,
+    /// Maps.
+    pub maps: u32,
+    /// Map entries.
+    pub entries: u32,
+    /// Valid leaves.
+    pub leaves: u64,
+}
+
+/// What is not as it must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The invariant's name.
+    pub invariant: &'static str,
+    /// What is wrong, in words.
+    pub what: &'static str,
+    /// Where: a frame, an object's number or an address, and the page in it.
+    pub place: (u64, u64),
+}
+
+fn broken<T>(
+    invariant: &'static str,
+    what: &'static str,
+    place: impl Into<u64>,
+    page: impl Into<u64>,
+) -> Result<T, Violation> {
+    Err(Violation { invariant, what, place: (place.into(), page.into()) })
+}
+
+impl<M: Machine> Vm<M> {
+    /// Looks at everything.
+    pub fn check<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Result<Audit, Violation> {
+        let mut audit = Audit::default();
+        let mut wanted = Vec::new();
+        self.check_objects(&mut audit, &mut wanted, held)?;
+        for map in self.live_maps(held) {
+            audit.maps += 1;
+            self.check_map(&map, &mut audit, &mut wanted, held)?;
+        }
+        self.check_references(&wanted, held)?;
+        self.check_frames(&mut audit, held)?;
+        Ok(audit)
+    }
+
+    fn live_maps<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Vec<Arc<Map<M>>> {
+        self.maps.lock(held).0.list.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// O2, O4, P3 from the object's side; gathers the references that shadows hold.
+    fn check_objects<const OUTER: u8>(
+        &self,
+        audit: &mut Audit,
+        wanted: &mut Vec<u32>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), Violation> {
+        let used = self.objects.used(held);
+        wanted.resize(used as usize, 0);
+        for number in 0..used {
+            let Some(object) = self.objects.at(number) else { continue };
+            let shadow = {
+                let (state, mut held) = object.read(held);
+                if state.life == Life::Vacant {
+                    continue;
+                }
+                audit.objects += 1;
+                self.check_slots(&state, audit, &mut held)?;
+                state.shadow
+            };
+            let Some(shadow) = shadow else { continue };
+            let (below, _held) = self.objects.get(shadow.object).read(held);
+            if below.id() != shadow.object || below.life != Life::Live {
+                return broken("O2", "shadows an object that is gone", number, 0u32);
+            }
+            wanted[shadow.object.number() as usize] += 1;
+        }
+        Ok(())
+    }
+
+    fn check_slots(
+        &self,
+        state: &State,
+        audit: &mut Audit,
+        _held: &mut Held<'_, OBJECT>,
+    ) -> Result<(), Violation> {
+        let number = state.id().number();
+        let mut resident = 0;
+        for (page, slot) in state.index.iter() {
+            audit.slots += 1;
+            if page.number() >= state.pages {
+                return broken("I13", "a page behind the object's end", number, page.number());
+            }
+            let Slot::Resident(frame) = slot else { continue };
+            resident += 1;
+            match self.frames.find(frame) {
+                Some(p) if p.owner() == Owner::Object(number, page) => {
+                    if p.is_busy() && state.paging == 0 {
+                        return broken("O4", "busy without a transfer", number, page.number());
+                    }
+                }
+                Some(_) | None => return broken("P3", "a slot names another's frame", number, page.number()),
+            }
+        }
+        if resident != state.index.counts().resident {
+            return broken("P3", "the resident count is wrong", number, resident);
+        }
+        Ok(())
+    }
+
+    /// M1, M2, M3 and, leaf by leaf, I1 and I3.
+    fn check_map<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        audit: &mut Audit,
+        wanted: &mut [u32],
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), Violation> {
+        let (entries, mut held) = map.entries.write(held);
+        let mut end = Ipa::new(0);
+        for entry in entries.iter() {
+            audit.entries += 1;
+            let start = entry.range.start();
+            if entry.range.is_empty() || start < end {
+                return broken("M1", "entries overlap or are empty", start.bits(), 0u32);
+            }
+            end = entry.range.end();
+            let (pages, pager) = {
+                let (state, _held) = self.objects.get(entry.object).read(&mut held);
+                if state.id() != entry.object || state.life != Life::Live {
+                    return broken("M2", "the entry's object is gone", start.bits(), 0u32);
+                }
+                (state.pages, state.pager)
+            };
+            wanted[entry.object.number() as usize] += 1;
+            if u64::from(entry.first.number()) + entry.range.pages() > u64::from(pages) {
+                return broken("M2", "the entry is longer than its object", start.bits(), pages);
+            }
+            if !entry.needs_copy && entry.prot.allows(Prot::WRITE) && pager != Pager::None {
+                return broken("M3", "an image is mapped writable", start.bits(), entry.object.number());
+            }
+            for at in entry.range.iter_pages() {
+                let leaf = map.pmap.lock(&mut held).0.lookup(at);
+                let Some(leaf) = leaf else { continue };
+                audit.leaves += 1;
+                let (mut place, mut hops) = (entry.object, 0);
+                let mut index = entry.page_at(at);
+                // Down the chain to the page that the guest must see.
+                while let Some(page) = index {
+                    let (state, _held) = self.objects.get(place).read(&mut held);
+                    if state.index.get(page) != Slot::Absent || page.number() >= state.pages {
+                        break;
+                    }
+                    let Some((below, page)) = state.below(page) else { break };
+                    (place, index, hops) = (below, Some(page), hops + 1);
+                }
+                let slot = index
+                    .map_or(Slot::Absent, |page| self.objects.get(place).read(&mut held).0.index.get(page));
+                Self::check_leaf(entry, at, leaf, slot, hops)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_leaf(entry: &Entry, at: Ipa, leaf: Leaf, slot: Slot, hops: u32) -> Result<(), Violation> {
+        if slot != Slot::Resident(leaf.frame) {
+            return broken(
+                "I1",
+                "a leaf reaches a frame that is not its page",
+                at.bits(),
+                leaf.frame.number(),
+            );
+        }
+        let writable = leaf.prot.allows(Prot::WRITE);
+        if writable && (hops > 0 || entry.needs_copy) {
+            return broken("I3", "a shared page is mapped writable", at.bits(), leaf.frame.number());
+        }
+        if !entry.prot.allows(leaf.prot) {
+            return broken("I3", "a leaf allows more than its entry", at.bits(), leaf.frame.number());
+        }
+        Ok(())
+    }
+
+    /// O1.
+    fn check_references<const OUTER: u8>(
+        &self,
+        wanted: &[u32],
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), Violation> {
+        for (number, &wanted) in (0..).zip(wanted) {
+            let Some(object) = self.objects.at(number) else { continue };
+            let (state, _held) = object.read(held);
+            if state.refs < wanted {
+                return broken("O1", "fewer references than referrers", number, wanted);
+            }
+        }
+        Ok(())
+    }
+
+    /// P1, P2, and P3 from the frame's side.
+    fn check_frames<const OUTER: u8>(
+        &self,
+        audit: &mut Audit,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), Violation> {
+        if let Err(frame) = self.frames.check_queues(held) {
+            return broken("P1", "a queue is not what its pages say", frame.number(), 0u32);
+        }
+        for (frame, page) in self.frames.iter() {
+            audit.frames += 1;
+            let fits = match page.owner() {
+                Owner::Free => page.queue() == Queue::Free,
+                Owner::Table => page.queue() == Queue::None,
+                Owner::Object(object, index) => self.owns(object, index, frame, held),
+                Owner::Absent => false,
+            };
+            if !fits {
+                return broken("P3", "a frame's owner does not know it", frame.number(), 0u32);
+            }
+        }
+        if audit.frames != self.frames.total() {
+            return broken("P1", "frames are lost", audit.frames, self.frames.total());
+        }
+        Ok(())
+    }
+
+    fn owns<const OUTER: u8>(
+        &self,
+        object: u32,
+        index: PageIndex,
+        frame: Pfn,
+        held: &mut Held<'_, OUTER>,
+    ) -> bool {
+        let Some(object) = self.objects.at(object) else { return false };
+        let (state, _held) = object.read(held);
+        state.life != Life::Vacant && state.index.get(index) == Slot::Resident(frame)
+    }
+}

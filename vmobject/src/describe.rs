@@ -1,0 +1,183 @@
+//! Saying what there is: objects, maps, memory, for the monitor and for people.
+//!
+//! Each answer is a value first ([`ObjectInfo`], [`MemoryInfo`]) and text second, so that a program can
+//! have the same. Locks are taken for one object at a time: a live machine is a moving picture.
+
+use core::fmt::{self, Write};
+
+use crate::Vm;
+use crate::lock::Held;
+use crate::map::{Entry, Map};
+use crate::object::index::SlotCounts;
+use crate::object::{Life, ObjectId, Pager, Shadow};
+use crate::page::{Owner, QueueLengths};
+use crate::store::Machine;
+
+/// One object.
+#[derive(Clone, Copy, Debug)]
+pub struct ObjectInfo {
+    /// Its name.
+    pub id: ObjectId,
+    /// Its size in pages.
+    pub pages: u32,
+    /// References.
+    pub refs: u32,
+    /// Its pages, by where they are.
+    pub counts: SlotCounts,
+    /// What it shadows.
+    pub shadow: Option<Shadow>,
+    /// Its pager.
+    pub pager: Pager,
+    /// Transfers in flight.
+    pub paging: u32,
+    /// Bytes of its index.
+    pub index_bytes: usize,
+}
+
+/// All frames, by owner and queue.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryInfo {
+    /// Frames that the VM has.
+    pub total: u32,
+    /// Frames that guests' pages leave alone.
+    pub reserve: u32,
+    /// By queue.
+    pub queues: QueueLengths,
+    /// Frames of objects that are on no queue.
+    pub off_queue: u32,
+    /// Objects alive.
+    pub objects: u32,
+    /// Transfers in flight.
+    pub transfers: usize,
+}
+
+impl<M: Machine> Vm<M> {
+    /// Shows each live object to `each`.
+    pub fn for_each_object<const OUTER: u8>(
+        &self,
+        held: &mut Held<'_, OUTER>,
+        mut each: impl FnMut(ObjectInfo),
+    ) {
+        for number in 0..self.objects.used(held) {
+            let Some(object) = self.objects.at(number) else { continue };
+            let info = {
+                let (state, _held) = object.read(held);
+                if state.life == Life::Vacant {
+                    continue;
+                }
+                ObjectInfo {
+                    id: state.id(),
+                    pages: state.pages,
+                    refs: state.refs,
+                    counts: state.index.counts(),
+                    shadow: state.shadow,
+                    pager: state.pager,
+                    paging: state.paging,
+                    index_bytes: state.index.bytes(),
+                }
+            };
+            each(info);
+        }
+    }
+
+    /// Shows each entry of a map to `each`, in order.
+    pub fn for_each_entry<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        held: &mut Held<'_, OUTER>,
+        each: impl FnMut(&Entry),
+    ) {
+        map.entries.read(held).0.iter().for_each(each);
+    }
+
+    /// Frames by owner and queue.
+    pub fn memory<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> MemoryInfo {
+        let queues = self.frames.lengths(held);
+        let queued = queues.free + queues.active + queues.inactive + queues.laundry + queues.tables;
+        MemoryInfo {
+            total: self.frames.total(),
+            reserve: self.frames.reserve(),
+            queues,
+            off_queue: self.frames.total() - queued,
+            objects: self.objects.live(held),
+            transfers: self.transfers.count(held),
+        }
+    }
+
+    /// Writes a line for each object.
+    pub fn describe_objects<const OUTER: u8>(
+        &self,
+        out: &mut dyn Write,
+        held: &mut Held<'_, OUTER>,
+    ) -> fmt::Result {
+        writeln!(out, "object    pages    resident swapped  zero     refs pager     shadows")?;
+        let mut result = Ok(());
+        self.for_each_object(held, |info| {
+            if result.is_ok() {
+                result = line(out, &info);
+            }
+        });
+        result
+    }
+
+    /// Writes a line for each entry of a map.
+    pub fn describe_map<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        out: &mut dyn Write,
+        held: &mut Held<'_, OUTER>,
+    ) -> fmt::Result {
+        let mut result = Ok(());
+        self.for_each_entry(map, held, |entry| {
+            if result.is_ok() {
+                let copy = if entry.needs_copy { " needs-copy" } else { "" };
+                let (range, first) = (entry.range, entry.first.number());
+                let (prot, object) = (entry.prot, entry.object.number());
+                result = writeln!(out, "{range:?} {prot:?} object {object} from page {first}{copy}");
+            }
+        });
+        let tables = map.with_pmap(held, |pmap| crate::pmap::Pmap::tables(pmap));
+        result?;
+        writeln!(out, "{tables} table frames")
+    }
+
+    /// Writes where the frames are.
+    pub fn describe_memory<const OUTER: u8>(
+        &self,
+        out: &mut dyn Write,
+        held: &mut Held<'_, OUTER>,
+    ) -> fmt::Result {
+        let info = self.memory(held);
+        let lines = [
+            ("frames", info.total),
+            ("free", info.queues.free),
+            ("reserve", info.reserve),
+            ("active", info.queues.active),
+            ("inactive", info.queues.inactive),
+            ("laundry", info.queues.laundry),
+            ("tables", info.queues.tables),
+            ("off queue", info.off_queue),
+            ("objects", info.objects),
+        ];
+        lines.iter().try_for_each(|(name, count)| writeln!(out, "{name:10} {count:10}"))
+    }
+
+    /// Whose a frame is.
+    pub fn owner(&self, frame: crate::addr::Pfn) -> Owner {
+        self.frames.find(frame).map_or(Owner::Absent, crate::page::VmPage::owner)
+    }
+}
+
+fn line(out: &mut dyn Write, info: &ObjectInfo) -> fmt::Result {
+    let (number, counts) = (info.id.number(), info.counts);
+    write!(out, "{number:<9} {:<8} {:<8} {:<8} ", info.pages, counts.resident, counts.swapped)?;
+    write!(out, "{:<8} {:<4} ", counts.zero, info.refs)?;
+    match info.pager {
+        Pager::None => write!(out, "{:<10}", "-")?,
+        Pager::Image(store) => write!(out, "image {:<4}", store.0)?,
+    }
+    match info.shadow {
+        None => writeln!(out, "-"),
+        Some(Shadow { object, .. }) => writeln!(out, "{}", object.number()),
+    }
+}

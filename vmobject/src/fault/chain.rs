@@ -1,0 +1,67 @@
+//! Walking a shadow chain down to a page.
+//!
+//! One object is locked for reading at a time, hand over hand, so a thousand clones look at one template
+//! together. What was found stays valid as long as the descent stands where it found it. Called by the
+//! fault; calls `object`.
+
+use crate::Vm;
+use crate::addr::{PageIndex, Pfn};
+use crate::lock::{Descent, OBJECT};
+use crate::object::index::Slot;
+use crate::object::{ObjectId, Pager, State};
+use crate::store::{IoToken, Machine};
+
+/// A page in an object of the chain.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Page {
+    /// Its frame.
+    pub(super) frame: Pfn,
+    /// Which page of its owner it is.
+    pub(super) index: PageIndex,
+    /// Steps below the object where the look began.
+    pub(super) depth: u32,
+    /// Every object from the first one looked at down to the owner is anonymous and has one reference.
+    pub(super) sole: bool,
+}
+
+/// What a look down the chain came to. The descent stands at the object that decided it.
+pub(super) enum Found {
+    /// It is there.
+    Page(Page),
+    /// It is there, but a transfer has it.
+    Busy(IoToken),
+    /// This object's pager has it.
+    PageIn(ObjectId, PageIndex),
+    /// Nobody has anything: it is zero.
+    Nothing,
+}
+
+impl<M: Machine> Vm<M> {
+    /// Looks for a page from where the descent stands.
+    pub(super) fn look<'h>(&'h self, chain: &mut Descent<'h, OBJECT, State>, mut index: PageIndex) -> Found {
+        let (mut depth, mut sole) = (0, true);
+        loop {
+            let state = chain.here();
+            if index.number() >= state.pages {
+                return Found::Nothing; // behind the end of what is shadowed
+            }
+            sole &= state.is_sole_anonymous();
+            match state.index.get(index) {
+                Slot::Resident(frame) => {
+                    let page = self.frames.page(frame);
+                    if page.is_busy() {
+                        return Found::Busy(page.transfer());
+                    }
+                    return Found::Page(Page { frame, index, depth, sole });
+                }
+                Slot::Zero => return Found::Nothing,
+                Slot::Swapped(_) => return Found::PageIn(state.id(), index),
+                Slot::Absent if state.pager != Pager::None => return Found::PageIn(state.id(), index),
+                Slot::Absent => {}
+            }
+            let Some((object, below)) = state.below(index) else { return Found::Nothing };
+            (index, depth) = (below, depth + 1);
+            chain.step(self.objects.get(object));
+        }
+    }
+}

@@ -1,0 +1,449 @@
+//! Fault handling: from a stage-2 abort to a mapped page (`vm_fault.c`).
+//!
+//! Read top-down: look the address up, look in the top object, walk the shadow chain, page in, copy if
+//! the guest writes, enter the mapping. Nothing here sleeps: a fault that must wait says for what, its
+//! vCPU parks, and the fault runs again from the top; surviving the second run is what makes the first
+//! one correct. EL2's own accesses to guest memory take the same way and end in a copy of bytes.
+//!
+//! Called by whoever runs guests. Calls `map`, `object`, `pager`, the pmap. Locks: the map for reading,
+//! the top object until the mapping is entered, objects below it hand over hand, then the pmap.
+//!
+//! # Invariants
+//! F1. A leaf is entered under the lock of the object that owns the frame, and under that of the top
+//!     object: so neither eviction nor another vCPU's copy comes between the look and the leaf.
+//! F2. Only a page of the top object, and only through an entry without `needs_copy`, is mapped
+//!     writable (I3).
+
+mod around;
+mod chain;
+mod cow;
+
+use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::limits::MAX_RESTARTS;
+use crate::lock::{CALLER, Held, MAP, OBJECT};
+use crate::map::{Entry, Map};
+use crate::object::index::Slot;
+use crate::object::{ObjectId, Pager, State};
+use crate::page::Queue;
+use crate::pmap::{OutOfTables, Pmap as _};
+use crate::prot::Prot;
+use crate::stats::Event;
+use crate::store::{IoToken, Machine, PhysMemory as _, StoreError};
+use crate::{Vm, VmError};
+use around::Around;
+use chain::Found;
+
+/// How a fault was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faulted {
+    /// The page is mapped: run the instruction again.
+    Mapped,
+    /// Not yet: park, and fault again when this has happened.
+    Wait(WaitFor),
+}
+
+/// What a fault waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitFor {
+    /// The completion of a transfer.
+    Io(IoToken),
+    /// Something to be freed: a frame, a table, heap, or a place in a store's queue.
+    Memory,
+}
+
+/// How an access of EL2 to guest memory ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// All bytes were copied.
+    Done,
+    /// Not all of them; do the whole access again when this has happened.
+    Wait(WaitFor),
+}
+
+/// Why a fault cannot be served: what the guest will feel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultError {
+    /// Nothing is mapped there: inject an external abort.
+    Hole(Ipa),
+    /// Mapped, but not for this: inject a permission fault.
+    Denied {
+        /// Where.
+        at: Ipa,
+        /// What the guest wanted to do.
+        wanted: Prot,
+    },
+    /// The store lost the page: stop the guest, keep the evidence.
+    Lost(StoreError),
+}
+
+/// What the page is wanted for.
+enum Purpose<'b> {
+    /// To be mapped.
+    Enter,
+    /// To read bytes from this offset on.
+    Read(usize, &'b mut [u8]),
+    /// To write bytes from this offset on.
+    Write(usize, &'b [u8]),
+}
+
+/// What one attempt came to.
+enum Step {
+    Done,
+    /// Something changed: from the top.
+    Again,
+    Wait(WaitFor),
+    /// The entry's object must be shadowed first.
+    Shadow,
+    /// The page must come from this object's pager.
+    PageIn(ObjectId, PageIndex),
+    /// The page must become a page of zeros of this object.
+    Zero(ObjectId, PageIndex),
+}
+
+/// The page that a fault is about.
+#[derive(Clone, Copy)]
+struct Place<'e> {
+    page: Ipa,
+    access: Prot,
+    entry: &'e Entry,
+    index: PageIndex,
+}
+
+impl Place<'_> {
+    const fn writes(&self) -> bool {
+        self.access.allows(Prot::WRITE)
+    }
+}
+
+impl<M: Machine> Vm<M> {
+    /// Serves a guest's access of kind `access` at `at`.
+    #[inline]
+    pub fn fault<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        access: Prot,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Faulted, FaultError> {
+        match self.serve(map, at, access, &mut Purpose::Enter, &mut held.deepen()) {
+            Ok(Copied::Done) => Ok(Faulted::Mapped),
+            Ok(Copied::Wait(wait)) => Ok(Faulted::Wait(wait)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads guest memory as the guest would.
+    pub fn read<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        out: &mut [u8],
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Copied, FaultError> {
+        let (mut at, mut rest) = (at, out);
+        while !rest.is_empty() {
+            let offset = at.offset_in_page();
+            let (part, after) = rest.split_at_mut(rest.len().min(4096 - offset));
+            let length = part.len() as u64;
+            let purpose = &mut Purpose::Read(offset, part);
+            match self.serve(map, at, Prot::READ, purpose, &mut held.deepen())? {
+                Copied::Done => {}
+                wait @ Copied::Wait(_) => return Ok(wait),
+            }
+            rest = after;
+            if !rest.is_empty() {
+                at = at.checked_add(length).ok_or(FaultError::Hole(at))?;
+            }
+        }
+        Ok(Copied::Done)
+    }
+
+    /// Writes guest memory as the guest would: copying what is shared, refusing what is read-only.
+    pub fn write<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        bytes: &[u8],
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Copied, FaultError> {
+        let (mut at, mut rest) = (at, bytes);
+        while !rest.is_empty() {
+            let offset = at.offset_in_page();
+            let (part, after) = rest.split_at(rest.len().min(4096 - offset));
+            let purpose = &mut Purpose::Write(offset, part);
+            match self.serve(map, at, Prot::WRITE, purpose, &mut held.deepen())? {
+                Copied::Done => {}
+                wait @ Copied::Wait(_) => return Ok(wait),
+            }
+            rest = after;
+            if !rest.is_empty() {
+                at = at.checked_add(part.len() as u64).ok_or(FaultError::Hole(at))?;
+            }
+        }
+        Ok(Copied::Done)
+    }
+
+    /// One access within one page, from the top until it is done or must wait.
+    fn serve(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        access: Prot,
+        purpose: &mut Purpose<'_>,
+        held: &mut Held<'_, CALLER>,
+    ) -> Result<Copied, FaultError> {
+        for _ in 0..MAX_RESTARTS {
+            let wait = match self.attempt(map, at, access, purpose, held)? {
+                Step::Done => return Ok(Copied::Done),
+                Step::Again => continue,
+                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Zero(..)) => {
+                    match self.help(map, at, step, held) {
+                        Ok(None) => continue,
+                        Ok(Some(wait)) => wait,
+                        Err(error) => {
+                            map.stats.count(Event::FaultLost);
+                            return Err(error);
+                        }
+                    }
+                }
+            };
+            map.stats.count(Event::FaultWait);
+            return Ok(Copied::Wait(wait));
+        }
+        // Somebody keeps changing what we look at. The others must get on, too.
+        Ok(Copied::Wait(WaitFor::Memory))
+    }
+
+    /// Does what an attempt asked for, with no lock held. `None`: now try again.
+    #[cold]
+    fn help(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        step: Step,
+        held: &mut Held<'_, CALLER>,
+    ) -> Result<Option<WaitFor>, FaultError> {
+        let memory = |done: Result<(), VmError>| Ok(done.err().map(|_| WaitFor::Memory));
+        match step {
+            Step::Done | Step::Again => Ok(None),
+            Step::Wait(wait) => Ok(Some(wait)),
+            Step::Shadow => memory(self.resolve_copy(map, at, held)),
+            Step::PageIn(object, index) => self.page_in(object, index, held),
+            Step::Zero(object, index) => Ok(self.zero_shared(object, index, held)),
+        }
+    }
+
+    /// One attempt, under the locks.
+    #[inline]
+    fn attempt(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        access: Prot,
+        purpose: &mut Purpose<'_>,
+        held: &mut Held<'_, CALLER>,
+    ) -> Result<Step, FaultError> {
+        let page = at.page();
+        let (entries, mut held) = map.entries.read(held);
+        let Some(entry) = entries.find(page, &map.hint) else {
+            map.stats.count(Event::FaultHole);
+            return Err(FaultError::Hole(at));
+        };
+        if !entry.prot.allows(access) {
+            map.stats.count(Event::FaultDenied);
+            return Err(FaultError::Denied { at, wanted: access });
+        }
+        let Some(index) = entry.page_at(page) else { return Err(FaultError::Hole(at)) };
+        let place = Place { page, access, entry, index };
+        if !entry.needs_copy {
+            return Ok(self.in_top(map, place, purpose, &mut held));
+        }
+        if place.writes() {
+            return Ok(Step::Shadow);
+        }
+        Ok(self.in_shared(map, place, purpose, &mut held))
+    }
+
+    /// The entry has the top object for itself, or shares it on purpose.
+    #[inline]
+    fn in_top(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        held: &mut Held<'_, MAP>,
+    ) -> Step {
+        let (mut top, mut held) = self.objects.get(place.entry.object).write(held);
+        debug_assert_eq!(top.id(), place.entry.object);
+        match top.index.get(place.index) {
+            Slot::Absent if top.pager != Pager::None => Step::PageIn(top.id(), place.index),
+            Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
+            Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
+            Slot::Swapped(_) => Step::PageIn(top.id(), place.index),
+            Slot::Resident(frame) => {
+                let page = self.frames.page(frame);
+                if page.is_busy() {
+                    return Step::Wait(WaitFor::Io(page.transfer()));
+                }
+                map.stats.count(Event::FaultResident);
+                let step = self.finish(map, place, purpose, frame, place.entry.prot, &mut held);
+                if matches!((&step, &purpose), (Step::Done, Purpose::Enter)) {
+                    self.enter_neighbours(map, place, &Around::Own(&top), &mut held);
+                }
+                step
+            }
+        }
+    }
+
+    /// The top object has nothing: look below it.
+    fn below_top(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        top: &mut State,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        let Some((object, index)) = top.below(place.index) else {
+            return self.zero_fill(map, place, purpose, top, held);
+        };
+        let mut chain = self.objects.get(object).descend(held);
+        match self.look(&mut chain, index) {
+            Found::Busy(token) => Step::Wait(WaitFor::Io(token)),
+            Found::PageIn(object, index) => Step::PageIn(object, index),
+            Found::Nothing => {
+                drop(chain);
+                self.zero_fill(map, place, purpose, top, held)
+            }
+            Found::Page(page) if place.writes() => {
+                if page.sole {
+                    let owner = chain.here().id();
+                    drop(chain);
+                    self.move_up(map, place, purpose, top, owner, page, held)
+                } else {
+                    let copied = {
+                        let (_, held) = chain.split();
+                        self.copy_up(top, place.index, page.frame, held)
+                    };
+                    drop(chain);
+                    let Some(frame) = copied else { return Step::Wait(WaitFor::Memory) };
+                    map.stats.count(Event::FaultCopy);
+                    self.replace(map, place, purpose, frame, held)
+                }
+            }
+            Found::Page(page) => {
+                map.stats.count(Event::FaultShared);
+                let prot = place.entry.prot.without(Prot::WRITE);
+                let (owner, held) = chain.split();
+                let step = self.finish(map, place, purpose, page.frame, prot, held);
+                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
+                    let around = Around::Below { top, owner, index: page.index };
+                    self.enter_neighbours(map, place, &around, held);
+                }
+                step
+            }
+        }
+    }
+
+    /// A read through an entry whose object must not change: the whole chain is only looked at.
+    fn in_shared(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        held: &mut Held<'_, MAP>,
+    ) -> Step {
+        let mut chain = self.objects.get(place.entry.object).descend(held);
+        match self.look(&mut chain, place.index) {
+            Found::Busy(token) => Step::Wait(WaitFor::Io(token)),
+            Found::PageIn(object, index) => Step::PageIn(object, index),
+            Found::Nothing => Step::Zero(place.entry.object, place.index),
+            Found::Page(page) => {
+                map.stats.count(Event::FaultShared);
+                let prot = place.entry.prot.without(Prot::WRITE);
+                let (owner, held) = chain.split();
+                let step = self.finish(map, place, purpose, page.frame, prot, held);
+                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
+                    self.enter_neighbours(map, place, &Around::Shared(owner), held);
+                }
+                step
+            }
+        }
+    }
+
+    /// A page of zeros in the top object.
+    #[inline]
+    fn zero_fill(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        top: &mut State,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        let Some(frame) = self.fill_zero(top, place.index, held) else {
+            return Step::Wait(WaitFor::Memory);
+        };
+        map.stats.count(Event::FaultZero);
+        self.finish(map, place, purpose, frame, place.entry.prot, held)
+    }
+
+    fn fill_zero(&self, state: &mut State, index: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Pfn> {
+        let frame = self.frames.allocate(state.id().number(), index, Queue::Active, held)?;
+        if state.index.set(index, Slot::Resident(frame)).is_err() {
+            self.frames.free(frame, held);
+            return None;
+        }
+        self.machine.memory().zero(frame);
+        Some(frame)
+    }
+
+    /// Makes a page of zeros where a shared object has nothing, and nothing is below it either. What is
+    /// below cannot have changed meanwhile in a way that shows: it could only have gained zeros.
+    #[cold]
+    fn zero_shared(
+        &self,
+        object: ObjectId,
+        index: PageIndex,
+        held: &mut Held<'_, CALLER>,
+    ) -> Option<WaitFor> {
+        let (mut state, mut held) = self.objects.get(object).write(held);
+        if state.id() != object || !matches!(state.index.get(index), Slot::Absent | Slot::Zero) {
+            return None;
+        }
+        match self.fill_zero(&mut state, index, &mut held) {
+            Some(_) => None,
+            None => Some(WaitFor::Memory),
+        }
+    }
+
+    /// The page is there: serves the purpose with it. The owner's lock is held.
+    #[inline]
+    fn finish(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        frame: Pfn,
+        prot: Prot,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        match purpose {
+            Purpose::Enter => {
+                let (mut pmap, _held) = map.pmap.lock(held);
+                match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {
+                    Ok(()) => Step::Done,
+                    Err(OutOfTables) => Step::Wait(WaitFor::Memory),
+                }
+            }
+            Purpose::Read(offset, out) => {
+                self.machine.memory().read(frame, *offset, out);
+                Step::Done
+            }
+            Purpose::Write(offset, bytes) => {
+                self.machine.memory().write(frame, *offset, bytes);
+                Step::Done
+            }
+        }
+    }
+}

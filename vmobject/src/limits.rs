@@ -1,0 +1,25 @@
+//! Everything that has a bound, by name (STYLE 9).
+//!
+//! A guest can reach every one of these; what happens then is an error at a call or a wait, never a
+//! panic. Neighbours: every module.
+
+/// Objects that may exist at one time.
+pub const MAX_OBJECTS: u32 = 1 << 18;
+/// Objects that are allocated together, when the first of them is needed.
+pub const OBJECT_BLOCK: u32 = 256;
+/// Frames are numbered below this: 4 TiB of memory. A slot keeps two bits for itself.
+pub const MAX_FRAME: u32 = 1 << 30;
+/// Entries of one map.
+pub const MAX_ENTRIES: usize = 4096;
+/// Pages of one transfer.
+pub const CLUSTER_PAGES: u32 = 16;
+/// Neighbours that are looked at when a fault is served from a page that is there already.
+pub const AROUND_PAGES: u32 = 16;
+/// Transfers in flight.
+pub const MAX_IO: u32 = 1024;
+/// How often one fault starts again before its vCPU is sent back to try its instruction once more.
+pub const MAX_RESTARTS: u32 = 64;
+/// Free frames that guests' pages leave to tables and pagers: a 256th of memory, within these bounds.
+pub const MIN_RESERVE: u32 = 16;
+/// See [`MIN_RESERVE`].
+pub const MAX_RESERVE: u32 = 2048;

@@ -1,0 +1,161 @@
+//! Building and unbuilding maps.
+//!
+//! `insert` takes over the caller's reference to the object, whatever comes of it: a call that fails has
+//! released it. Called by whoever builds guests; calls `object`.
+
+use alloc::sync::Arc;
+
+use super::{Entry, Map, Share};
+use crate::addr::{Ipa, IpaRange, PageIndex};
+use crate::limits::MAX_ENTRIES;
+use crate::lock::{Held, MAP};
+use crate::object::{ObjectId, Pager, Shadow};
+use crate::pmap::Pmap as _;
+use crate::prot::Prot;
+use crate::stats::Event;
+use crate::store::Machine;
+use crate::{Vm, VmError};
+
+impl<M: Machine> Vm<M> {
+    /// A map with nothing in it, over empty tables.
+    pub fn create_map<const OUTER: u8>(
+        &self,
+        pmap: M::Pmap,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Arc<Map<M>>, VmError> {
+        let (mut maps, _held) = self.maps.lock(held);
+        maps.list.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        let map = Arc::new(Map::new(maps.next, pmap));
+        maps.next += 1;
+        maps.list.push(Arc::downgrade(&map));
+        Ok(map)
+    }
+
+    /// Puts pages of an object, from `first` on, at a range of a map, and takes over a reference to it.
+    ///
+    /// With [`Share::Copy`] the range may go on behind the object's end; what is there reads as zero. An
+    /// object with a read-only pager can be shared only without [`Prot::WRITE`].
+    #[expect(clippy::too_many_arguments, reason = "each is a different noun, and all callers name them")]
+    pub fn insert<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        range: IpaRange,
+        object: ObjectId,
+        first: PageIndex,
+        prot: Prot,
+        share: Share,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        let done = self.try_insert(map, range, object, first, prot, share, held);
+        if let Err((_, object)) = done {
+            self.objects.release(object, &self.frames, held);
+        }
+        done.map_err(|(error, _)| error)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "as above")]
+    fn try_insert<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        range: IpaRange,
+        mut object: ObjectId,
+        mut first: PageIndex,
+        prot: Prot,
+        share: Share,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), (VmError, ObjectId)> {
+        let fail = |error, object| Err((error, object));
+        let Ok(pages) = u32::try_from(range.pages()) else { return fail(VmError::Range, object) };
+        if pages == 0 {
+            return fail(VmError::Range, object);
+        }
+        let (size, pager) = {
+            let (state, _held) = self.objects.get(object).read(held);
+            assert_eq!(state.id(), object, "{object:?} is gone");
+            (state.pages, state.pager)
+        };
+        let fits = first.checked_add(pages).is_some_and(|end| end.number() <= size);
+        let mut needs_copy = match share {
+            Share::Copy => true,
+            Share::Shared if !fits => return fail(VmError::Range, object),
+            Share::Shared if pager != Pager::None && prot.allows(Prot::WRITE) => {
+                return fail(VmError::ReadOnly, object);
+            }
+            Share::Shared => false,
+        };
+        if !fits {
+            // The part behind the end needs somewhere to be: the private object is made at once.
+            let shadow = Shadow { object, offset: first };
+            match self.objects.create(pages, Pager::None, Some(shadow), held) {
+                Ok(private) => (object, first, needs_copy) = (private, PageIndex::new(0), false),
+                Err(error) => return fail(error, object),
+            }
+            self.stats.count(Event::ShadowMade);
+        }
+        let (mut entries, _held) = map.entries.write(held);
+        if entries.list.len() >= MAX_ENTRIES {
+            return fail(VmError::Limit("map entries"), object);
+        }
+        let place = match entries.place(range.start()) {
+            Ok(_) => return fail(VmError::Overlap, object),
+            Err(place) => place,
+        };
+        if entries.list.get(place).is_some_and(|next| next.range.start() < range.end()) {
+            return fail(VmError::Overlap, object);
+        }
+        if entries.list.try_reserve(1).is_err() {
+            return fail(VmError::NoMemory, object);
+        }
+        entries.list.insert(place, Entry { range, object, first, prot, needs_copy });
+        Ok(())
+    }
+
+    /// Takes everything out of a map. No vCPU may use it any more; its tables go with the last `Arc`.
+    pub fn destroy_map<const OUTER: u8>(&self, map: Arc<Map<M>>, held: &mut Held<'_, OUTER>) {
+        let list = {
+            let (mut entries, mut held) = map.entries.write(held);
+            let list = core::mem::take(&mut entries.list);
+            if let (Some(first), Some(last)) = (list.first(), list.last())
+                && let Some(all) = IpaRange::new(first.range.start(), last.range.end())
+            {
+                let (mut pmap, _held) = map.pmap.lock(&mut held);
+                pmap.remove(all, &mut |harvest| self.frames.note(harvest));
+            }
+            list
+        };
+        for entry in list {
+            self.objects.release(entry.object, &self.frames, held);
+        }
+        let (mut maps, _held) = self.maps.lock(held);
+        let gone = Arc::as_ptr(&map);
+        maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);
+    }
+
+    /// Resolves an entry's `needs_copy` before the first write: a shadow, unless nobody else can reach
+    /// the memory (D16).
+    pub(crate) fn resolve_copy<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        let (mut entries, mut held) = map.entries.write(held);
+        let Some(entry) = entries.find_mut(at).filter(|entry| entry.needs_copy) else { return Ok(()) };
+        self.shadow_entry(entry, &mut held)
+    }
+
+    fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
+        let sole = self.objects.get(entry.object).read(held).0.is_sole_anonymous();
+        if sole {
+            self.stats.count(Event::ShadowSpared);
+        } else {
+            let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
+            let shadow = Shadow { object: entry.object, offset: entry.first };
+            entry.object = self.objects.create(pages, Pager::None, Some(shadow), held)?;
+            entry.first = PageIndex::new(0);
+            self.stats.count(Event::ShadowMade);
+        }
+        entry.needs_copy = false;
+        Ok(())
+    }
+}

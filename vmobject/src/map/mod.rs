@@ -1,0 +1,135 @@
+//! Maps: one guest's physical address space, as entries over objects (`vm_map.c`).
+//!
+//! Entries are sorted and do not overlap. A fault reads them, beside others of the same guest; only a
+//! change of the entries locks the others out. The stage-2 tables are a cache of what is here and have
+//! their own lock. Called by `fault` and by whoever builds guests. Calls `object`.
+//! Locks: the map, then objects, then the tables.
+//!
+//! # Invariants
+//! M1. Entries are sorted, not empty, and do not overlap.
+//! M2. An entry holds one reference to its object, and lies within it.
+//! M3. An entry without `needs_copy` that allows writing has an object without a pager identity.
+
+mod insert;
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+
+use crate::addr::{Ipa, IpaRange, PageIndex};
+use crate::lock::{Held, MAP, PMAP, Ranked, RankedRw};
+use crate::object::ObjectId;
+use crate::prot::Prot;
+use crate::stats::{Counts, Stats};
+use crate::store::Machine;
+
+/// Whether an entry sees what others write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// A write makes a private copy of the page: the object is never changed through this entry.
+    Copy,
+    /// Writes go to the object, and everybody sees them.
+    Shared,
+}
+
+/// A range of a map and what is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Where.
+    pub range: IpaRange,
+    /// What.
+    pub object: ObjectId,
+    /// The object's page at the start of the range.
+    pub first: PageIndex,
+    /// What the guest may do.
+    pub prot: Prot,
+    /// The object is to be shadowed before the first write.
+    pub needs_copy: bool,
+}
+
+impl Entry {
+    /// The object's page at an address of the range.
+    #[inline]
+    pub fn page_at(&self, at: Ipa) -> Option<PageIndex> {
+        self.first.checked_add(at.pages_above(self.range.start())?.number())
+    }
+}
+
+/// The entries of a map. Guarded by its map lock.
+#[derive(Default)]
+pub struct Entries {
+    list: Vec<Entry>,
+}
+
+impl Entries {
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.list.iter()
+    }
+
+    /// Where the entry of an address is; on failure, where one would have to go.
+    fn place(&self, at: Ipa) -> Result<usize, usize> {
+        let after = self.list.partition_point(|entry| entry.range.start() <= at);
+        match after.checked_sub(1) {
+            Some(place) if self.list[place].range.contains(at) => Ok(place),
+            Some(_) | None => Err(after),
+        }
+    }
+
+    /// The entry of an address; `hint` says where the last one was.
+    #[inline]
+    pub(crate) fn find(&self, at: Ipa, hint: &AtomicUsize) -> Option<&Entry> {
+        if let Some(entry) = self.list.get(hint.load(Relaxed))
+            && entry.range.contains(at)
+        {
+            return Some(entry);
+        }
+        let place = self.place(at).ok()?;
+        hint.store(place, Relaxed);
+        self.list.get(place)
+    }
+
+    pub(crate) fn find_mut(&mut self, at: Ipa) -> Option<&mut Entry> {
+        let place = self.place(at).ok()?;
+        self.list.get_mut(place)
+    }
+}
+
+/// One guest's physical address space.
+pub struct Map<M: Machine> {
+    number: AtomicU32,
+    pub(crate) entries: RankedRw<MAP, Entries>,
+    pub(crate) pmap: Ranked<PMAP, M::Pmap>,
+    pub(crate) hint: AtomicUsize,
+    pub(crate) stats: Stats,
+}
+
+impl<M: Machine> Map<M> {
+    pub(crate) fn new(number: u32, pmap: M::Pmap) -> Self {
+        Self {
+            number: AtomicU32::new(number),
+            entries: RankedRw::new(Entries::default()),
+            pmap: Ranked::new(pmap),
+            hint: AtomicUsize::new(0),
+            stats: Stats::new(),
+        }
+    }
+
+    /// Its number, for printing.
+    pub fn number(&self) -> u32 {
+        self.number.load(Relaxed)
+    }
+
+    /// Does something with the translation tables.
+    pub fn with_pmap<R, const OUTER: u8>(
+        &self,
+        held: &mut Held<'_, OUTER>,
+        what: impl FnOnce(&mut M::Pmap) -> R,
+    ) -> R {
+        what(&mut self.pmap.lock(held).0)
+    }
+
+    /// What happened to this map's guest.
+    pub fn stats(&self) -> Counts {
+        self.stats.counts()
+    }
+}

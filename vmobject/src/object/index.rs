@@ -1,0 +1,335 @@
+//! The slot index of one object: for each page absent, zero, resident or swapped (DESIGN 4).
+//!
+//! A three-level radix: a root that grows to the highest page present, regions of 64 leaves, leaves of 64
+//! slots of four bytes. What is not there costs nothing: a region that was never touched is an empty box,
+//! and a leaf whose pages are all zero is one bit. Range operations skip what is not there, so their cost
+//! follows what is present in the range (D10). Called by `object`, `fault`, `pager`.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use crate::VmError;
+use crate::addr::{PageIndex, Pfn};
+
+/// What an object knows of one of its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// Nothing: ask the pager, then the object below.
+    Absent,
+    /// All zero, whatever is below.
+    Zero,
+    /// In this frame.
+    Resident(Pfn),
+    /// In this slot of the swap store.
+    Swapped(u32),
+}
+
+const ABSENT: u32 = 0;
+const ZERO: u32 = 1;
+const RESIDENT: u32 = 1 << 30;
+const SWAPPED: u32 = 1 << 31;
+const PAYLOAD: u32 = RESIDENT - 1;
+
+impl Slot {
+    #[inline]
+    const fn encode(self) -> u32 {
+        match self {
+            Self::Absent => ABSENT,
+            Self::Zero => ZERO,
+            Self::Resident(frame) => RESIDENT | frame.number() & PAYLOAD,
+            Self::Swapped(slot) => SWAPPED | slot & PAYLOAD,
+        }
+    }
+
+    #[inline]
+    const fn decode(bits: u32) -> Self {
+        if bits & RESIDENT != 0 {
+            Self::Resident(Pfn::new(bits & PAYLOAD))
+        } else if bits & SWAPPED != 0 {
+            Self::Swapped(bits & PAYLOAD)
+        } else if bits == ZERO {
+            Self::Zero
+        } else {
+            Self::Absent
+        }
+    }
+}
+
+const LEAF_SHIFT: u32 = 6;
+const LEAF: usize = 1 << LEAF_SHIFT;
+const FULL: u8 = 1 << LEAF_SHIFT;
+const REGION_SHIFT: u32 = 12;
+const LEAVES: usize = 1 << (REGION_SHIFT - LEAF_SHIFT);
+
+struct Region {
+    /// A bit for each leaf that is not there because all its pages are zero.
+    zero: u64,
+    /// Slots that are not absent, for each leaf that is there.
+    present: [u8; LEAVES],
+    leaves: [Box<[u32]>; LEAVES],
+}
+
+/// How many slots of each kind there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotCounts {
+    /// In frames.
+    pub resident: u32,
+    /// In the swap store.
+    pub swapped: u32,
+    /// Marked zero.
+    pub zero: u32,
+}
+
+impl SlotCounts {
+    fn add(&mut self, slot: Slot, by: u32) {
+        match slot {
+            Slot::Absent => {}
+            Slot::Zero => self.zero += by,
+            Slot::Resident(_) => self.resident += by,
+            Slot::Swapped(_) => self.swapped += by,
+        }
+    }
+
+    fn sub(&mut self, slot: Slot) {
+        match slot {
+            Slot::Absent => {}
+            Slot::Zero => self.zero -= 1,
+            Slot::Resident(_) => self.resident -= 1,
+            Slot::Swapped(_) => self.swapped -= 1,
+        }
+    }
+
+    /// Slots that are not absent.
+    pub const fn present(&self) -> u32 {
+        self.resident + self.swapped + self.zero
+    }
+}
+
+/// Where each page of one object is.
+#[derive(Default)]
+pub struct Index {
+    root: Vec<Box<[Region]>>,
+    counts: SlotCounts,
+}
+
+const fn split(page: PageIndex) -> (usize, usize, usize) {
+    let number = page.number() as usize;
+    (number >> REGION_SHIFT, (number >> LEAF_SHIFT) & (LEAVES - 1), number & (LEAF - 1))
+}
+
+/// One value in a box, or the refusal of the heap.
+fn boxed<T>(value: T) -> Result<Box<[T]>, VmError> {
+    let mut one = Vec::new();
+    one.try_reserve_exact(1).map_err(|_| VmError::NoMemory)?;
+    one.push(value);
+    Ok(one.into_boxed_slice())
+}
+
+impl Index {
+    /// One where everything is absent.
+    pub const fn new() -> Self {
+        Self { root: Vec::new(), counts: SlotCounts { resident: 0, swapped: 0, zero: 0 } }
+    }
+
+    /// How many slots of each kind there are.
+    pub const fn counts(&self) -> SlotCounts {
+        self.counts
+    }
+
+    /// What is known of a page.
+    #[inline]
+    pub fn get(&self, page: PageIndex) -> Slot {
+        let (region, leaf, slot) = split(page);
+        let Some([region]) = self.root.get(region).map(|region| &**region) else { return Slot::Absent };
+        match region.leaves[leaf].get(slot) {
+            Some(&bits) => Slot::decode(bits),
+            None if region.zero & 1 << leaf != 0 => Slot::Zero,
+            None => Slot::Absent,
+        }
+    }
+
+    /// Sets a slot and gives back what was there. Fails only for want of memory, and then changes
+    /// nothing. A slot that was present can always be set.
+    #[inline]
+    pub fn set(&mut self, page: PageIndex, to: Slot) -> Result<Slot, VmError> {
+        let (region, leaf, slot) = split(page);
+        let there = self.root.get(region).is_some_and(|r| !r.is_empty() && !r[0].leaves[leaf].is_empty());
+        if !there {
+            if to == Slot::Absent && self.get(page) == Slot::Absent {
+                return Ok(Slot::Absent);
+            }
+            self.grow(region, leaf)?;
+        }
+        let home = &mut self.root[region][0];
+        let bits = &mut home.leaves[leaf][slot];
+        let before = Slot::decode(*bits);
+        *bits = to.encode();
+        self.counts.sub(before);
+        self.counts.add(to, 1);
+        match (before == Slot::Absent, to == Slot::Absent) {
+            (true, false) => home.present[leaf] += 1,
+            (false, true) => {
+                home.present[leaf] -= 1;
+                if home.present[leaf] == 0 {
+                    home.leaves[leaf] = Box::default();
+                }
+            }
+            (true, true) | (false, false) => {}
+        }
+        Ok(before)
+    }
+
+    /// Makes the leaf there.
+    #[cold]
+    fn grow(&mut self, region: usize, leaf: usize) -> Result<(), VmError> {
+        if self.root.len() <= region {
+            let more = region + 1 - self.root.len();
+            self.root.try_reserve_exact(more).map_err(|_| VmError::NoMemory)?;
+            self.root.resize_with(region + 1, Box::default);
+        }
+        if self.root[region].is_empty() {
+            let leaves = [const { Vec::new() }; LEAVES].map(Vec::into_boxed_slice);
+            self.root[region] = boxed(Region { zero: 0, present: [0; LEAVES], leaves })?;
+        }
+        let home = &mut self.root[region][0];
+        let mut slots = Vec::new();
+        slots.try_reserve_exact(LEAF).map_err(|_| VmError::NoMemory)?;
+        let zero = home.zero & 1 << leaf != 0;
+        slots.resize(LEAF, if zero { ZERO } else { ABSENT });
+        home.zero &= !(1 << leaf);
+        home.present[leaf] = if zero { FULL } else { 0 };
+        home.leaves[leaf] = slots.into_boxed_slice();
+        Ok(())
+    }
+
+    /// Marks whole leaves of pages zero that hold nothing, without a slot for each. Only for a range that
+    /// begins and ends at multiples of [`Self::LEAF_PAGES`]; false if a leaf there holds something.
+    pub fn set_zero_leaf(&mut self, first: PageIndex) -> Result<bool, VmError> {
+        let (region, leaf, slot) = split(first);
+        debug_assert_eq!(slot, 0);
+        let empty = self.root.get(region).is_none_or(|r| r.is_empty() || r[0].leaves[leaf].is_empty());
+        if !empty {
+            return Ok(false);
+        }
+        let new = self.root.get(region).is_none_or(|r| r.is_empty() || r[0].zero & 1 << leaf == 0);
+        if new {
+            self.grow(region, leaf)?;
+            let home = &mut self.root[region][0];
+            home.leaves[leaf] = Box::default();
+            home.present[leaf] = 0;
+            home.zero |= 1 << leaf;
+            self.counts.zero += Self::LEAF_PAGES;
+        }
+        Ok(true)
+    }
+
+    /// Pages of a leaf.
+    pub const LEAF_PAGES: u32 = 1 << LEAF_SHIFT;
+
+    /// The first page in a range that is not absent, and what it is. Walking with it visits what is
+    /// present, plus one look for every 64 leaves of the range.
+    pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
+        let mut page = range.start;
+        while page < range.end {
+            let (region, leaf, _) = split(page);
+            if region >= self.root.len() {
+                return None;
+            }
+            let Some([home]) = self.root.get(region).map(|region| &**region) else {
+                page = next_multiple(page, REGION_SHIFT)?;
+                continue;
+            };
+            if home.leaves[leaf].is_empty() && home.zero & 1 << leaf == 0 {
+                page = next_multiple(page, LEAF_SHIFT)?;
+                continue;
+            }
+            match self.get(page) {
+                Slot::Absent => page = page.checked_add(1)?,
+                slot @ (Slot::Zero | Slot::Resident(_) | Slot::Swapped(_)) => return Some((page, slot)),
+            }
+        }
+        None
+    }
+
+    /// Every page that is not absent, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (PageIndex, Slot)> + '_ {
+        let mut from = PageIndex::new(0);
+        core::iter::from_fn(move || {
+            let (page, slot) = self.next_present(from..PageIndex::new(u32::MAX))?;
+            from = page.checked_add(1)?;
+            Some((page, slot))
+        })
+    }
+
+    /// Bytes that the index itself takes.
+    pub fn bytes(&self) -> usize {
+        let regions = self.root.iter().flat_map(|region| region.iter());
+        let leaves: usize = regions
+            .map(|r| size_of::<Region>() + r.leaves.iter().map(|leaf| size_of_val(&**leaf)).sum::<usize>())
+            .sum();
+        self.root.capacity() * size_of::<Box<[Region]>>() + leaves
+    }
+}
+
+/// The next page whose number is a multiple of `1 << shift`.
+const fn next_multiple(page: PageIndex, shift: u32) -> Option<PageIndex> {
+    match ((page.number() >> shift) + 1).checked_shl(shift) {
+        Some(next) if next > page.number() => Some(PageIndex::new(next)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const P: fn(u32) -> PageIndex = PageIndex::new;
+
+    #[test]
+    fn a_page_never_set_is_absent_and_a_page_set_is_what_it_was_set_to() {
+        let mut index = Index::new();
+        assert_eq!(index.get(P(70_000)), Slot::Absent);
+        assert_eq!(index.set(P(70_000), Slot::Resident(Pfn::new(7))).unwrap(), Slot::Absent);
+        assert_eq!(index.get(P(70_000)), Slot::Resident(Pfn::new(7)));
+        assert_eq!(index.get(P(69_999)), Slot::Absent);
+        assert_eq!(index.set(P(70_000), Slot::Swapped(9)).unwrap(), Slot::Resident(Pfn::new(7)));
+        assert_eq!(index.counts(), SlotCounts { resident: 0, swapped: 1, zero: 0 });
+    }
+
+    #[test]
+    fn a_leaf_that_holds_nothing_any_more_costs_nothing() {
+        let mut index = Index::new();
+        index.set(P(5), Slot::Zero).unwrap();
+        let full = index.bytes();
+        index.set(P(5), Slot::Absent).unwrap();
+        assert!(index.bytes() < full);
+        assert_eq!(index.counts().present(), 0);
+    }
+
+    #[test]
+    fn a_zero_leaf_reads_as_zero_and_opens_when_one_page_changes() {
+        let mut index = Index::new();
+        assert!(index.set_zero_leaf(P(64)).unwrap());
+        assert_eq!(index.get(P(64)), Slot::Zero);
+        assert_eq!(index.get(P(127)), Slot::Zero);
+        assert_eq!(index.get(P(128)), Slot::Absent);
+        index.set(P(70), Slot::Resident(Pfn::new(1))).unwrap();
+        assert_eq!(index.get(P(71)), Slot::Zero);
+        assert_eq!(index.counts(), SlotCounts { resident: 1, swapped: 0, zero: 63 });
+        index.set(P(70), Slot::Absent).unwrap();
+        assert_eq!(index.get(P(70)), Slot::Absent);
+        assert_eq!(index.counts().present(), 63);
+    }
+
+    #[test]
+    fn a_walk_visits_what_is_present_in_order_and_nothing_else() {
+        let mut index = Index::new();
+        for page in [3, 64, 65, 4096, 1 << 20, u32::MAX - 1] {
+            index.set(P(page), Slot::Zero).unwrap();
+        }
+        let seen: Vec<u32> = index.iter().map(|(page, _)| page.number()).collect();
+        assert_eq!(seen, [3, 64, 65, 4096, 1 << 20, u32::MAX - 1]);
+        assert_eq!(index.next_present(P(4)..P(64)), None);
+    }
+}

@@ -1,0 +1,321 @@
+//! The frame array: one [`VmPage`] for each frame of memory, and whose it is.
+//!
+//! The array is flat from the lowest frame to the highest; what lies between memory ranges is there and
+//! never used. All fields are atomics, because they are guarded by different locks and nothing here is
+//! unsafe; every access is relaxed, the locks order them.
+//!
+//! Called by `object`, `pager`, `fault`. Calls `queues`. Locks: the queue lock, last of all.
+//!
+//! # Invariants
+//! P1. A frame is on the free list exactly when nobody owns it.
+//! P2. A busy page is on no queue, and only whoever made it busy touches its bytes.
+//! P3. A resident page's owner has a slot for it that says so, and no other slot names it.
+
+mod queues;
+
+pub use queues::{Queue, QueueLengths};
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::ops::Range;
+use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use crate::VmError;
+use crate::addr::{PageIndex, Pfn};
+use crate::limits::{MAX_FRAME, MAX_RESERVE, MIN_RESERVE};
+use crate::lock::{Held, QUEUES, Ranked};
+use crate::pmap::Harvest;
+use crate::store::IoToken;
+use queues::Queues;
+
+/// Owner of a frame that nobody owns.
+const NOBODY: u32 = u32::MAX;
+/// Owner of a frame that holds a translation table.
+const TABLE: u32 = u32::MAX - 1;
+/// Owner of a frame number without memory.
+const ABSENT: u32 = u32::MAX - 2;
+/// No link.
+const NIL: u32 = u32::MAX;
+
+/// The queue's number, in [`VmPage::state`].
+const QUEUE_MASK: u32 = 0x7;
+/// Being read in or written out, or otherwise somebody's alone.
+const BUSY: u32 = 1 << 3;
+/// Written since it was last read in or written out.
+const DIRTY: u32 = 1 << 4;
+/// Used since the last look.
+const ACCESSED: u32 = 1 << 5;
+
+/// Whose a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Nobody's: it is free.
+    Free,
+    /// A translation table's.
+    Table,
+    /// There is no memory at that number.
+    Absent,
+    /// An object's page: the object's index and the page in it.
+    Object(u32, PageIndex),
+}
+
+/// A frame, and whose it is.
+/// Guarded by: (o) the owner's object lock; (q) the queue lock; (a) nothing, set at any time.
+#[derive(Debug)]
+pub struct VmPage {
+    owner: AtomicU32, // (o), and (q) when it becomes or ceases to be free
+    index: AtomicU32, // (o)
+    next: AtomicU32,  // (q); (o) while busy: the transfer's number
+    prev: AtomicU32,  // (q); (o) while busy: the transfer's generation
+    state: AtomicU32, // queue (q), busy (o), dirty and accessed (a)
+    clean: AtomicU32, // (o) swap slot with the same contents, plus one
+}
+
+impl VmPage {
+    const fn new(owner: u32) -> Self {
+        Self {
+            owner: AtomicU32::new(owner),
+            index: AtomicU32::new(0),
+            next: AtomicU32::new(NIL),
+            prev: AtomicU32::new(NIL),
+            state: AtomicU32::new(Queue::None as u32),
+            clean: AtomicU32::new(0),
+        }
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> Owner {
+        match self.owner.load(Relaxed) {
+            NOBODY => Owner::Free,
+            TABLE => Owner::Table,
+            ABSENT => Owner::Absent,
+            object => Owner::Object(object, PageIndex::new(self.index.load(Relaxed))),
+        }
+    }
+
+    /// True while a transfer or a copy has it.
+    pub fn is_busy(&self) -> bool {
+        self.state.load(Relaxed) & BUSY != 0
+    }
+
+    /// The transfer that made it busy.
+    pub fn transfer(&self) -> IoToken {
+        debug_assert!(self.is_busy());
+        IoToken(u64::from(self.prev.load(Relaxed)) << 32 | u64::from(self.next.load(Relaxed)))
+    }
+
+    /// Makes it busy with a transfer. The page is on no queue; the caller has the owner's lock.
+    pub fn set_busy(&self, token: IoToken) {
+        debug_assert_eq!(self.queue(), Queue::None);
+        let (low, high) = (token.0 & 0xffff_ffff, token.0 >> 32);
+        self.next.store(u32::try_from(low).unwrap_or(NIL), Relaxed);
+        self.prev.store(u32::try_from(high).unwrap_or(NIL), Relaxed);
+        self.state.fetch_or(BUSY, Relaxed);
+    }
+
+    /// Ends what [`Self::set_busy`] began.
+    pub fn clear_busy(&self) {
+        self.state.fetch_and(!BUSY, Relaxed);
+        self.next.store(NIL, Relaxed);
+        self.prev.store(NIL, Relaxed);
+    }
+
+    /// True if it was written since it was last clean.
+    pub fn is_dirty(&self) -> bool {
+        self.state.load(Relaxed) & DIRTY != 0
+    }
+
+    /// The swap slot that holds the same contents, if one does.
+    pub fn clean_slot(&self) -> Option<u32> {
+        self.clean.load(Relaxed).checked_sub(1)
+    }
+
+    /// Says which swap slot holds the same contents.
+    pub fn set_clean_slot(&self, slot: Option<u32>) {
+        self.clean.store(slot.map_or(0, |slot| slot + 1), Relaxed);
+    }
+
+    /// Which queue it is on.
+    pub fn queue(&self) -> Queue {
+        Queue::from_bits(self.state.load(Relaxed) & QUEUE_MASK)
+    }
+
+    fn set_queue(&self, queue: Queue) {
+        let kept = self.state.load(Relaxed) & !QUEUE_MASK;
+        self.state.store(kept | queue as u32, Relaxed);
+    }
+
+    /// The page of another owner, or at another place of the same.
+    pub(crate) fn set_owner(&self, object: u32, index: PageIndex) {
+        self.owner.store(object, Relaxed);
+        self.index.store(index.number(), Relaxed);
+    }
+}
+
+/// Every frame of the machine that the VM may use.
+pub struct Frames {
+    base: u32,
+    pages: Box<[VmPage]>,
+    queues: Ranked<QUEUES, Queues>,
+    total: u32,
+    reserve: u32,
+}
+
+impl Frames {
+    /// Takes over these ranges of frames; they must not overlap. Frames that cannot be numbered are left
+    /// alone.
+    pub fn new(ranges: &[Range<Pfn>]) -> Result<Self, VmError> {
+        let usable = || {
+            let numbers = ranges.iter().map(|r| r.start.number()..r.end.number().min(MAX_FRAME));
+            numbers.filter(|range| !range.is_empty())
+        };
+        let base = usable().map(|range| range.start).min().ok_or(VmError::NoFrames)?;
+        let end = usable().map(|range| range.end).max().ok_or(VmError::NoFrames)?;
+        let span = usize::try_from(end - base).map_err(|_| VmError::NoMemory)?;
+        let mut pages = Vec::new();
+        pages.try_reserve_exact(span).map_err(|_| VmError::NoMemory)?;
+        pages.resize_with(span, || VmPage::new(ABSENT));
+        let mut queues = Queues::new();
+        let mut total = 0;
+        for number in usable().flatten() {
+            let place = number - base;
+            if let Some(page) = pages.get_mut(place as usize)
+                && *page.owner.get_mut() == ABSENT
+            {
+                page.owner = AtomicU32::new(NOBODY);
+                total += 1;
+            }
+        }
+        for place in (0..end - base).rev() {
+            if pages.get(place as usize).is_some_and(|page| page.owner() == Owner::Free) {
+                queues.push_front(&pages, Queue::Free, place);
+            }
+        }
+        let reserve = (total / 256).clamp(MIN_RESERVE, MAX_RESERVE).min(total / 4);
+        Ok(Self { base, pages: pages.into_boxed_slice(), queues: Ranked::new(queues), total, reserve })
+    }
+
+    /// The page of a frame. A frame that was never given to the VM is a bug of the caller.
+    #[inline]
+    pub fn page(&self, frame: Pfn) -> &VmPage {
+        &self.pages[self.place(frame)]
+    }
+
+    #[inline]
+    fn place(&self, frame: Pfn) -> usize {
+        frame.number().wrapping_sub(self.base) as usize
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "a place is below MAX_FRAME")]
+    fn place32(&self, frame: Pfn) -> u32 {
+        self.place(frame) as u32
+    }
+
+    /// The page of a frame, if the VM has such a frame.
+    pub fn find(&self, frame: Pfn) -> Option<&VmPage> {
+        self.pages.get(self.place(frame))
+    }
+
+    /// A frame for a guest's page, put on the active queue; `None` when only the reserve is left.
+    #[inline]
+    pub fn allocate<const OUTER: u8>(
+        &self,
+        object: u32,
+        index: PageIndex,
+        queue: Queue,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<Pfn> {
+        let (mut queues, _held) = self.queues.lock(held);
+        if queues.length(Queue::Free) <= self.reserve {
+            return None;
+        }
+        let place = queues.pop_front(&self.pages, Queue::Free)?;
+        let page = &self.pages[place as usize];
+        page.set_owner(object, index);
+        queues.push_back(&self.pages, queue, place);
+        Some(Pfn::new(self.base + place))
+    }
+
+    /// A frame for a translation table, from the reserve if it must be. Its bytes are not touched.
+    pub fn allocate_table<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Option<Pfn> {
+        let (mut queues, _held) = self.queues.lock(held);
+        let place = queues.pop_front(&self.pages, Queue::Free)?;
+        self.pages[place as usize].owner.store(TABLE, Relaxed);
+        queues.tables += 1;
+        Some(Pfn::new(self.base + place))
+    }
+
+    /// Gives a table's frame back.
+    pub fn free_table<const OUTER: u8>(&self, frame: Pfn, held: &mut Held<'_, OUTER>) {
+        let (mut queues, _held) = self.queues.lock(held);
+        let page = self.page(frame);
+        assert_eq!(page.owner(), Owner::Table, "{frame:?} is no table");
+        page.owner.store(NOBODY, Relaxed);
+        queues.tables -= 1;
+        queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+    }
+
+    /// Gives an object's frame back. No mapping may reach it any more (D8).
+    pub fn free<const OUTER: u8>(&self, frame: Pfn, held: &mut Held<'_, OUTER>) {
+        let (mut queues, _held) = self.queues.lock(held);
+        let page = self.page(frame);
+        assert!(matches!(page.owner(), Owner::Object(..)), "{frame:?} is no object's");
+        assert!(!page.is_busy(), "{frame:?} is busy");
+        queues.unlink(&self.pages, self.place32(frame));
+        page.owner.store(NOBODY, Relaxed);
+        page.state.store(Queue::None as u32, Relaxed);
+        page.clean.store(0, Relaxed);
+        queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+    }
+
+    /// Moves a page to the end of a queue.
+    pub fn enqueue<const OUTER: u8>(&self, frame: Pfn, queue: Queue, held: &mut Held<'_, OUTER>) {
+        debug_assert!(queue != Queue::Free);
+        let (mut queues, _held) = self.queues.lock(held);
+        queues.unlink(&self.pages, self.place32(frame));
+        queues.push_back(&self.pages, queue, self.place32(frame));
+    }
+
+    /// Keeps what a leaf remembered (I14).
+    pub fn note(&self, harvest: Harvest) {
+        let mut bits = 0;
+        if harvest.accessed {
+            bits |= ACCESSED;
+        }
+        if harvest.dirty {
+            bits |= DIRTY;
+        }
+        if bits != 0
+            && let Some(page) = self.find(harvest.frame)
+        {
+            page.state.fetch_or(bits, Relaxed);
+        }
+    }
+
+    /// How many frames there are.
+    pub const fn total(&self) -> u32 {
+        self.total
+    }
+
+    /// How many free frames guests' pages leave alone.
+    pub const fn reserve(&self) -> u32 {
+        self.reserve
+    }
+
+    /// How long each queue is.
+    pub fn lengths<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> QueueLengths {
+        self.queues.lock(held).0.lengths()
+    }
+
+    /// Every frame that exists, with its page.
+    pub fn iter(&self) -> impl Iterator<Item = (Pfn, &VmPage)> {
+        let numbered = (self.base..).zip(self.pages.iter()).map(|(n, page)| (Pfn::new(n), page));
+        numbered.filter(|(_, page)| page.owner() != Owner::Absent)
+    }
+
+    /// Walks the queues and compares them with the pages; the free list's length on success.
+    pub(crate) fn check_queues<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Result<(), Pfn> {
+        let (queues, _held) = self.queues.lock(held);
+        queues.check(&self.pages).map_err(|place| Pfn::new(self.base + place))
+    }
+}

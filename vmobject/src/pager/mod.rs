@@ -1,0 +1,131 @@
+//! Pagers: where absent pages come from, and the transfers in flight.
+//!
+//! A transfer is a few neighbouring pages of one object. Its frames are in the object's index from the
+//! start, busy, so whoever comes by finds out what to wait for. The VM gives it a token; the store gives
+//! the token back with the completion. A token has a generation, so a completion that comes late, twice
+//! or for something long gone is noticed and dropped.
+//! Called by `fault`. Calls `object`, `page` and the machine's stores. Locks: the object, then transfers.
+
+pub mod image;
+
+use alloc::vec::Vec;
+
+use crate::VmError;
+use crate::addr::{PageIndex, Pfn};
+use crate::limits::{CLUSTER_PAGES, MAX_IO};
+use crate::lock::{Held, IO, Ranked};
+use crate::object::ObjectId;
+use crate::store::IoToken;
+
+/// A transfer in flight.
+#[derive(Clone, Copy, Debug)]
+pub struct Transfer {
+    /// For which object.
+    pub object: ObjectId,
+    /// Its first page.
+    pub first: PageIndex,
+    /// The page that somebody asked for.
+    pub wanted: PageIndex,
+    /// How many of `frames` take part.
+    pub pages: u32,
+    /// The frames, in order.
+    pub frames: [Pfn; CLUSTER_PAGES as usize],
+}
+
+impl Transfer {
+    /// Its pages, each with its frame.
+    pub fn iter(&self) -> impl Iterator<Item = (PageIndex, Pfn)> + '_ {
+        let pages = (self.first.number()..).map(PageIndex::new);
+        pages.zip(self.frames.iter().copied()).take(self.pages as usize)
+    }
+
+    /// Its frames.
+    pub fn frames(&self) -> &[Pfn] {
+        &self.frames[..self.pages as usize]
+    }
+}
+
+struct Place {
+    generation: u32,
+    transfer: Option<Transfer>,
+}
+
+struct Table {
+    places: Vec<Place>,
+    vacant: Vec<u32>,
+}
+
+/// The transfers in flight.
+pub struct Transfers(Ranked<IO, Table>);
+
+const fn token(place: u32, generation: u32) -> IoToken {
+    IoToken((generation as u64) << 32 | place as u64)
+}
+
+fn parts(token: IoToken) -> Option<(usize, u32)> {
+    let place = usize::try_from(token.0 & 0xffff_ffff).ok()?;
+    Some((place, u32::try_from(token.0 >> 32).ok()?))
+}
+
+impl Transfers {
+    /// None.
+    pub const fn new() -> Self {
+        Self(Ranked::new(Table { places: Vec::new(), vacant: Vec::new() }))
+    }
+
+    /// Notes a transfer that is about to start.
+    pub fn begin<const OUTER: u8>(
+        &self,
+        transfer: Transfer,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<IoToken, VmError> {
+        let (mut table, _held) = self.0.lock(held);
+        if let Some(place) = table.vacant.pop() {
+            let slot = &mut table.places[place as usize];
+            slot.transfer = Some(transfer);
+            return Ok(token(place, slot.generation));
+        }
+        let place = u32::try_from(table.places.len()).map_err(|_| VmError::Limit("transfers"))?;
+        if place >= MAX_IO {
+            return Err(VmError::Limit("transfers"));
+        }
+        table.places.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        let room = (place as usize + 1).saturating_sub(table.vacant.len());
+        table.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
+        table.places.push(Place { generation: 1, transfer: Some(transfer) });
+        Ok(token(place, 1))
+    }
+
+    /// The transfer that a token names, which is over now; `None` for a stale token.
+    pub fn end<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> Option<Transfer> {
+        let (place, generation) = parts(token)?;
+        let (mut table, _held) = self.0.lock(held);
+        let slot = table.places.get_mut(place).filter(|slot| slot.generation == generation)?;
+        let transfer = slot.transfer.take()?;
+        // A place whose generation would repeat retires.
+        if let Some(next) = generation.checked_add(1) {
+            slot.generation = next;
+            table.vacant.push(u32::try_from(place).ok()?);
+        }
+        Some(transfer)
+    }
+
+    /// True until the transfer's completion was delivered.
+    pub fn in_flight<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> bool {
+        let Some((place, generation)) = parts(token) else { return false };
+        let (table, _held) = self.0.lock(held);
+        table.places.get(place).is_some_and(|slot| slot.generation == generation && slot.transfer.is_some())
+    }
+
+    /// How many there are.
+    pub fn count<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
+        let (table, _held) = self.0.lock(held);
+        table.places.iter().filter(|slot| slot.transfer.is_some()).count()
+    }
+}
+
+impl Default for Transfers {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,95 @@
+//! Counters: what happened how often. Counts repeat exactly, so tests and benches compare them.
+//!
+//! Called by everybody; calls nobody.
+
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+macro_rules! events {
+    ($($(#[$doc:meta])* $variant:ident $field:ident;)*) => {
+        /// Something that is counted.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Event { $($(#[$doc])* $variant,)* }
+
+        /// How often each event happened.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Counts { $($(#[$doc])* pub $field: u64,)* }
+
+        impl Counts {
+            /// Every count with its name, for printing.
+            pub fn named(&self) -> [(&'static str, u64); EVENTS] {
+                [$((stringify!($field), self.$field),)*]
+            }
+        }
+
+        const EVENTS: usize = [$(Event::$variant,)*].len();
+
+        impl Stats {
+            /// The counts now.
+            pub fn counts(&self) -> Counts {
+                Counts { $($field: self.0[Event::$variant as usize].load(Relaxed),)* }
+            }
+        }
+    };
+}
+
+events! {
+    /// Faults served by a page of zeros.
+    FaultZero fault_zero;
+    /// Faults served by a page that was in the top object.
+    FaultResident fault_resident;
+    /// Faults served by a page of an object below, shared and read-only.
+    FaultShared fault_shared;
+    /// Faults that copied a page into the top object.
+    FaultCopy fault_copy;
+    /// Faults that moved the last reference to a page into the top object.
+    FaultMove fault_move;
+    /// Faults that ended in a wait.
+    FaultWait fault_wait;
+    /// Faults where nothing is mapped.
+    FaultHole fault_hole;
+    /// Faults that the entry does not allow.
+    FaultDenied fault_denied;
+    /// Faults that failed because the store did.
+    FaultLost fault_lost;
+    /// Neighbours that were mapped along.
+    Around around;
+    /// Shadows made.
+    ShadowMade shadow_made;
+    /// Shadows not made, because the memory was nobody else's.
+    ShadowSpared shadow_spared;
+    /// Transfers started to bring pages in.
+    PageIn page_in;
+    /// Transfers that failed.
+    PageInFailed page_in_failed;
+    /// Completions for transfers that are not in flight.
+    StaleCompletion stale_completion;
+}
+
+/// The counters themselves.
+#[derive(Debug)]
+pub struct Stats([AtomicU64; EVENTS]);
+
+impl Stats {
+    /// All zero.
+    pub const fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; EVENTS])
+    }
+
+    /// Counts one.
+    #[inline]
+    pub fn count(&self, event: Event) {
+        self.add(event, 1);
+    }
+
+    /// Counts several.
+    #[inline]
+    pub fn add(&self, event: Event, by: u64) {
+        self.0[event as usize].fetch_add(by, Relaxed);
+    }
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self::new()
+    }
+}
