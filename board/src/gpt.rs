@@ -184,7 +184,7 @@ fn long(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use std::string::{String, ToString};
     use std::vec;
@@ -193,7 +193,7 @@ pub(crate) mod tests {
     const BLOCKS: usize = 256;
 
     /// A disk of 256 blocks with these partitions, a table at its start and one at its end.
-    pub(crate) fn disk(partitions: &[(&str, u64, u64)], block: usize) -> Vec<u8> {
+    fn disk(partitions: &[(&str, u64, u64)], block: usize) -> Vec<u8> {
         let mut disk = vec![0; BLOCKS * block];
         let mut entries = vec![0; 128 * ENTRY_BYTES];
         for (index, (name, first, last)) in partitions.iter().enumerate() {

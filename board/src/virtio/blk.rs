@@ -135,7 +135,8 @@ impl<T: Transport> Blk<T> {
         let has = |bit: u64| features & bit != 0;
         let word = |offset| transport.read_config_space::<u32>(offset).map_err(|_| DeviceError::Refused);
         let limit = |bit, offset| if has(bit) { word(offset) } else { Ok(u32::MAX) };
-        let sectors = transport.read_config_space::<u64>(0).map_err(|_| DeviceError::Refused)?;
+        // Two halves: the configuration space promises an alignment of 4 only. A disk that shrinks while we look is not served.
+        let sectors = u64::from(word(0)?) | u64::from(word(4)?) << 32;
         let max_bytes = limit(FEATURE_SIZE_MAX, 8)?;
         let max_segments = limit(FEATURE_SEG_MAX, 12)?;
         let block_bytes = if has(FEATURE_BLOCK_SIZE) { word(20)? } else { 512 };

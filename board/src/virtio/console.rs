@@ -188,3 +188,86 @@ fn remember(list: &mut [Option<u8>; QUEUE], head: u16, buffer: usize) {
 fn forget(list: &mut [Option<u8>; QUEUE], head: u16) -> Option<usize> {
     list.get_mut(usize::from(head))?.take().map(usize::from)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::{FakeTransport, load, store};
+    use super::*;
+    use std::vec;
+    use std::vec::Vec;
+
+    const IN: usize = RECEIVE as usize;
+    const OUT: usize = TRANSMIT as usize;
+
+    fn console() -> (Console<FakeTransport>, FakeTransport) {
+        let device = FakeTransport::new(0, vec![]);
+        (Console::new(device.clone()).unwrap(), device)
+    }
+
+    /// Plays the other end: text arrives, in one buffer.
+    fn arrive(device: &FakeTransport, text: &[u8]) -> bool {
+        let Some(chain) = device.take(IN) else { return false };
+        let (base, room, device_writes) = chain.buffers[0];
+        assert!(device_writes && text.len() <= room);
+        text.iter().zip(0..).for_each(|(byte, at): (_, u64)| store(base + at, *byte));
+        device.finish(IN, chain.head, u32::try_from(text.len()).unwrap());
+        true
+    }
+
+    /// Plays the other end: takes everything that was sent.
+    fn sent(device: &FakeTransport) -> Vec<u8> {
+        let mut text = vec![];
+        while let Some(chain) = device.take(OUT) {
+            let (base, bytes, _) = chain.buffers[0];
+            text.extend((0..bytes as u64).map(|at| load::<u8>(base + at)));
+            device.finish(OUT, chain.head, 0);
+        }
+        text
+    }
+
+    #[test]
+    fn what_arrives_is_read_in_order_in_pieces_of_any_size() {
+        let (mut console, device) = console();
+        let mut expected = vec![];
+        let mut got: Vec<u8> = vec![];
+        for round in 0..10_000_usize {
+            let text: Vec<u8> =
+                (0..round % 500 + 1).map(|at| u8::try_from((at + round) % 256).unwrap()).collect();
+            if arrive(&device, &text) {
+                expected.extend(text);
+            }
+            let mut out = [0; 97];
+            let count = console.read(&mut out[..round % 97 + 1]);
+            got.extend(&out[..count]);
+        }
+        let mut out = [0; 97];
+        while let count @ 1.. = console.read(&mut out) {
+            got.extend(&out[..count]);
+        }
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn output_beyond_the_buffers_waits_for_the_reader_and_is_never_lost() {
+        let (mut console, device) = console();
+        let text: Vec<u8> = (0..100_000_u32).map(|at| at.to_le_bytes()[0]).collect();
+        let (mut taken, mut seen) = (0, vec![]);
+        while taken < text.len() {
+            let count = console.write(&text[taken..]);
+            assert!(count <= 4096);
+            assert_eq!(console.write(&text[taken + count..]), 0, "there is no room left, or nothing to send");
+            taken += count;
+            seen.extend(sent(&device));
+        }
+        assert_eq!(seen, text);
+    }
+
+    #[test]
+    fn a_device_that_returns_a_buffer_it_does_not_have_is_reset() {
+        let (mut console, device) = console();
+        device.finish(OUT, 3, 0);
+        assert_eq!(console.write(b"x"), 0);
+        assert_eq!(device.state().status, DeviceStatus::empty());
+        assert_eq!(console.read(&mut [0; 8]), 0);
+    }
+}

@@ -10,6 +10,8 @@
 #![expect(unsafe_code, reason = "a slot's address comes from the device tree, as a number")]
 
 pub mod blk;
+#[cfg(test)]
+mod blk_tests;
 pub mod console;
 #[cfg(test)]
 mod fake;
