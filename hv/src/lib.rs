@@ -6,6 +6,7 @@
 //! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
 //! * [`loader`] - what kind of program an image is, what is where in a new guest, its device tree.
+//! * `boot` - from the first Rust instruction to guests running (on the target only).
 #![no_std]
 
 extern crate alloc;
@@ -13,7 +14,14 @@ extern crate alloc;
 #[cfg(not(target_os = "none"))]
 extern crate std;
 
+// In the order above; the blank lines keep the formatter from sorting them.
 pub mod arch;
+
 pub mod mm;
+
 pub mod vdev;
+
 pub mod loader;
+
+#[cfg(target_os = "none")]
+pub mod boot;

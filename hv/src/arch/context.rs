@@ -107,8 +107,6 @@ el1_context! {
     ttbr1 = 0;
     /// TCR_EL1.
     tcr = 0;
-    /// TCR2_EL1, where the CPU has it.
-    tcr2 = 0;
     /// MAIR_EL1.
     mair = 0;
     /// AMAIR_EL1.
@@ -149,16 +147,10 @@ el1_context! {
     cntv_ctl = 0;
     /// CNTV_CVAL_EL0.
     cntv_cval = 0;
-    /// MDSCR_EL1: trapped and written through, switched with the debug registers.
-    mdscr = 0;
     /// OSDLR_EL1: trapped; here for the trap handler.
     osdlr = 0;
     /// DISR_EL1, where the CPU has RAS; the guest's view is VDISR_EL2.
     disr = 0;
-    /// SCXTNUM_EL1, where the CPU has it.
-    scxtnum_el1 = 0;
-    /// SCXTNUM_EL0, where the CPU has it.
-    scxtnum_el0 = 0;
     /// APIAKeyLo_EL1, where the CPU has pointer authentication; likewise those below.
     apia_lo = 0;
     /// APIAKeyHi_EL1.
@@ -181,18 +173,6 @@ el1_context! {
     apga_hi = 0;
     /// VMPIDR_EL2: what the guest reads as MPIDR_EL1.
     vmpidr = 0;
-    /// DACR32_EL2: only where EL1 may be AArch32; kept so that nothing leaks.
-    dacr32 = 0;
-    /// IFSR32_EL2: likewise.
-    ifsr32 = 0;
-    /// SPSR_abt, written by nothing at AArch64 EL1, but by AArch32; likewise.
-    spsr_abt = 0;
-    /// SPSR_und.
-    spsr_und = 0;
-    /// SPSR_irq.
-    spsr_irq = 0;
-    /// SPSR_fiq.
-    spsr_fiq = 0;
 }
 
 /// The FP and SIMD registers.
@@ -294,6 +274,8 @@ pub struct IdRegisters {
     pub mmfr3: u64,
     /// ID_AA64MMFR4_EL1.
     pub mmfr4: u64,
+    /// The AArch32 ones, S3_0_C0_C1_0 to S3_0_C0_C3_7: `aarch32[crm - 1][op2]`.
+    pub aarch32: [[u64; 8]; 3],
 }
 
 /// The four-bit field of an identification register whose lowest bit is `shift`.

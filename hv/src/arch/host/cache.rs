@@ -18,3 +18,6 @@ pub fn clean_invalidate(_start: *const u8, _bytes: usize) {}
 
 /// Makes what was written visible to instruction fetches on every CPU.
 pub fn sync_instructions(_start: *const u8, _bytes: usize) {}
+
+/// Cleans and invalidates one line by set and way.
+pub fn clean_invalidate_set_way(_operand: u64) {}

@@ -12,6 +12,7 @@ pub mod fpsimd;
 pub mod gich;
 pub mod id;
 pub mod irq;
+pub mod page;
 pub mod percpu;
 pub mod power;
 pub mod switch;

@@ -70,3 +70,13 @@ pub fn loaded_stage2() -> Option<(PhysAddr, u16)> {
 pub fn set_cntvoff(offset: u64) {
     STATE.with_borrow_mut(|state| state.cntvoff = offset);
 }
+
+/// The guest's virtual timer as it stands: CNTV_CTL_EL0 and CNTV_CVAL_EL0.
+pub fn virtual_timer() -> (u64, u64) {
+    with_el1(|el1| (el1.cntv_ctl, el1.cntv_cval))
+}
+
+/// Turns the virtual timer off, so that it cannot interrupt for a vCPU that has left.
+pub fn stop_virtual_timer() {
+    with_el1(|el1| el1.cntv_ctl = 0);
+}

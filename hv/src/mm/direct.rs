@@ -1,0 +1,138 @@
+//! The bytes of frames: `vmobject`'s only door to memory.
+//!
+//! On the target a frame is where its number says (identity map); on the host the frames live in an arena and
+//! [`Direct::over`] says where. Guest memory is never a Rust reference (DESIGN 17): everything goes by pointer,
+//! through `arch::page` for whole pages. A frame is cleaned to the point of coherency when it is filled,
+//! because a guest may look with its caches off, and cleaned and invalidated before it is read for a copy,
+//! because a guest may have written so (invariant I2).
+#![expect(unsafe_code, reason = "frames' bytes are reached by pointer")]
+
+use crate::arch::{cache, page};
+use core::sync::atomic::{Ordering, fence};
+use vmobject::addr::{PAGE_SIZE, Pfn};
+use vmobject::store::PhysMemory;
+
+/// Bytes in a page.
+const PAGE: usize = 1 << vmobject::addr::PAGE_SHIFT;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
+
+/// Frames at a constant distance from their physical addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Direct {
+    /// Added, wrapping, to a physical address to get a pointer.
+    offset: u64,
+}
+
+impl Direct {
+    /// Frames at their physical addresses.
+    pub const IDENTITY: Self = Self { offset: 0 };
+
+    /// Frames from `first` on at `arena`, for tests on the host.
+    ///
+    /// # Safety
+    /// Every frame that is ever named lies in the arena, which is page-aligned and lives for ever.
+    pub unsafe fn over(arena: *mut u8, first: Pfn) -> Self {
+        Self { offset: (arena.expose_provenance() as u64).wrapping_sub(first.base().bits()) }
+    }
+
+    /// Where a frame's bytes are.
+    pub fn pointer(self, frame: Pfn) -> *mut u8 {
+        let address = frame.base().bits().wrapping_add(self.offset);
+        core::ptr::with_exposed_provenance_mut(usize::try_from(address).unwrap_or(0))
+    }
+}
+
+/// Panics unless the range lies in a page: who calls is wrong, not the guest.
+fn assert_inside(offset: usize, len: usize) {
+    assert!(offset.checked_add(len).is_some_and(|end| end <= PAGE), "a range crosses its page");
+}
+
+impl PhysMemory for Direct {
+    fn zero(&self, frame: Pfn) {
+        // SAFETY: the VM gives frames that it owns and that nobody maps; the direct map covers them.
+        unsafe { page::zero(self.pointer(frame)) }
+    }
+
+    fn copy(&self, from: Pfn, to: Pfn) {
+        let (from, to) = (self.pointer(from), self.pointer(to));
+        // SAFETY: as above; cleaning a page that is in use changes nothing in it.
+        unsafe { page::clean_invalidate(from) };
+        // SAFETY: as above; a guest may write `from` meanwhile, and then gets what it raced for: no Rust
+        // reference is involved.
+        unsafe { page::copy(to, from) };
+    }
+
+    fn fill(&self, frame: Pfn, bytes: &[u8]) {
+        assert_inside(0, bytes.len());
+        self.zero(frame);
+        self.write(frame, 0, bytes);
+    }
+
+    fn read(&self, frame: Pfn, offset: usize, out: &mut [u8]) {
+        assert_inside(offset, out.len());
+        let from = self.pointer(frame).wrapping_add(offset);
+        cache::clean_invalidate(from, out.len());
+        // SAFETY: the range lies in the frame, which the direct map covers; `out` is ours.
+        unsafe { out.as_mut_ptr().copy_from(from, out.len()) };
+        fence(Ordering::Acquire);
+    }
+
+    fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]) {
+        assert_inside(offset, bytes.len());
+        let to = self.pointer(frame).wrapping_add(offset);
+        // SAFETY: the range lies in the frame, which the direct map covers.
+        unsafe { to.copy_from(bytes.as_ptr(), bytes.len()) };
+        cache::clean(to, bytes.len());
+    }
+
+    fn publish(&self, frame: Pfn) {
+        let at = self.pointer(frame);
+        // SAFETY: the frame is the VM's and the direct map covers it.
+        unsafe { page::clean(at) };
+        cache::sync_instructions(at, PAGE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::boxed::Box;
+
+    #[repr(align(4096))]
+    struct Arena([u8; 4 * PAGE]);
+
+    fn direct() -> Direct {
+        let arena = Box::leak(Box::new(Arena([0xaa; 4 * PAGE])));
+        // SAFETY: the tests name frames 100 to 103 only, and the arena is leaked.
+        unsafe { Direct::over(arena.0.as_mut_ptr(), Pfn::new(100)) }
+    }
+
+    #[test]
+    fn a_fill_shorter_than_the_page_is_followed_by_zeros() {
+        let memory = direct();
+        memory.fill(Pfn::new(101), b"abc");
+        let mut out = [1; 5];
+        memory.read(Pfn::new(101), 0, &mut out);
+        assert_eq!(&out, b"abc\0\0");
+        memory.read(Pfn::new(101), PAGE - 5, &mut out);
+        assert_eq!(out, [0; 5]);
+        memory.read(Pfn::new(102), 0, &mut out);
+        assert_eq!(out, [0xaa; 5], "the neighbour is untouched");
+    }
+
+    #[test]
+    fn a_copy_has_the_bytes_of_its_source() {
+        let memory = direct();
+        memory.write(Pfn::new(100), 4090, b"sixsix");
+        memory.copy(Pfn::new(100), Pfn::new(103));
+        let mut out = [0; 6];
+        memory.read(Pfn::new(103), 4090, &mut out);
+        assert_eq!(&out, b"sixsix");
+    }
+
+    #[test]
+    #[should_panic(expected = "crosses")]
+    fn a_range_past_the_page_is_our_own_bug() {
+        direct().write(Pfn::new(100), 4090, b"sevenxx");
+    }
+}
