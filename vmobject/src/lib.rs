@@ -29,6 +29,7 @@ pub mod pmap;
 pub mod prot;
 pub mod stats;
 pub mod store;
+pub mod testing;
 
 use alloc::sync::Weak;
 use alloc::vec::Vec;

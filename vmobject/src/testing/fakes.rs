@@ -1,0 +1,281 @@
+//! The fake machine: frames, tables and stores in memory.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use spin::mutex::SpinMutex;
+
+use crate::addr::{Ipa, IpaRange, PAGE_SIZE, Pfn};
+use crate::pmap::{Harvest, Leaf, OutOfTables, Pmap, Sink};
+use crate::prot::Prot;
+use crate::store::{Direction, IoToken, Machine, PageStore, PhysMemory, StoreError, StoreId};
+
+const PAGE: usize = 1 << crate::addr::PAGE_SHIFT;
+
+/// What a frame holds that nobody has written.
+pub const GARBAGE: u8 = 0xa5;
+
+/// Frames that remember what was written to them.
+#[derive(Default)]
+pub struct FakeMemory {
+    frames: SpinMutex<BTreeMap<Pfn, [u8; PAGE]>>,
+    /// Pages zeroed.
+    pub zeroed: AtomicU32,
+    /// Pages copied.
+    pub copied: AtomicU32,
+    /// Pages made ready for guests after a transfer.
+    pub published: AtomicU32,
+}
+
+impl FakeMemory {
+    fn with<R>(&self, frame: Pfn, what: impl FnOnce(&mut [u8; PAGE]) -> R) -> R {
+        what(self.frames.lock().entry(frame).or_insert([GARBAGE; PAGE]))
+    }
+}
+
+impl PhysMemory for FakeMemory {
+    fn zero(&self, frame: Pfn) {
+        self.zeroed.fetch_add(1, Relaxed);
+        self.with(frame, |page| page.fill(0));
+    }
+    fn copy(&self, from: Pfn, to: Pfn) {
+        self.copied.fetch_add(1, Relaxed);
+        let bytes = self.with(from, |page| *page);
+        self.with(to, |page| *page = bytes);
+    }
+    fn fill(&self, frame: Pfn, bytes: &[u8]) {
+        self.with(frame, |page| {
+            page.fill(0);
+            page[..bytes.len()].copy_from_slice(bytes);
+        });
+    }
+    fn read(&self, frame: Pfn, offset: usize, out: &mut [u8]) {
+        self.with(frame, |page| out.copy_from_slice(&page[offset..][..out.len()]));
+    }
+    fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]) {
+        self.with(frame, |page| page[offset..][..bytes.len()].copy_from_slice(bytes));
+    }
+    fn publish(&self, _frame: Pfn) {
+        self.published.fetch_add(1, Relaxed);
+    }
+}
+
+/// A transfer that a [`FakeStore`] was asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Of which store.
+    pub store: StoreId,
+    /// Which way.
+    pub direction: Direction,
+    /// The store's first page.
+    pub first: u64,
+    /// The frames.
+    pub frames: Vec<Pfn>,
+    /// Whose.
+    pub token: IoToken,
+}
+
+/// Stores that complete when the test says so, and fail on cue.
+#[derive(Default)]
+pub struct FakeStore {
+    contents: SpinMutex<BTreeMap<StoreId, Vec<u8>>>,
+    pending: SpinMutex<Vec<Request>>,
+    /// What the next `start` answers instead of taking the request.
+    pub refuse_next: SpinMutex<Option<StoreError>>,
+    /// Transfers taken so far.
+    pub started: AtomicU32,
+}
+
+impl FakeStore {
+    /// Makes a store with these contents.
+    pub fn add(&self, store: StoreId, contents: Vec<u8>) {
+        self.contents.lock().insert(store, contents);
+    }
+
+    /// The store's bytes, all of them.
+    pub fn contents(&self, store: StoreId) -> Vec<u8> {
+        self.contents.lock().get(&store).cloned().unwrap_or_default()
+    }
+
+    /// One page, zero behind the store's end.
+    pub fn page(&self, store: StoreId, page: u64) -> [u8; PAGE] {
+        let mut out = [0; PAGE];
+        let contents = self.contents.lock();
+        let bytes = contents.get(&store).and_then(|all| all.chunks(PAGE).nth(place(page)));
+        for (to, from) in out.iter_mut().zip(bytes.unwrap_or_default()) {
+            *to = *from;
+        }
+        out
+    }
+
+    /// Overwrites one page.
+    pub fn set_page(&self, store: StoreId, page: u64, bytes: &[u8; PAGE]) {
+        let mut contents = self.contents.lock();
+        if let Some(to) = contents.get_mut(&store).and_then(|all| all.chunks_mut(PAGE).nth(place(page))) {
+            to.copy_from_slice(&bytes[..to.len()]);
+        }
+    }
+
+    /// Takes the `nth` pending request out.
+    pub fn take(&self, nth: usize) -> Option<Request> {
+        let mut pending = self.pending.lock();
+        (nth < pending.len()).then(|| pending.remove(nth))
+    }
+
+    /// Requests not yet completed.
+    pub fn pending(&self) -> usize {
+        self.pending.lock().len()
+    }
+}
+
+fn place(page: u64) -> usize {
+    usize::try_from(page).unwrap_or(usize::MAX)
+}
+
+impl PageStore for FakeStore {
+    fn start(
+        &self,
+        store: StoreId,
+        direction: Direction,
+        first: u64,
+        frames: &[Pfn],
+        token: IoToken,
+    ) -> Result<(), StoreError> {
+        if let Some(error) = self.refuse_next.lock().take() {
+            return Err(error);
+        }
+        if first + frames.len() as u64 > self.pages(store) {
+            return Err(StoreError::Refused);
+        }
+        self.started.fetch_add(1, Relaxed);
+        self.pending.lock().push(Request { store, direction, first, frames: frames.to_vec(), token });
+        Ok(())
+    }
+    fn start_flush(&self, store: StoreId, token: IoToken) -> Result<(), StoreError> {
+        let request = Request { store, direction: Direction::Out, first: 0, frames: Vec::new(), token };
+        self.pending.lock().push(request);
+        Ok(())
+    }
+    fn discard(&self, _store: StoreId, _first: u64, _pages: u64) {}
+    fn pages(&self, store: StoreId) -> u64 {
+        let contents = self.contents.lock();
+        contents.get(&store).map_or(0, |bytes| bytes.len().div_ceil(PAGE) as u64)
+    }
+}
+
+/// Tables in memory, without a TLB: what they say is what a CPU does.
+#[derive(Default)]
+pub struct FakePmap {
+    leaves: BTreeMap<Ipa, Leaf>,
+    /// No table can be had.
+    pub out_of_tables: AtomicBool,
+    /// Leaves entered by faults, neighbours not counted.
+    pub entered: u32,
+}
+
+impl FakePmap {
+    fn room(&self) -> Result<(), OutOfTables> {
+        if self.out_of_tables.load(Relaxed) { Err(OutOfTables) } else { Ok(()) }
+    }
+
+    /// Every leaf.
+    pub fn leaves(&self) -> impl Iterator<Item = (Ipa, Leaf)> + '_ {
+        self.leaves.iter().map(|(&at, &leaf)| (at, leaf))
+    }
+}
+
+const fn harvest(at: Ipa, leaf: Leaf) -> Harvest {
+    let dirty = leaf.prot.allows(Prot::WRITE);
+    Harvest { at, frame: leaf.frame, accessed: true, dirty }
+}
+
+impl Pmap for FakePmap {
+    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+        self.room()?;
+        self.entered += 1;
+        if let Some(old) = self.leaves.insert(at.page(), Leaf { frame, prot, block: false }) {
+            sink(harvest(at.page(), old));
+        }
+        Ok(())
+    }
+    fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables> {
+        self.room()?;
+        let mut count = 0;
+        for (page, frame) in (0..).zip(frames) {
+            let (Some(frame), Some(at)) = (*frame, first.checked_add(page * PAGE_SIZE)) else { continue };
+            assert_eq!(at.chunk(), first.chunk(), "neighbours lie in one chunk");
+            self.leaves.entry(at).or_insert_with(|| {
+                count += 1;
+                Leaf { frame, prot, block: false }
+            });
+        }
+        Ok(count)
+    }
+    fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+        let range = IpaRange::from_pages(at, crate::addr::CHUNK_PAGES).ok_or(OutOfTables)?;
+        for (page, number) in range.iter_pages().zip(first.number()..) {
+            self.enter(page, Pfn::new(number), prot, sink)?;
+        }
+        Ok(())
+    }
+    fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {
+        self.leaves.retain(|&at, &mut leaf| {
+            let keep = !range.contains(at);
+            if !keep {
+                sink(harvest(at, leaf));
+            }
+            keep
+        });
+    }
+    fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>) {
+        for (&at, leaf) in self.leaves.range_mut(range.as_range()) {
+            sink(harvest(at, *leaf));
+            leaf.prot = leaf.prot & keep;
+        }
+    }
+    fn park(&mut self) {
+        for leaf in self.leaves.values_mut() {
+            leaf.prot = leaf.prot.without(Prot::WRITE);
+        }
+    }
+    fn age(&mut self, range: IpaRange, sink: Sink<'_>) {
+        for (&at, &leaf) in self.leaves.range(range.as_range()) {
+            sink(harvest(at, leaf));
+        }
+    }
+    fn lookup(&self, at: Ipa) -> Option<Leaf> {
+        self.leaves.get(&at.page()).copied()
+    }
+    fn refresh(&mut self, _at: Ipa) {}
+    fn tables(&self) -> u32 {
+        1
+    }
+}
+
+/// The fake machine.
+#[derive(Default)]
+pub struct FakeMachine {
+    /// Its frames' bytes.
+    pub memory: FakeMemory,
+    /// Its stores.
+    pub store: FakeStore,
+}
+
+impl FakeMachine {
+    /// One without stores.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Machine for FakeMachine {
+    type Pmap = FakePmap;
+    type Memory = FakeMemory;
+    type Store = FakeStore;
+    fn memory(&self) -> &FakeMemory {
+        &self.memory
+    }
+    fn store(&self) -> &FakeStore {
+        &self.store
+    }
+}

@@ -1,0 +1,222 @@
+//! Fakes for tests: a machine in memory that remembers, and that fails on cue.
+//!
+//! [`Rig`] is a [`Vm`] on such a machine, with the few lines that every test needs: a guest's load or
+//! store goes through the fake tables and faults when they say so, as a CPU would. Frames hold garbage
+//! until somebody writes them, so a page that was handed out unzeroed shows.
+//! Neighbours: every test; nothing in the product.
+
+mod fakes;
+
+pub use fakes::{FakeMachine, FakeMemory, FakePmap, FakeStore, GARBAGE, Request};
+
+use alloc::sync::Arc;
+
+use crate::addr::{Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
+use crate::fault::{Copied, FaultError, Faulted, WaitFor};
+use crate::lock::Held;
+use crate::map::{Map, Share};
+use crate::object::ObjectId;
+use crate::pmap::Pmap as _;
+use crate::prot::Prot;
+use crate::store::{Direction, PhysMemory as _, StoreError};
+use crate::{Vm, VmError};
+
+/// Where the tests' guests have their memory.
+pub const RAM: Ipa = Ipa::new(0x4000_0000);
+
+/// A [`Vm`] on a fake machine.
+pub struct Rig {
+    /// The memory system under test.
+    pub vm: Vm<FakeMachine>,
+}
+
+/// A map of the rig's.
+pub type TestMap = Arc<Map<FakeMachine>>;
+
+/// What a test gets when its guest's access is not served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The guest would feel this.
+    Fault(FaultError),
+    /// It would have to wait, and nothing is under way that could end it.
+    Stuck(WaitFor),
+}
+
+impl Rig {
+    /// A machine with this many frames, a quarter of which at most is reserve.
+    pub fn new(frames: u32) -> Self {
+        Self::with(FakeMachine::new(), frames)
+    }
+
+    /// The same with a machine that was prepared.
+    pub fn with(machine: FakeMachine, frames: u32) -> Self {
+        let range = Pfn::new(0x1000)..Pfn::new(0x1000 + frames);
+        match Vm::new(machine, core::slice::from_ref(&range)) {
+            Ok(vm) => Self { vm },
+            Err(error) => panic!("the rig has no memory: {error:?}"),
+        }
+    }
+
+    /// A map with nothing in it.
+    pub fn map(&self) -> TestMap {
+        match self.vm.create_map(FakePmap::default(), &mut Held::root()) {
+            Ok(map) => map,
+            Err(error) => panic!("no map: {error:?}"),
+        }
+    }
+
+    /// A map with `pages` pages of anonymous memory at [`RAM`].
+    pub fn guest(&self, pages: u32) -> TestMap {
+        let map = self.map();
+        let object = self.anonymous(pages);
+        assert_eq!(self.put(&map, 0, pages, object, 0, Prot::ALL, Share::Shared), Ok(()));
+        map
+    }
+
+    /// An anonymous object.
+    pub fn anonymous(&self, pages: u32) -> ObjectId {
+        match self.vm.anonymous(pages, &mut Held::root()) {
+            Ok(object) => object,
+            Err(error) => panic!("no object: {error:?}"),
+        }
+    }
+
+    /// Puts pages of an object at a page of [`RAM`].
+    #[expect(clippy::too_many_arguments, reason = "as the call that it wraps")]
+    pub fn put(
+        &self,
+        map: &TestMap,
+        page: u32,
+        pages: u32,
+        object: ObjectId,
+        first: u32,
+        prot: Prot,
+        share: Share,
+    ) -> Result<(), VmError> {
+        let range = IpaRange::from_pages(at(page, 0), pages).ok_or(VmError::Range)?;
+        self.vm.insert(map, range, object, PageIndex::new(first), prot, share, &mut Held::root())
+    }
+
+    /// Faults until served, delivering I/O as needed.
+    pub fn fault(&self, map: &TestMap, at: Ipa, access: Prot) -> Result<(), Refused> {
+        loop {
+            match self.vm.fault(map, at, access, &mut Held::root()).map_err(Refused::Fault)? {
+                Faulted::Mapped => return Ok(()),
+                Faulted::Wait(wait) => self.wait(wait)?,
+            }
+        }
+    }
+
+    fn wait(&self, wait: WaitFor) -> Result<(), Refused> {
+        let moved = self.deliver_all();
+        if moved == 0 { Err(Refused::Stuck(wait)) } else { Ok(()) }
+    }
+
+    /// A guest's load of one byte.
+    pub fn load(&self, map: &TestMap, at: Ipa) -> Result<u8, Refused> {
+        let frame = self.translate(map, at, Prot::READ)?;
+        let mut byte = [0];
+        self.vm.machine().memory.read(frame, at.offset_in_page(), &mut byte);
+        Ok(byte[0])
+    }
+
+    /// A guest's store of one byte.
+    pub fn store(&self, map: &TestMap, at: Ipa, byte: u8) -> Result<(), Refused> {
+        let frame = self.translate(map, at, Prot::WRITE)?;
+        self.vm.machine().memory.write(frame, at.offset_in_page(), &[byte]);
+        Ok(())
+    }
+
+    /// What the tables say, after as many faults as that takes.
+    fn translate(&self, map: &TestMap, at: Ipa, access: Prot) -> Result<Pfn, Refused> {
+        for _ in 0..8 {
+            let leaf = map.with_pmap(&mut Held::root(), |pmap| pmap.lookup(at.page()));
+            match leaf {
+                Some(leaf) if leaf.prot.allows(access) => return Ok(leaf.frame),
+                Some(_) | None => self.fault(map, at, access)?,
+            }
+        }
+        panic!("{at:?}: a fault that was served is not");
+    }
+
+    /// EL2's read of guest memory.
+    pub fn read(&self, map: &TestMap, at: Ipa, out: &mut [u8]) -> Result<(), Refused> {
+        loop {
+            match self.vm.read(map, at, out, &mut Held::root()).map_err(Refused::Fault)? {
+                Copied::Done => return Ok(()),
+                Copied::Wait(wait) => self.wait(wait)?,
+            }
+        }
+    }
+
+    /// EL2's write to guest memory.
+    pub fn write(&self, map: &TestMap, at: Ipa, bytes: &[u8]) -> Result<(), Refused> {
+        loop {
+            match self.vm.write(map, at, bytes, &mut Held::root()).map_err(Refused::Fault)? {
+                Copied::Done => return Ok(()),
+                Copied::Wait(wait) => self.wait(wait)?,
+            }
+        }
+    }
+
+    /// Delivers one pending transfer, the `nth`, with this result; false if there is none.
+    pub fn deliver(&self, nth: usize, result: Result<(), StoreError>) -> bool {
+        let machine = self.vm.machine();
+        let Some(request) = machine.store.take(nth) else { return false };
+        for (page, &frame) in (request.first..).zip(&request.frames) {
+            match (request.direction, result) {
+                (Direction::In, Ok(())) => {
+                    let bytes = machine.store.page(request.store, page);
+                    machine.memory.write(frame, 0, &bytes);
+                }
+                (Direction::Out, Ok(())) => {
+                    let mut bytes = [0; 1 << crate::addr::PAGE_SHIFT];
+                    machine.memory.read(frame, 0, &mut bytes);
+                    machine.store.set_page(request.store, page, &bytes);
+                }
+                (Direction::In | Direction::Out, Err(_)) => {}
+            }
+        }
+        self.vm.complete(request.token, result, &mut Held::root());
+        true
+    }
+
+    /// Delivers everything that is pending, successfully; how many that were.
+    pub fn deliver_all(&self) -> usize {
+        let mut count = 0;
+        while self.deliver(0, Ok(())) {
+            count += 1;
+        }
+        count
+    }
+
+    /// Ends a guest.
+    pub fn destroy(&self, map: TestMap) {
+        self.vm.destroy_map(map, &mut Held::root());
+    }
+
+    /// Frames that are free.
+    pub fn free(&self) -> u32 {
+        self.vm.memory(&mut Held::root()).queues.free
+    }
+
+    /// Objects that live.
+    pub fn objects(&self) -> u32 {
+        self.vm.memory(&mut Held::root()).objects
+    }
+
+    /// Audits everything.
+    pub fn check(&self) {
+        if let Err(violation) = self.vm.check(&mut Held::root()) {
+            panic!("{violation:?}");
+        }
+    }
+}
+
+/// The address of a byte of a page of [`RAM`].
+pub fn at(page: u32, offset: u64) -> Ipa {
+    match RAM.checked_add(u64::from(page) * PAGE_SIZE + offset) {
+        Some(at) => at,
+        None => panic!("no such page"),
+    }
+}
