@@ -67,7 +67,7 @@ impl Vgic {
             4 if offset.is_multiple_of(4) => u64::from(self.dist_read_word(offset)),
             1 => priority_slot(offset, 0x400).map_or(0, |intid| u64::from(self.priority_of(intid))),
             8 if offset.is_multiple_of(8) => {
-                self.route_slot(offset).map_or(0, |(word, bit)| self.router(word, bit))
+                Self::route_slot(offset).map_or(0, |(word, bit)| self.router(word, bit))
             }
             _ => 0,
         }
@@ -89,7 +89,7 @@ impl Vgic {
                 }
                 _ => Kicks::NONE,
             },
-            8 if offset.is_multiple_of(8) => match self.route_slot(offset) {
+            8 if offset.is_multiple_of(8) => match Self::route_slot(offset) {
                 Some((word, bit)) => self.set_route(word, bit, value),
                 None => Kicks::NONE,
             },
@@ -111,7 +111,7 @@ impl Vgic {
             0xc00..=0xcff => {
                 shared_word(offset - 0xc00, 8).map_or(0, |which| self.read_config(which, offset & 4 != 0))
             }
-            0x6000..=0x7fff => match self.route_slot(offset & !4) {
+            0x6000..=0x7fff => match Self::route_slot(offset & !4) {
                 Some((word, bit)) => {
                     let route = self.router(word, bit);
                     if offset & 4 == 0 { low(route) } else { low(route >> 32) }
@@ -135,7 +135,7 @@ impl Vgic {
             }),
             0xc00..=0xcff => shared_word(offset - 0xc00, 8)
                 .map_or(Kicks::NONE, |which| self.write_config(which, offset & 4 != 0, value)),
-            0x6000..=0x7fff => match self.route_slot(offset & !4) {
+            0x6000..=0x7fff => match Self::route_slot(offset & !4) {
                 Some((word, bit)) => {
                     let old = self.router(word, bit);
                     let value = u64::from(value);
@@ -164,9 +164,11 @@ impl Vgic {
         kicks
     }
 
-    fn route_slot(&self, offset: u32) -> Option<(usize, usize)> {
-        let intid = offset.checked_sub(0x6000)? / 8;
-        (32..INTIDS).contains(&intid).then_some((intid as usize / BITS - 1, intid as usize % BITS))
+    fn route_slot(offset: u32) -> Option<(usize, usize)> {
+        match offset.checked_sub(0x6000)? / 8 {
+            intid @ 32..INTIDS => Some((intid as usize / BITS - 1, intid as usize % BITS)),
+            _ => None,
+        }
     }
 
     fn router(&self, word: usize, bit: usize) -> u64 {
@@ -195,7 +197,14 @@ impl Vgic {
             BitRegister::Group => bank.group,
             BitRegister::SetEnable | BitRegister::ClearEnable => bank.enabled,
             BitRegister::SetPending | BitRegister::ClearPending => {
-                let (here, listed) = (bank.pending(), bank.listed);
+                let (mut here, listed) = (bank.pending(), bank.listed);
+                if let Which::Local(vcpu) = which
+                    && self.timer_is_live(vcpu)
+                    && (bank.active | listed) & TIMER_BIT != 0
+                {
+                    // Its line is only known to have been high when it fired.
+                    here &= !TIMER_BIT;
+                }
                 here | self.listed_bits(which, listed, LR_PENDING)
             }
             BitRegister::SetActive | BitRegister::ClearActive => {

@@ -60,6 +60,12 @@ impl Lists {
         Ones(u32::from(self.used)).find(|&lr| low(self.image[lr]) == intid)
     }
 
+    /// List registers in use, with their interrupts.
+    #[cfg(test)]
+    pub(super) fn shown(&self) -> impl Iterator<Item = (usize, u32)> {
+        Ones(u32::from(self.used)).map(|lr| (lr, low(self.image[lr])))
+    }
+
     /// The state bits of a listed interrupt.
     pub(super) fn state_of(&self, intid: u32) -> u64 {
         self.find(intid).map_or(0, |lr| self.image[lr] & LR_STATE)
