@@ -2,9 +2,21 @@
 //!
 //! * [`ranges`] - which memory is free at boot.
 //! * [`direct`] - the bytes of frames.
+//! * [`store`] - partitions of disks.
+//! * [`machine`] - all of it as one, and the VM on it; [`tables`] its source of table frames.
 //! * `heap` - EL2's own allocations; on the host the standard library's.
 
+pub mod ranges;
+
 pub mod direct;
+
 #[cfg(target_os = "none")]
 pub mod heap;
-pub mod ranges;
+
+pub mod store;
+
+pub mod tables;
+
+pub mod machine;
+
+pub use machine::{Map, disks, load_guest, new_map, vm};

@@ -1,6 +1,8 @@
 //! Translation caches: the instructions behind `stage2`'s promises.
 
-use super::sysreg::instruction;
+use super::sysreg::{instruction, read_sysreg, write_sysreg};
+use stage2::tlb::TlbOps;
+use vmobject::addr::{Ipa, PAGE_SHIFT};
 
 /// The TLB of this machine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -13,4 +15,42 @@ pub fn local_flush_vmid() {
     instruction!("ic iallu");
     instruction!("dsb nsh");
     instruction!("isb");
+}
+
+impl TlbOps for HardwareTlb {
+    fn dsb_ishst(&self) {
+        instruction!("dsb ishst");
+    }
+    fn dsb_ish(&self) {
+        instruction!("dsb ish");
+    }
+    fn dsb_nsh(&self) {
+        instruction!("dsb nsh");
+    }
+    fn isb(&self) {
+        instruction!("isb");
+    }
+    fn ipas2e1is(&self, at: Ipa) {
+        instruction!("tlbi ipas2e1is", at.bits() >> PAGE_SHIFT);
+    }
+    fn vmalle1is(&self) {
+        instruction!("tlbi vmalle1is");
+    }
+    fn vmalls12e1is(&self) {
+        instruction!("tlbi vmalls12e1is");
+    }
+    fn vmalls12e1(&self) {
+        instruction!("tlbi vmalls12e1");
+    }
+    fn alle1is(&self) {
+        instruction!("tlbi alle1is");
+    }
+    fn load_vttbr(&self, vttbr: u64) -> u64 {
+        let before = read_sysreg!("vttbr_el2");
+        if before != vttbr {
+            write_sysreg!("vttbr_el2", vttbr);
+            instruction!("isb");
+        }
+        before
+    }
 }
