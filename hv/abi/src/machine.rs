@@ -69,10 +69,9 @@ pub const fn affinity(index: usize) -> u64 {
 
 /// The vCPU whose affinity is `affinity`, if such a number is ever given out.
 pub const fn index_of(affinity: u64) -> Option<usize> {
-    let (aff0, aff1) = (affinity & 0xff, (affinity >> 8) & 0xff);
-    // Both are below 256, so the cast keeps them.
-    let index = (aff1 as usize) * CLUSTER + aff0 as usize;
-    if affinity >> 16 == 0 && aff0 < CLUSTER as u64 && index < MAX_VCPUS { Some(index) } else { None }
+    let [aff0, aff1, ..] = affinity.to_le_bytes();
+    let index = aff1 as usize * CLUSTER + aff0 as usize;
+    if affinity >> 16 == 0 && (aff0 as usize) < CLUSTER && index < MAX_VCPUS { Some(index) } else { None }
 }
 
 /// First PPI: interrupts that every vCPU has of its own.

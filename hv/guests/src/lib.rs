@@ -26,6 +26,8 @@ pub mod trap;
 #[cfg(target_os = "none")]
 pub mod gic;
 #[cfg(target_os = "none")]
+pub mod memory;
+#[cfg(target_os = "none")]
 pub mod mmio;
 #[cfg(target_os = "none")]
 pub mod mmu;
@@ -38,16 +40,39 @@ pub mod timer;
 
 // The guests.
 #[cfg(target_os = "none")]
+pub mod asid;
+#[cfg(target_os = "none")]
+pub mod bench;
+#[cfg(target_os = "none")]
+pub mod devices;
+#[cfg(target_os = "none")]
+pub mod fpstate;
+#[cfg(target_os = "none")]
+pub mod gicfuzz;
+#[cfg(target_os = "none")]
 pub mod hello;
+#[cfg(target_os = "none")]
+pub mod irq;
+#[cfg(target_os = "none")]
+pub mod smp;
+#[cfg(target_os = "none")]
+pub mod touch;
+#[cfg(target_os = "none")]
+pub mod wfi;
+#[cfg(target_os = "none")]
+pub mod wild;
 
-/// Makes a program of the guest with that name.
+/// Makes a program of the guest that a module has; it is called like the module, or as said.
 #[macro_export]
 macro_rules! program {
     ($guest:ident) => {
+        $crate::program!(stringify!($guest), $guest);
+    };
+    ($name:expr, $guest:ident) => {
         #[cfg(target_os = "none")]
         #[panic_handler]
         fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-            $crate::runtime::fail(stringify!($guest), info)
+            $crate::runtime::fail($name, info)
         }
 
         /// Called by `_start` with the device tree's address.
@@ -55,7 +80,7 @@ macro_rules! program {
         #[expect(unsafe_code, reason = "assembly calls it by name")]
         #[unsafe(no_mangle)]
         extern "C" fn guest_main(tree: u64) -> ! {
-            $crate::runtime::run(stringify!($guest), $crate::$guest::run, tree)
+            $crate::runtime::run($name, $crate::$guest::run, tree)
         }
 
         /// There is nothing to do on the host.

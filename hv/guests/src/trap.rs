@@ -119,7 +119,7 @@ macro_rules! probe {
                 $text,
                 "22: str xzr, [{slot}]",
                 resume = out(reg) _,
-                slot = in(reg) seen.resume.as_ptr(),
+                slot = inout(reg) seen.resume.as_ptr() => _,
                 $($($operand)*)?
             )
         };

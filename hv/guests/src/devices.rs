@@ -1,0 +1,133 @@
+//! Device registers, accessed in every way there is: those that have a syndrome work, those that have
+//! none, and those that go nowhere, come back as external aborts.
+//!
+//! The program is called `mmio`; the module of that name has the plain accesses.
+
+use hv_abi::machine::{PL011, PL031};
+
+use crate::memory::{call, scratch};
+use crate::mmio::{read8, read16, read32, read64, write8, write16};
+use crate::mmu;
+use crate::runtime::Machine;
+use crate::trap::Fault;
+
+const UARTDR: u64 = PL011.base;
+const UARTFR: u64 = PL011.base + 0x18;
+const UARTILPR: u64 = PL011.base + 0x20;
+/// The last of the four bytes 0x0d, 0xf0, 0x05, 0xb1 that say "PrimeCell".
+const PCELL3: u64 = PL011.base + 0xffc;
+/// Where the machine has nothing.
+const HOLE: u64 = 0x0b00_0000;
+/// Data abort class with an alignment fault's status.
+const ALIGNMENT: u64 = 0x21;
+
+/// Every way, with the MMU off and on.
+pub fn run(machine: &Machine) {
+    let strict = machine.is_ours();
+    for mmu in [false, true] {
+        if mmu {
+            mmu::enable();
+        }
+        plain();
+        holes();
+        if strict {
+            without_syndrome();
+        }
+        odd();
+    }
+    if strict {
+        for at in [UARTDR, UARTFR & !0xfff, PL031.base] {
+            aborts("a fetch from a device", call(at));
+        }
+    }
+    aborts("a fetch from a hole", call(HOLE));
+    println!("every access has its answer");
+}
+
+fn aborts(what: &str, fault: Option<Fault>) {
+    match fault {
+        Some(fault) if fault.is_external_abort() => {}
+        other => panic!("{what}: {other:x?} instead of an external abort"),
+    }
+}
+
+/// Widths, sign extension, and the zero register.
+fn plain() {
+    let words = [0xfe0, 0xfe4, 0xff0, 0xff4, 0xff8, 0xffc].map(|offset| read32(PL011.base + offset));
+    assert_eq!(words, [0x11, 0x10, 0x0d, 0xf0, 0x05, 0xb1], "the PL011's identity");
+    assert_eq!((read8(PCELL3), read16(PCELL3)), (0xb1, 0xb1), "narrow reads");
+    let (mut wide, mut narrow, mut kept): (u64, u64, u64);
+    // SAFETY: reads of a register that only says who it is.
+    unsafe {
+        core::arch::asm!("ldrsb {wide}, [{at}]", "ldrsb {narrow:w}, [{at}]", "ldr wzr, [{at}]",
+            "mov {kept}, xzr", wide = out(reg) wide, narrow = out(reg) narrow, kept = out(reg) kept,
+            at = in(reg) PCELL3);
+    };
+    assert_eq!((wide, narrow, kept), (!0x4e, 0xffff_ffb1, 0), "sign extension");
+    // A register that is only storage for us; its narrow stores, and one of the zero register.
+    write16(UARTILPR, 0x5a);
+    write8(UARTILPR, 0xa5);
+    assert_eq!(read32(UARTILPR) & 0xff, 0xa5, "a narrow store");
+    // SAFETY: the same register.
+    unsafe { core::arch::asm!("str wzr, [{at}]", at = in(reg) UARTILPR) };
+    assert_eq!(read32(UARTILPR), 0, "a store of the zero register");
+}
+
+fn holes() {
+    for at in [HOLE, HOLE + 0x1000, HOLE + 0x80_0000] {
+        aborts("a byte from a hole", probe!("ldrb {a:w}, [{at}]", a = out(reg) _, at = in(reg) at));
+        aborts("a word from a hole", probe!("ldr {a}, [{at}]", a = out(reg) _, at = in(reg) at));
+        aborts("a word to a hole", probe!("str xzr, [{at}]", at = in(reg) at));
+        aborts("a pair to a hole", probe!("stp xzr, xzr, [{at}]", at = in(reg) at));
+    }
+    let fault = probe!("ldrb {a:w}, [{at}]", a = out(reg) _, at = in(reg) HOLE + 0x123);
+    assert_eq!(fault.map(|fault| fault.far), Some(HOLE + 0x123), "the address of an abort");
+}
+
+/// What a hypervisor is told no register for.
+fn without_syndrome() {
+    let at = UARTFR;
+    aborts(
+        "a load of a pair",
+        probe!("ldp {a:w}, {b:w}, [{at}]", a = out(reg) _, b = out(reg) _, at = in(reg) at),
+    );
+    aborts("a store of a pair", probe!("stp wzr, wzr, [{at}]", at = in(reg) UARTILPR));
+    let mut base = at;
+    aborts("a load with write-back", probe!("ldr {a:w}, [{at}], #4", a = out(reg) _, at = inout(reg) base));
+    assert_eq!(base, at, "an abort wrote back");
+    aborts("an exclusive load", probe!("ldxr {a:w}, [{at}]", a = out(reg) _, at = in(reg) at));
+    for at in [UARTFR, PL031.base] {
+        aborts("a load of 64 bits", probe!("ldr {a}, [{at}]", a = out(reg) _, at = in(reg) at));
+        aborts("a store of 64 bits", probe!("str xzr, [{at}]", at = in(reg) at + 8));
+    }
+    // The vector unit's registers are in no syndrome either.
+    write_register!("cpacr_el1", 3 << 20);
+    aborts(
+        "a load of a vector",
+        probe!(".arch_extension fp\n.arch_extension simd\nldr s0, [{at}]", at = in(reg) at),
+    );
+    write_register!("cpacr_el1", 0);
+}
+
+/// What has more than one right answer: it must only come back.
+fn odd() {
+    let misaligned = probe!("ldr {a:w}, [{at}]", a = out(reg) _, at = in(reg) UARTFR + 2);
+    let right = misaligned.is_some_and(|f| f.class() == 0x25 && f.esr & 0x3f == ALIGNMENT);
+    assert!(right, "a misaligned load: {misaligned:x?} instead of an alignment fault");
+    let scratch = scratch();
+    for at in [UARTFR, HOLE, scratch] {
+        let faults = [
+            probe!("dc cvac, {at}", at = in(reg) at),
+            probe!("dc civac, {at}", at = in(reg) at),
+            probe!("dc ivac, {at}", at = in(reg) at),
+            probe!("dc zva, {at}", at = in(reg) at),
+            probe!("ic ivau, {at}", at = in(reg) at),
+            probe!("at s1e1r, {at}", at = in(reg) at),
+            probe!("prfm pldl1keep, [{at}]", at = in(reg) at),
+        ];
+        for fault in faults.into_iter().flatten() {
+            assert_eq!(fault.class(), 0x25, "maintenance of {at:#x}: {fault:x?}");
+        }
+    }
+    let _ = read64(scratch);
+}
