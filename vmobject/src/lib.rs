@@ -84,7 +84,7 @@ impl<M: Machine> Vm<M> {
         Ok(Self {
             machine,
             frames: Frames::new(frames)?,
-            objects: Objects::new(),
+            objects: Objects::new()?,
             transfers: Transfers::new(),
             maps: Ranked::new(Maps { list: Vec::new(), next: 0 }),
             stats: Stats::new(),

@@ -145,17 +145,19 @@ struct Registry {
 
 /// All objects.
 pub struct Objects {
-    blocks: [Once<Box<[Object]>>; (MAX_OBJECTS / OBJECT_BLOCK) as usize],
+    blocks: Box<[Once<Box<[Object]>>]>,
     registry: Ranked<REGISTRY, Registry>,
 }
 
 impl Objects {
     /// None yet.
-    pub const fn new() -> Self {
-        Self {
-            blocks: [const { Once::new() }; (MAX_OBJECTS / OBJECT_BLOCK) as usize],
-            registry: Ranked::new(Registry { vacant: Vec::new(), used: 0, images: Vec::new(), live: 0 }),
-        }
+    pub fn new() -> Result<Self, VmError> {
+        let count = (MAX_OBJECTS / OBJECT_BLOCK) as usize;
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(count).map_err(|_| VmError::NoMemory)?;
+        blocks.resize_with(count, Once::new);
+        let registry = Registry { vacant: Vec::new(), used: 0, images: Vec::new(), live: 0 };
+        Ok(Self { blocks: blocks.into_boxed_slice(), registry: Ranked::new(registry) })
     }
 
     /// The object at a place that has been used. Whoever has an id has had an object there.
@@ -336,11 +338,5 @@ impl Objects {
     /// Objects that live, the dying among them.
     pub fn live<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
         self.registry.lock(held).0.live
-    }
-}
-
-impl Default for Objects {
-    fn default() -> Self {
-        Self::new()
     }
 }
