@@ -1,2 +1,106 @@
-//! Everything a person types.
-fn main() {}
+//! Everything a person types: `cargo xtask COMMAND`.
+//!
+//! `toolchain`, `apt`, `qemu` each see that what they stand for is there, or provide it; `images`, `disk` and
+//! `build` make what the machine runs; `session` watches one run; `run`, `test`, `ctl`, `doctor` are commands.
+
+mod apt;
+mod build;
+mod ctl;
+mod disk;
+mod doctor;
+mod images;
+mod progress;
+mod qemu;
+mod run;
+mod session;
+mod test;
+mod toolchain;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, runs and tests the hypervisor")]
+enum Cli {
+    /// Boot the hypervisor and one Linux guest, console attached; Ctrl-T opens the monitor
+    Run(run::Run),
+    /// Every test: tidy, host, boot
+    Test(test::Test),
+    /// One monitor command to a running hypervisor
+    Ctl {
+        /// Control socket
+        #[arg(long)]
+        socket: Option<PathBuf>,
+        /// The answer as one line of JSON
+        #[arg(long)]
+        json: bool,
+        /// The command
+        #[arg(required = true, trailing_var_arg = true)]
+        words: Vec<String>,
+    },
+    /// `run` under gdb, symbols loaded
+    Debug(run::Run),
+    /// What this machine has and lacks
+    Doctor,
+    #[command(flatten)]
+    Inner(Inner),
+}
+
+#[derive(Subcommand)]
+enum Inner {
+    /// Build the hypervisor only
+    Build,
+}
+
+/// The project's top folder.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+}
+
+fn debug(mut options: run::Run) -> Result<()> {
+    const PORT: u16 = 3117;
+    ensure!(
+        toolchain::on_path("gdb-multiarch").is_some(),
+        "gdb-multiarch is not here: apt-get install gdb-multiarch"
+    );
+    options.gdb = Some(PORT);
+    options.timeout = 0;
+    let elf = build::hypervisor(&toolchain::Toolchain::provide()?)?;
+    let _session = options.session(&root().join("target/run"), false)?;
+    let status = Command::new("gdb-multiarch")
+        .arg("-ex")
+        .arg(format!("target remote 127.0.0.1:{PORT}"))
+        .arg(elf)
+        .status()
+        .context("starting gdb")?;
+    ensure!(status.success(), "gdb ended with {status}");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse() {
+        Cli::Run(options) => options.run(),
+        Cli::Test(options) => return test::run(&options),
+        Cli::Ctl { socket, json, words } => {
+            ctl::run(&socket.unwrap_or_else(run::default_socket), json, &words)
+        }
+        Cli::Debug(options) => debug(options),
+        Cli::Doctor => {
+            doctor::run();
+            Ok(())
+        }
+        Cli::Inner(Inner::Build) => toolchain::Toolchain::provide().and_then(|t| {
+            println!("{}", build::hypervisor(&t)?.display());
+            Ok(())
+        }),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The image disk: a GPT with one named partition per image, and the manifest that says what to boot.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+
+/// One guest, as the manifest describes it. Images are named by partition.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Guest {
+    /// Its name.
+    pub(crate) name: String,
+    /// A kernel or flat program.
+    pub(crate) kernel: Option<String>,
+    /// An initial RAM disk.
+    pub(crate) initrd: Option<String>,
+    /// A program for flash bank 0, entered at 0.
+    pub(crate) bios: Option<String>,
+    /// The command line.
+    pub(crate) append: String,
+    /// RAM in MiB.
+    pub(crate) memory_mib: u64,
+    /// vCPUs.
+    pub(crate) vcpus: u32,
+}
+
+/// What goes onto the disk.
+#[derive(Default)]
+pub(crate) struct Disk {
+    images: Vec<(String, Vec<u8>)>,
+    /// The guests to start.
+    pub(crate) guests: Vec<Guest>,
+    /// End when the last guest has ended.
+    pub(crate) batch: bool,
+}
+
+impl Disk {
+    /// An empty disk.
+    pub(crate) fn new(batch: bool) -> Self {
+        Self { batch, ..Self::default() }
+    }
+
+    /// Adds an image; its partition's name comes back. The same name is added once.
+    pub(crate) fn add(&mut self, name: &str, bytes: Vec<u8>) -> String {
+        if !self.images.iter().any(|(have, _)| have == name) {
+            self.images.push((name.to_owned(), bytes));
+        }
+        name.to_owned()
+    }
+
+    fn manifest(&self) -> String {
+        let guests: Vec<Value> = self
+            .guests
+            .iter()
+            .map(|guest| {
+                let mut value = json!({
+                    "name": guest.name, "append": guest.append,
+                    "memory_mib": guest.memory_mib, "vcpus": guest.vcpus,
+                });
+                let named = [("kernel", &guest.kernel), ("initrd", &guest.initrd), ("bios", &guest.bios)];
+                for (key, image) in named {
+                    if let Some(image) = image {
+                        value[key] = json!(image);
+                    }
+                }
+                value
+            })
+            .collect();
+        let images: Vec<Value> =
+            self.images.iter().map(|(name, b)| json!({"partition": name, "bytes": b.len()})).collect();
+        json!({"version": 1, "batch": self.batch, "images": images, "guests": guests}).to_string()
+    }
+
+    /// Writes the disk.
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let manifest = self.manifest().into_bytes();
+        let parts: Vec<(&str, &[u8])> = std::iter::once((hv_abi::manifest::PARTITION, manifest.as_slice()))
+            .chain(self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())))
+            .collect();
+        let room: u64 = parts.iter().map(|(_, b)| (b.len() as u64).next_multiple_of(ALIGN) + ALIGN).sum();
+        let size = room + 4 * ALIGN;
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .with_context(|| format!("creating {}", path.display()))?;
+        file.set_len(size)?;
+        let sectors = u32::try_from(size / 512 - 1).unwrap_or(u32::MAX);
+        gpt::mbr::ProtectiveMBR::with_lb_size(sectors).overwrite_lba0(&mut file)?;
+        let mut table = gpt::GptConfig::new()
+            .writable(true)
+            .logical_block_size(gpt::disk::LogicalBlockSize::Lb512)
+            .create_from_device(file, None)?;
+        table.update_partitions(BTreeMap::new())?;
+        let mut places = Vec::new();
+        for (name, bytes) in &parts {
+            let size = (bytes.len() as u64).next_multiple_of(4096).max(4096);
+            let id = table
+                .add_partition(name, size, gpt::partition_types::LINUX_FS, 0, Some(ALIGN / 512))
+                .with_context(|| format!("no place for {name} on {}", path.display()))?;
+            let start = table.partitions().get(&id).map(|p| p.first_lba * 512);
+            places.push((start.context("a partition just made is not there")?, bytes));
+        }
+        let mut file = table.write()?;
+        for (start, bytes) in places {
+            file.seek(SeekFrom::Start(start))?;
+            file.write_all(bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Partitions start at whole MiB.
+const ALIGN: u64 = 1 << 20;

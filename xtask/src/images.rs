@@ -1,0 +1,145 @@
+//! What guests boot: Debian's arm64 kernels, U-Boot, and an initramfs that we build ourselves.
+//!
+//! Everything is cached under `target/images`; a second call finds it there and asks nobody.
+
+use crate::apt::Arm64;
+use crate::progress::step;
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// The kernels that are known, the default first.
+pub(crate) const KERNELS: [&str; 2] = ["6.12", "6.1"];
+
+fn cache() -> PathBuf {
+    crate::root().join("target/images")
+}
+
+/// A Debian cloud kernel of a version, as a plain arm64 Image.
+pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
+    let image = cache().join(format!("Image-{version}"));
+    if !image.is_file() {
+        let archive = Arm64::open()?;
+        let package = archive.resolve("linux-image-cloud-arm64", version)?;
+        let into = cache().join("unpacked").join(&package);
+        archive.unpack(&package, &into)?;
+        let boot = into.join("boot");
+        let found = fs::read_dir(&boot).with_context(|| format!("reading {}", boot.display()))?;
+        let found = found.flatten().map(|f| f.path());
+        let vmlinuz = found
+            .into_iter()
+            .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz")))
+            .with_context(|| format!("{package} has no vmlinuz"))?;
+        write_whole(&image, &plain_image(&vmlinuz)?)?;
+    }
+    Ok(image)
+}
+
+/// U-Boot for QEMU's arm64 machine.
+pub(crate) fn u_boot() -> Result<PathBuf> {
+    let image = cache().join("u-boot.bin");
+    if !image.is_file() {
+        let into = cache().join("unpacked/u-boot-qemu");
+        Arm64::open()?.unpack("u-boot-qemu", &into)?;
+        write_whole(&image, &fs::read(into.join("usr/lib/u-boot/qemu_arm64/u-boot.bin"))?)?;
+    }
+    Ok(image)
+}
+
+/// The initramfs: busybox, and a script that says when its shell is up.
+pub(crate) fn initramfs() -> Result<PathBuf> {
+    let image = cache().join("initramfs.cpio");
+    let busybox = cache().join("busybox");
+    if !busybox.is_file() {
+        let into = cache().join("unpacked/busybox-static");
+        Arm64::open()?.unpack("busybox-static", &into)?;
+        write_whole(&busybox, &fs::read(into.join("bin/busybox"))?)?;
+    }
+    let busybox = fs::read(&busybox)?;
+    let mut cpio = Cpio::default();
+    for dir in ["bin", "dev", "proc", "sys", "tmp"] {
+        cpio.add(dir, 0o40755, &[]);
+    }
+    cpio.add("bin/busybox", 0o100_755, &busybox);
+    cpio.add("bin/sh", 0o120_777, b"busybox");
+    cpio.add("init", 0o100_755, include_bytes!("initramfs/init"));
+    cpio.add("bin/memtest", 0o100_755, include_bytes!("initramfs/memtest"));
+    write_whole(&image, &cpio.finish())?;
+    Ok(image)
+}
+
+/// A kernel as it is executed: gzip is undone, everything else is taken as it is.
+pub(crate) fn plain_image(file: &Path) -> Result<Vec<u8>> {
+    let bytes = fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    if !bytes.starts_with(&[0x1f, 0x8b]) {
+        return Ok(bytes);
+    }
+    step(&format!("unpacking {}", file.display()), || {
+        let mut plain = Vec::new();
+        flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut plain)?;
+        ensure!(!plain.is_empty(), "{} is an empty gzip file", file.display());
+        Ok(plain)
+    })
+}
+
+/// Writes a file so that it is whole or not there.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let half = path.with_extension("half");
+    fs::write(&half, bytes).with_context(|| format!("writing {}", half.display()))?;
+    fs::rename(&half, path).with_context(|| format!("writing {}", path.display()))
+}
+
+/// A cpio archive in the "newc" form that the kernel unpacks (Documentation: initramfs buffer format).
+#[derive(Default)]
+struct Cpio {
+    bytes: Vec<u8>,
+    inode: u32,
+}
+
+impl Cpio {
+    fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
+        self.inode += 1;
+        let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let name_size = u32::try_from(name.len() + 1).unwrap_or(u32::MAX);
+        let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
+        self.bytes.extend_from_slice(b"070701");
+        for field in fields {
+            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend_from_slice(data);
+        self.pad();
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cpio_header_and_body_is_aligned_and_the_trailer_is_last() {
+        let mut cpio = Cpio::default();
+        cpio.add("a", 0o100_644, b"12345");
+        let bytes = cpio.finish();
+        assert_eq!(bytes.len() % 4, 0);
+        assert_eq!(&bytes[..6], b"070701");
+        assert_eq!(&bytes[112..117], b"12345");
+        assert_eq!(&bytes[120..126], b"070701");
+        assert!(bytes.windows(10).any(|w| w == b"TRAILER!!!"));
+    }
+}

@@ -1,0 +1,87 @@
+//! QEMU's arguments; no other file knows them.
+
+use crate::apt;
+use crate::toolchain::on_path;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PROGRAM: &str = "qemu-system-aarch64";
+/// The oldest QEMU that the tests run on.
+const OLDEST: u32 = 8;
+
+/// The machine that the hypervisor runs on.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    /// CPU model.
+    pub(crate) cpu: String,
+    /// Host CPUs.
+    pub(crate) cpus: u32,
+    /// Host RAM in MiB.
+    pub(crate) memory_mib: u64,
+    /// Count instructions instead of time.
+    pub(crate) icount: bool,
+    /// Where the hypervisor's own log goes.
+    pub(crate) log: PathBuf,
+    /// The control socket, if any.
+    pub(crate) socket: Option<PathBuf>,
+    /// Wait for gdb on this port.
+    pub(crate) gdb: Option<u16>,
+}
+
+/// Sees that QEMU is there and new enough, or provides it.
+pub(crate) fn provide() -> Result<()> {
+    match version() {
+        Some(major) if major >= OLDEST => Ok(()),
+        _ if apt::can_install() => {
+            apt::install(&["qemu-system-arm"], true)?;
+            version().map(|_| ()).context("qemu-system-arm was installed but does not run")
+        }
+        Some(major) => bail!(
+            "{PROGRAM} is version {major}, needed is {OLDEST} (Debian: apt-get install -t bookworm-backports qemu-system-arm)"
+        ),
+        None => bail!("{PROGRAM} is not on the path (Debian: apt-get install qemu-system-arm)"),
+    }
+}
+
+/// QEMU's major version, if it is here.
+pub(crate) fn version() -> Option<u32> {
+    on_path(PROGRAM)?;
+    let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.split("version ").nth(1)?.split('.').next()?.parse().ok()
+}
+
+/// The command that starts the machine with the hypervisor and its image disk. The guest console is QEMU's
+/// standard input and output.
+pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Command {
+    let mut command = Command::new(PROGRAM);
+    // One counter frequency on every model, or instructions cannot be compared.
+    let cpu = if machine.icount { format!("{},cntfrq=1000000000", machine.cpu) } else { machine.cpu.clone() };
+    command
+        .args(["-M", "virt,virtualization=on,gic-version=3", "-cpu", &cpu])
+        .args(["-smp", &machine.cpus.to_string(), "-m", &format!("{}M", machine.memory_mib)])
+        .args(["-nodefaults", "-nographic", "-no-reboot", "-global", "virtio-mmio.force-legacy=false"])
+        .args(["-semihosting-config", "enable=on,target=native"])
+        .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+        .arg("-serial")
+        .arg(format!("file:{}", machine.log.display()))
+        .arg("-drive")
+        .arg(format!("if=none,id=images,format=raw,file={}", disk.display()))
+        .args(["-device", "virtio-blk-device,drive=images"])
+        .arg("-kernel")
+        .arg(hypervisor);
+    if machine.icount {
+        command.args(["-icount", "shift=0,sleep=off"]);
+    }
+    if let Some(socket) = &machine.socket {
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=control,server=on,wait=off,path={}", socket.display()));
+        command.args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=control"]);
+    }
+    if let Some(port) = machine.gdb {
+        command.args(["-S", "-gdb", &format!("tcp:127.0.0.1:{port}")]);
+    }
+    command
+}

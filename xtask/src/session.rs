@@ -1,0 +1,142 @@
+//! One QEMU run, watched: console lines in, typed text out, a bound on time, a log of everything.
+
+use anyhow::{Context, Result, bail};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// A running machine.
+pub(crate) struct Session {
+    child: Child,
+    input: ChildStdin,
+    output: Receiver<Vec<u8>>,
+    seen: Vec<u8>,
+    /// Where the next wait starts to look.
+    mark: usize,
+    deadline: Instant,
+    limit: Duration,
+    log: File,
+    echo: bool,
+}
+
+impl Session {
+    /// Starts QEMU. Everything the console says goes to `log`, and with `echo` to our standard output.
+    pub(crate) fn start(mut command: Command, log: &Path, limit: Duration, echo: bool) -> Result<Self> {
+        if let Some(dir) = log.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("starting QEMU")?;
+        let input = child.stdin.take().context("QEMU has no standard input")?;
+        let (sender, output) = channel();
+        let streams: [Option<Box<dyn Read + Send>>; 2] = [
+            child.stdout.take().map(|s| Box::new(s) as Box<dyn Read + Send>),
+            child.stderr.take().map(|s| Box::new(s) as Box<dyn Read + Send>),
+        ];
+        for mut stream in streams.into_iter().flatten() {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    if sender.send(buffer.get(..n).unwrap_or_default().to_vec()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        let log = File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        let deadline = Instant::now() + limit;
+        Ok(Self { child, input, output, seen: Vec::new(), mark: 0, deadline, limit, log, echo })
+    }
+
+    /// Takes what has arrived; false when QEMU has closed its output.
+    fn pump(&mut self) -> Result<bool> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            self.stop();
+            bail!("timed out after {} s", self.limit.as_secs());
+        }
+        match self.output.recv_timeout(left) {
+            Ok(bytes) => {
+                self.log.write_all(&bytes)?;
+                if self.echo {
+                    std::io::stdout().write_all(&bytes)?;
+                    std::io::stdout().flush()?;
+                }
+                self.seen.extend_from_slice(&bytes);
+                Ok(true)
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(true),
+            Err(RecvTimeoutError::Disconnected) => Ok(false),
+        }
+    }
+
+    /// Waits until the console says `text` after what the last wait found; the line it stands in.
+    pub(crate) fn wait(&mut self, text: &str) -> Result<String> {
+        loop {
+            let ahead = self.seen.get(self.mark..).unwrap_or_default();
+            if let Some(at) = ahead.windows(text.len()).position(|w| w == text.as_bytes()) {
+                let start = self.mark + at;
+                let line_start = self.seen.iter().take(start).rposition(|&b| b == b'\n').map_or(0, |n| n + 1);
+                let after = self.seen.get(start + text.len()..).unwrap_or_default();
+                let end = after.iter().position(|&b| b == b'\n').unwrap_or(after.len());
+                self.mark = start + text.len();
+                let line = self.seen.get(line_start..self.mark + end).unwrap_or_default();
+                return Ok(String::from_utf8_lossy(line).trim().to_owned());
+            }
+            let waited = self.pump().with_context(|| format!("waiting for \"{text}\""))?;
+            if !waited {
+                let status = self.child.wait()?;
+                bail!("QEMU ended ({status}) before the guest printed \"{text}\"\n{}", self.tail());
+            }
+        }
+    }
+
+    /// Types into the attached guest.
+    pub(crate) fn send(&mut self, text: &str) -> Result<()> {
+        self.input.write_all(text.as_bytes())?;
+        self.input.flush().context("typing into the guest")
+    }
+
+    /// Waits until QEMU ends by itself; an exit status other than 0 is an error.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        while self.pump().context("waiting for the machine to end")? {}
+        let status = self.child.wait()?;
+        if !status.success() {
+            bail!("the hypervisor did not end well ({status})\n{}", self.tail());
+        }
+        Ok(())
+    }
+
+    /// Everything the console said.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    /// The last lines.
+    fn tail(&self) -> String {
+        let text = self.text();
+        let lines: Vec<&str> = text.lines().collect();
+        lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
+    }
+
+    /// Ends QEMU now.
+    pub(crate) fn stop(&mut self) {
+        // It may have ended by itself meanwhile; either way it is gone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,100 @@
+//! `cargo xtask test`: every test there is, by name.
+//!
+//! Tidy tests look at the source, host tests run each package's own, boot tests start the machine. A failing boot
+//! test leaves its console and the hypervisor's log under `target/test-logs`.
+
+mod boot;
+mod tidy;
+
+use crate::toolchain::Toolchain;
+use anyhow::{Result, anyhow, ensure};
+use clap::Args;
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::process::{Command, ExitCode};
+
+/// Options of `test`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Test {
+    /// Tidy and host tests only
+    #[arg(long)]
+    host: bool,
+    /// Boot tests only
+    #[arg(long)]
+    boot: bool,
+    /// Name them, run nothing
+    #[arg(long)]
+    list: bool,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+}
+
+fn trial(name: impl Into<String>, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    Trial::test(name, move || test().map_err(|e| Failed::from(format!("{e:#}"))))
+}
+
+/// Runs a command in the project's folder; its output is the failure.
+fn passes(command: &mut Command) -> Result<()> {
+    let output = command.current_dir(crate::root()).output()?;
+    let text = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    let tail = lines.get(lines.len().saturating_sub(80)..).unwrap_or_default().join("\n");
+    ensure!(output.status.success(), "{tail}");
+    Ok(())
+}
+
+fn cargo(words: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(words);
+    command
+}
+
+fn host() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for package in ["vmobject", "stage2", "board", "hv-abi", "hv", "xtask"] {
+        trials.push(trial(format!("host::{package}"), move || {
+            passes(&mut cargo(&["test", "--quiet", "--package", package]))
+        }));
+    }
+    trials
+}
+
+/// Runs them.
+pub(crate) fn run(options: &Test) -> ExitCode {
+    let both = options.host == options.boot;
+    let mut trials = Vec::new();
+    if both || options.host {
+        trials.extend(tidy::trials());
+        trials.extend(host());
+    }
+    if both || options.boot {
+        trials.extend(boot::trials());
+    }
+    let arguments = Arguments {
+        list: options.list,
+        filter: options.filter.clone(),
+        // Cargo locks its folder, and two machines at once are slower than one after the other on two cores.
+        test_threads: Some(1),
+        ..Arguments::default()
+    };
+    if !options.list
+        && (both || options.boot)
+        && let Err(why) = Toolchain::provide().and_then(|_| crate::qemu::provide())
+    {
+        eprintln!("xtask: {why:#}");
+        return ExitCode::FAILURE;
+    }
+    let result = libtest_mimic::run(&arguments, trials);
+    if !options.list {
+        println!(
+            "{} passed, {} failed, {} skipped",
+            result.num_passed, result.num_failed, result.num_ignored
+        );
+    }
+    if result.num_failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The error for a broken rule: every place at once.
+fn violations(found: &[String]) -> Result<()> {
+    if found.is_empty() { Ok(()) } else { Err(anyhow!("{}", found.join("\n"))) }
+}

@@ -1,0 +1,97 @@
+//! Boot tests: the hypervisor under QEMU, real kernels and tiny guests, each with its own bound on time.
+
+use super::trial;
+use crate::run::Run;
+use crate::session::Session;
+use crate::toolchain::Toolchain;
+use crate::{build, images};
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use libtest_mimic::Trial;
+use std::fs;
+use std::path::PathBuf;
+
+#[derive(Parser)]
+struct Options {
+    #[command(flatten)]
+    run: Run,
+}
+
+/// `run` with these words; the machine's files and logs are kept under the test's name.
+fn start(name: &str, words: &[&str]) -> Result<Session> {
+    let options = Options::try_parse_from(std::iter::once("run").chain(words.iter().copied()))?;
+    options.run.session(&logs(name), false)
+}
+
+fn logs(name: &str) -> PathBuf {
+    crate::root().join("target/test-logs").join(name.replace("::", "-"))
+}
+
+/// A boot test: its logs go when it passes.
+fn boot(name: &'static str, test: impl FnOnce(&'static str) -> Result<()> + Send + 'static) -> Trial {
+    trial(format!("boot::{name}"), move || {
+        let result = test(name).with_context(|| format!("logs are in {}", logs(name).display()));
+        if result.is_ok() {
+            // What stays is only in the way.
+            let _ = fs::remove_dir_all(logs(name));
+        }
+        result
+    })
+}
+
+pub(super) fn trials() -> Vec<Trial> {
+    let mut trials: Vec<Trial> = ["hello"].into_iter().map(tiny).collect();
+    let linux: &[(&str, &[&str])] = &[
+        ("linux_6_12_on_neoverse_n1", &["--cpu", "neoverse-n1", "--host-cpus", "2"]),
+        ("linux_6_1_on_cortex_a53", &["--kernel", "6.1", "--cpu", "cortex-a53", "--host-cpus", "1"]),
+        ("linux_6_12_with_4_vcpus_on_max", &["--vcpus", "4", "--cpu", "max", "--host-cpus", "4"]),
+        ("linux_6_12_with_4_vcpus_on_1_cpu", &["--vcpus", "4", "--cpu", "neoverse-v1", "--host-cpus", "1"]),
+    ];
+    for (name, words) in linux {
+        trials.push(boot(name, move |name| boots_to_a_shell(name, words)));
+    }
+    trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
+    trials
+}
+
+/// A tiny guest that says `ok` and powers off.
+fn tiny(name: &'static str) -> Trial {
+    boot(name, move |name| {
+        let image = build::guest(&Toolchain::provide()?, name)?;
+        let file = logs(name).join("guest.bin");
+        fs::create_dir_all(logs(name))?;
+        fs::write(&file, image)?;
+        let file = file.display().to_string();
+        let mut session = start(name, &["--batch", "--timeout", "60", "--kernel", &file])?;
+        session.finish()?;
+        let ok = format!("guest {name}: ok");
+        ensure!(session.text().contains(&ok), "the guest did not say \"{ok}\"");
+        Ok(())
+    })
+}
+
+/// Linux to userspace, a memory test there, a clean power-off.
+fn boots_to_a_shell(name: &str, words: &[&str]) -> Result<()> {
+    let mut all = vec!["--batch", "--timeout", "240"];
+    all.extend_from_slice(words);
+    let mut session = start(name, &all)?;
+    let line = session.wait("guest ready: guest ")?;
+    let version = if words.contains(&"6.1") { images::KERNELS[1] } else { images::KERNELS[0] };
+    ensure!(line.contains(&format!("guest {version}.")), "another kernel answered: {line}");
+    session.send("memtest 32 2; poweroff -f\n")?;
+    session.wait("memtest: 32 MiB, 2 rounds, ok")?;
+    session.finish()
+}
+
+/// U-Boot reaches its prompt and answers.
+fn u_boot_answers(name: &'static str) -> Result<()> {
+    let bios = images::u_boot()?.display().to_string();
+    let mut session = start(name, &["--until", "=>", "--timeout", "120", "--bios", &bios])?;
+    session.wait("Hit any key")?;
+    session.send("\n")?;
+    session.wait("=>")?;
+    session.send("version\n")?;
+    session.wait("U-Boot 20")?;
+    session.stop();
+    Ok(())
+}
