@@ -6,6 +6,9 @@
 //! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
 //! * [`loader`] - what kind of program an image is, what is where in a new guest, its device tree.
+//! * [`guest`] - a guest's vCPUs and devices, and what happens when one of them stops.
+//! * [`sched`] - who runs when, on which CPU.
+//! * [`monitor`] - what a person types: parsing, answers, the console's switch.
 //! * `boot` - from the first Rust instruction to guests running (on the target only).
 #![no_std]
 
@@ -22,6 +25,12 @@ pub mod mm;
 pub mod vdev;
 
 pub mod loader;
+
+pub mod guest;
+
+pub mod sched;
+
+pub mod monitor;
 
 #[cfg(target_os = "none")]
 pub mod boot;

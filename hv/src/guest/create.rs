@@ -14,10 +14,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use spin::Once;
 use vmobject::VmError;
 use vmobject::addr::{Ipa, PageIndex, pages_for};
-use vmobject::fault::FaultError;
+use vmobject::fault::{Copied, FaultError};
 use vmobject::lock::{Held, Ranked};
 use vmobject::map::Share;
-use vmobject::vm::Copied;
 
 use super::console::Log;
 use super::devices::Devices;

@@ -37,9 +37,9 @@ use devices::Devices;
 use exit::Ending;
 use idregs::GuestIds;
 use spin::Once;
+use stage2::vmid::Vmid;
 use trng::Generator;
 use vcpu::Vcpu;
-use vmobject::addr::PhysAddr;
 use vmobject::lock::{Held, Ranked};
 
 /// The ranks of the guests' locks: all below the memory manager's, so that a handler may hold any of them
@@ -61,6 +61,8 @@ pub mod rank {
     pub const WAITERS: u8 = 7;
     /// A run queue.
     pub const SCHED: u8 = 8;
+    /// A guest's VMID; then its tables.
+    pub const VMID: u8 = 9;
 }
 
 /// The most vCPUs of all guests together.
@@ -131,6 +133,8 @@ pub struct Guest {
     pub vcpus: Box<[Vcpu]>,
     /// Its devices.
     pub devices: Ranked<{ rank::DEVICES }, Devices>,
+    /// Its name in the TLB, as far as it is still valid.
+    vmid: Ranked<{ rank::VMID }, Vmid>,
     /// Its random numbers.
     pub random: Ranked<{ rank::RANDOM }, Generator>,
     /// What it printed lately, shared with the guest that takes its place after a reset.
@@ -153,6 +157,7 @@ impl Guest {
             map,
             vcpus: parts.vcpus,
             devices: Ranked::new(parts.devices),
+            vmid: Ranked::new(Vmid::default()),
             random: Ranked::new(parts.random),
             log: parts.log,
             offset: timer::now(),
@@ -210,9 +215,11 @@ impl Guest {
         self.complaints.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
-    /// The root of its stage-2 tables and its VMID now.
-    pub fn stage2<const R: u8>(&self, held: &mut Held<'_, R>) -> (PhysAddr, u16) {
-        crate::mm::stage2_of(&self.map, held)
+    /// Makes CPU `cpu`, which is this one, translate with its tables. It lives until another is loaded.
+    pub fn load_tables<const R: u8>(&self, cpu: usize, held: &mut Held<'_, R>) {
+        const { assert!(R < rank::VMID) };
+        let (mut vmid, mut held) = self.vmid.lock(held);
+        crate::mm::load_guest(&self.map, &mut vmid, cpu, &mut held);
     }
 
     /// Prints a byte of its console.

@@ -5,8 +5,6 @@
 //! with the first FP instruction and leave with the vCPU. Nothing of one vCPU is left for the next
 //! (invariant I18): all that a guest can write is in what [`Cpu::load`] replaces.
 
-#![expect(unsafe_code, reason = "loading a stage-2 root is a claim about its tables")]
-
 use core::sync::atomic::Ordering;
 
 use crate::arch::{self, fpsimd, gich, switch, timer, tlb};
@@ -58,10 +56,7 @@ impl Cpu {
     ) {
         let (guest, vcpu) = (&*entry.guest, entry.vcpu());
         count(&vcpu.counts.loads);
-        let (root, vmid) = guest.stage2(held);
-        // SAFETY: the guest keeps its map, and so the tables under `root`, until no CPU has one of its
-        // vCPUs loaded (`loaded_on`); the allocator gave the VMID to this guest alone.
-        unsafe { switch::load_stage2(root, vmid) };
+        guest.load_tables(self.id, held);
         // Two vCPUs of one guest share the VMID, but may use one ASID for different tables.
         if guest.last_ran[self.id].swap(vcpu.index, Ordering::Relaxed) != vcpu.index {
             tlb::local_flush_vmid();

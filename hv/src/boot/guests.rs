@@ -1,0 +1,114 @@
+//! What runs first: the manifest on the disk says, and here it is made.
+//!
+//! Called once, on the first CPU, when everything below works. A guest that cannot be made is told of and
+//! left out; in batch mode that is a failure of the whole.
+
+use super::machine::Machine;
+use crate::arch::{id, percpu, timer};
+use crate::guest::{self, create, table};
+use crate::loader::image::HEAD;
+use crate::loader::plan::Blob;
+use crate::loader::{GuestConfig, Manifest, manifest};
+use crate::mm;
+use crate::sched::{self, Outside as _};
+use ::log::{error, info, warn};
+use alloc::string::ToString;
+use alloc::vec;
+use alloc::vec::Vec;
+use board::platform::Platform;
+use vmobject::lock::Held;
+use vmobject::store::StoreId;
+
+/// Makes and starts every guest of the manifest.
+pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut Held<'_, 0>) {
+    if sched::reserve(guest::MAX_VCPUS, held).is_err() {
+        panic!("no memory for the run queues");
+    }
+    seed(platform, held);
+    let Some(manifest) = read() else {
+        warn!("there is no manifest on any disk: nothing to run");
+        return;
+    };
+    machine.set_batch(manifest.batch);
+    create::set_images(images(&manifest));
+    let mut failed = false;
+    for config in manifest.guests {
+        failed |= !launch(config, machine, held);
+    }
+    if failed && manifest.batch {
+        error!("not every guest could be made");
+        crate::arch::power::exit(1);
+    }
+}
+
+/// Makes and starts one guest; the first is attached to the console.
+fn launch(config: GuestConfig, machine: &'static Machine, held: &mut Held<'_, 0>) -> bool {
+    let (id, name) = (table::next_id(), config.name.clone());
+    let poll = |held: &mut Held<'_, 0>| machine.look_around(percpu::cpu(), held);
+    match create::create(id, config, None, &poll, held) {
+        Ok(guest) => {
+            info!("guest {id} \"{name}\": {} vCPUs, {} MiB", guest.vcpus.len(), guest.config.memory >> 20);
+            if guest::console::attached().is_none() {
+                guest::console::attach(Some(id));
+            }
+            sched::launch(guest, held);
+            true
+        }
+        Err(error) => {
+            error!("guest {id} \"{name}\": {error}");
+            false
+        }
+    }
+}
+
+/// What is unpredictable about this boot.
+fn seed(platform: &Platform, held: &mut Held<'_, 0>) {
+    let mut words = vec![timer::now(), id::read().midr];
+    let mut bytes = platform.bootargs.as_bytes().chunks(8);
+    while let Some(chunk) = bytes.next() {
+        let mut word = [0; 8];
+        for (to, &from) in word.iter_mut().zip(chunk) {
+            *to = from;
+        }
+        words.push(u64::from_le_bytes(word));
+    }
+    create::seed(&words, held);
+}
+
+/// Reads the manifest's partition.
+fn read() -> Option<Manifest> {
+    let store = mm::disks().find(hv_abi::manifest::PARTITION)?;
+    let bytes = usize::try_from(mm::disks().bytes(store)).unwrap_or(usize::MAX).min(hv_abi::manifest::LIMIT);
+    let mut text = vec![0; bytes];
+    if let Err(error) = mm::disks().read_now(store, 0, &mut text) {
+        error!("the manifest cannot be read: {error:?}");
+        return None;
+    }
+    match manifest::parse(&text) {
+        Ok(manifest) => Some(manifest),
+        Err(error) => {
+            error!("{error}");
+            None
+        }
+    }
+}
+
+/// Every partition that a guest could be made from, with its first page.
+fn images(manifest: &Manifest) -> Vec<create::Image> {
+    let mut images = Vec::new();
+    for (index, name) in mm::disks().names().enumerate() {
+        if name == hv_abi::manifest::PARTITION || name == hv_abi::manifest::SWAP_PARTITION {
+            continue;
+        }
+        let Ok(store) = u16::try_from(index).map(StoreId) else { break };
+        let bytes = manifest.bytes_of(name).unwrap_or_else(|| mm::disks().bytes(store));
+        let mut head = vec![0; usize::try_from(bytes).unwrap_or(HEAD).min(HEAD)];
+        match mm::disks().read_now(store, 0, &mut head) {
+            Ok(()) => {
+                images.push(create::Image { name: name.to_string(), blob: Blob { store, bytes }, head })
+            }
+            Err(error) => warn!("partition \"{name}\" cannot be read: {error:?}"),
+        }
+    }
+    images
+}
