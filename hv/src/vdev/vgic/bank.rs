@@ -31,7 +31,7 @@ pub(super) struct Bank {
     pub(super) listed: u32,
     /// Clear the pending latch when read back.
     pub(super) queued_unpend: u32,
-    /// Make active when read back.
+    /// Make active when read back, whatever `queued_inactive` says.
     pub(super) queued_active: u32,
     /// Make inactive when read back.
     pub(super) queued_inactive: u32,

@@ -253,7 +253,6 @@ impl Vgic {
                 changed & bank.listed
             }),
             BitRegister::SetPending => self.change(which, |bank| {
-                bank.queued_unpend &= !bits;
                 let changed = bits & !bank.latch;
                 bank.latch |= bits;
                 changed & bank.listed
@@ -281,7 +280,6 @@ impl Vgic {
             let unlisted = bits & !bank.listed & !bank.active;
             bank.active |= unlisted;
             bank.queued_active |= bits & bank.listed;
-            bank.queued_inactive &= !bits;
             unlisted | bits & bank.listed
         })
     }

@@ -47,13 +47,15 @@ pub(super) struct Lists {
     used: u16,
     /// Those whose pending state came from the latch.
     latched: u16,
+    /// Those that hold nothing, but keep asking for maintenance until they are written.
+    asking: u16,
     /// What ICH_HCR needs while these are loaded.
     hcr: u32,
 }
 
 impl Lists {
     pub(super) const fn new() -> Self {
-        Self { image: [0; MAX_LRS], used: 0, latched: 0, hcr: 0 }
+        Self { image: [0; MAX_LRS], used: 0, latched: 0, asking: 0, hcr: 0 }
     }
 
     fn find(&self, intid: u32) -> Option<usize> {
@@ -121,10 +123,11 @@ impl Best {
 }
 
 impl Vgic {
-    /// List registers that hold something: only these need reading for [`Self::sync`].
+    /// List registers that are not quiet: only these need reading for [`Self::sync`] and clearing after
+    /// [`Self::unlist`], by what was said before it.
     #[inline]
     pub fn listed(&self, vcpu: usize) -> u16 {
-        self.vcpus.get(vcpu).map_or(0, |local| local.lists.used)
+        self.vcpus.get(vcpu).map_or(0, |local| local.lists.used | local.lists.asking)
     }
 
     /// True when [`Self::flush`] has something to do.
@@ -153,6 +156,7 @@ impl Vgic {
         let kicks = self.fold_all(vcpu);
         if let Some(local) = self.vcpus.get_mut(vcpu) {
             local.lists.image = [0; MAX_LRS];
+            local.lists.asking = 0;
             local.lists.hcr = 0;
             local.dirty = true;
         }
@@ -173,9 +177,10 @@ impl Vgic {
             self.choose(vcpu, room);
             let Some(local) = self.vcpus.get_mut(vcpu) else { return flushed };
             local.dirty = false;
+            local.lists.asking = 0;
             for (lr, (&new, &old)) in local.lists.image.iter().zip(&before).enumerate().take(room) {
                 // An empty one may stay as the hardware left it, unless it asks for maintenance.
-                let quiet = old & LR_STATE == 0 && (old & LR_EOI == 0 || old & LR_HW != 0);
+                let quiet = old & LR_STATE == 0 && !is_asking(old);
                 if new != old && !(new == 0 && quiet) {
                     flushed.changed |= 1 << lr;
                 }
@@ -277,6 +282,9 @@ impl Vgic {
         let from_latch = local.lists.latched & 1 << lr != 0;
         local.lists.used &= !(1 << lr);
         local.lists.latched &= !(1 << lr);
+        if is_asking(now) {
+            local.lists.asking |= 1 << lr;
+        }
         local.dirty = true;
         let intid = low(was);
         let bit = 1u32 << (intid % 32);
@@ -287,8 +295,7 @@ impl Vgic {
         if now & LR_PENDING != 0 && from_latch && bank.queued_unpend & bit == 0 {
             bank.latch |= bit;
         }
-        let dropped = active && bank.queued_inactive & bit != 0;
-        active = active && !dropped || bank.queued_active & bit != 0;
+        active = active && bank.queued_inactive & bit == 0 || bank.queued_active & bit != 0;
         if active {
             bank.active |= bit;
         }
@@ -296,12 +303,8 @@ impl Vgic {
         bank.queued_active &= !bit;
         bank.queued_inactive &= !bit;
         match which {
-            Which::Local(_) if was & LR_HW != 0 => {
-                if dropped && !active {
-                    self.timer_dropped(vcpu);
-                } else if now & LR_STATE == 0
-                    && let Some(local) = self.vcpus.get_mut(vcpu)
-                {
+            Which::Local(_) if was & LR_HW != 0 && now & LR_STATE == 0 => {
+                if let Some(local) = self.vcpus.get_mut(vcpu) {
                     // The guest's end of interrupt was the physical one's. If it is still high, it fires.
                     local.bank.line &= !TIMER_BIT;
                     local.timer_linked = false;
@@ -340,7 +343,8 @@ impl Vgic {
             }
         }
         for (word, shared) in self.spis.iter().enumerate() {
-            for bit in Ones(shared.bank.ready(groups) & !shared.bank.active) {
+            // Another vCPU may have it in a list register, or active, although it is routed here now.
+            for bit in Ones(shared.bank.ready(groups) & !shared.bank.active & !shared.bank.listed) {
                 if usize::from(shared.route[bit]) == vcpu {
                     pending.offer(shared.bank.priority[bit], number(word + 1, bit));
                 }
@@ -410,6 +414,12 @@ impl Vgic {
             local.lists.latched |= latched;
         }
     }
+}
+
+/// True when an empty list register asks for maintenance.
+#[inline]
+const fn is_asking(value: u64) -> bool {
+    value & (LR_STATE | LR_HW | LR_EOI) == LR_EOI
 }
 
 /// The number of an interrupt in a word.

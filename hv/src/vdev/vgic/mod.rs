@@ -326,11 +326,6 @@ impl Vgic {
         let Some(bank) = self.bank_mut(which) else { return kicks };
         let ended = bank.active & bits;
         bank.active &= !bits;
-        if let Which::Local(vcpu) = which
-            && ended & TIMER_BIT != 0
-        {
-            self.timer_dropped(vcpu);
-        }
         // Pending ones may now go elsewhere.
         let ready = ended & self.bank(which).map_or(0, |bank| bank.ready(self.groups));
         if ready != 0 {

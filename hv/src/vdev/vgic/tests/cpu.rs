@@ -10,8 +10,13 @@ pub(super) struct Cpu {
     pub(super) lrs: Vec<u64>,
     /// Written list registers, for tests that count.
     pub(super) writes: usize,
+    /// Times that the physical timer interrupt had to be made inactive by hand.
+    pub(super) releases: usize,
     hcr: u32,
-    eois: u32,
+    /// Interrupts ended that no list register held; the hardware only counts them.
+    unlisted: Vec<u32>,
+    /// The hypervisor is told which they were, as when deactivation traps.
+    pub(super) exact: bool,
     /// Priorities of what runs, the most urgent last, with the number.
     pub(super) running: Vec<(u8, u32)>,
     /// Interrupts with their priority dropped, but not deactivated.
@@ -38,8 +43,10 @@ impl Cpu {
         Self {
             lrs: alloc::vec![0; lrs],
             writes: 0,
+            releases: 0,
             hcr: 0,
-            eois: 0,
+            unlisted: Vec::new(),
+            exact: false,
             running: Vec::new(),
             dropped: Vec::new(),
             split: false,
@@ -89,7 +96,7 @@ impl Cpu {
                     self.timer_active = false;
                 }
             }
-            None => self.eois += 1,
+            None => self.unlisted.push(intid),
         }
     }
 
@@ -103,7 +110,36 @@ impl Cpu {
         let ended = |lr: &u64| lr & LR_STATE == 0 && lr & LR_HW == 0 && lr & LR_EOI != 0;
         self.lrs.iter().any(ended)
             || self.hcr & HCR_NPIE != 0 && self.lrs.iter().all(|lr| lr & LR_PENDING == 0)
-            || self.hcr & HCR_LRENPIE != 0 && self.eois > 0
+            || self.hcr & HCR_LRENPIE != 0 && !self.unlisted.is_empty()
+    }
+
+    /// Takes in what the guest did since the last turn.
+    fn collect(&mut self, vgic: &mut Vgic, vcpu: usize) -> Kicks {
+        let mut kicks = vgic.sync(vcpu, &self.lrs);
+        let unlisted = core::mem::take(&mut self.unlisted);
+        if self.exact {
+            for &intid in &unlisted {
+                kicks |= vgic.deactivate(vcpu, intid);
+            }
+        } else if self.hcr & HCR_LRENPIE != 0 {
+            kicks |= vgic.ended_unlisted(vcpu, u32::try_from(unlisted.len()).unwrap());
+        }
+        kicks
+    }
+
+    /// The vCPU leaves for another CPU: nothing of it stays in the list registers.
+    pub(super) fn leave(&mut self, vgic: &mut Vgic, vcpu: usize) -> Kicks {
+        let listed = vgic.listed(vcpu);
+        let kicks = self.collect(vgic, vcpu) | vgic.unlist(vcpu);
+        for (n, lr) in self.lrs.iter_mut().enumerate() {
+            if listed & 1 << n != 0 {
+                *lr = 0;
+            }
+        }
+        self.hcr = 0;
+        self.timer_active = vgic.timer_is_live(vcpu);
+        assert!(!self.maintenance(), "the next vCPU would be asked for maintenance for ever");
+        kicks
     }
 
     /// What the hypervisor does before an entry: read back, write what changed.
@@ -112,10 +148,7 @@ impl Cpu {
             self.timer_active = true;
             let _ = vgic.timer_fired(vcpu);
         }
-        let mut kicks = vgic.sync(vcpu, &self.lrs);
-        if core::mem::take(&mut self.eois) > 0 && self.hcr & HCR_LRENPIE != 0 {
-            kicks |= vgic.ended_unlisted(vcpu, 1);
-        }
+        let kicks = self.collect(vgic, vcpu);
         if vgic.timer_waits(vcpu) && !self.timer {
             vgic.timer_dropped(vcpu);
         }

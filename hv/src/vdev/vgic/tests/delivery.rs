@@ -152,6 +152,22 @@ fn what_did_not_fit_comes_without_any_exit_but_maintenance() {
 }
 
 #[test]
+fn a_linked_interrupt_that_fills_the_list_registers_makes_way() {
+    let mut vgic = ready(1, 1);
+    let mut cpu = Cpu::new(1);
+    let _ = vgic.redist_write(0, 0x1_041b, 1, 0x80);
+    cpu.timer = true;
+    let _ = vgic.set_spi(UART, true);
+    let _ = cpu.turn(&mut vgic, 0);
+    assert_eq!(cpu.acknowledge(), Some(TIMER_PPI));
+    cpu.timer = false;
+    let _ = cpu.end();
+    assert!(cpu.maintenance(), "it asks for none at its own end");
+    let _ = cpu.turn(&mut vgic, 0);
+    assert_eq!(cpu.acknowledge(), Some(UART));
+}
+
+#[test]
 fn nested_handlers_beyond_the_list_registers_end_in_order() {
     let mut vgic = ready(1, 2);
     let mut cpu = Cpu::new(2);
@@ -301,6 +317,7 @@ fn the_timer_interrupt_is_linked_and_fires_again_while_its_line_is_high() {
     let _ = cpu.end();
     let _ = cpu.turn(&mut vgic, 0);
     assert_eq!((cpu.highest(3), cpu.timer_active, vgic.timer_is_live(0)), (None, false, false));
+    assert_eq!(cpu.releases, 0);
 }
 
 #[test]
@@ -367,6 +384,20 @@ fn a_vcpu_takes_its_interrupts_and_the_timers_state_to_another_cpu() {
     assert_eq!(other.acknowledge(), Some(UART));
     // A copy of the guest goes on from the same place.
     assert_eq!((copy.redist_read(0, 0x1_0300, 4), copy.dist_read(0x204, 4)), (1 << 27, 1 << 1));
+}
+
+#[test]
+fn a_list_register_that_asks_for_maintenance_is_cleared_when_its_vcpu_leaves() {
+    let (mut vgic, mut cpu) = pair();
+    let _ = vgic.set_spi(UART, true);
+    let _ = cpu.turn(&mut vgic, 0);
+    let _ = cpu.acknowledge();
+    let _ = cpu.end();
+    // It waits for an interrupt before the maintenance interrupt gets through, and then makes way.
+    let _ = vgic.sync(0, &cpu.lrs);
+    let _ = cpu.leave(&mut vgic, 0);
+    assert_eq!(vgic.listed(0), 0);
+    assert!(vgic.has_pending(0, VMCR));
 }
 
 #[test]
