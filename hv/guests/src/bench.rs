@@ -119,7 +119,7 @@ fn zero_faults(machine: &Machine, empty: u64) {
     let first = (RAM_BASE + machine.memory / 4).next_multiple_of(2 << 20);
     assert!(first + 2 * bytes <= machine.end(), "too little RAM for this");
     // An odd step visits every page of a power of two once.
-    let scattered = |index: u64| first + (index * 193 & (pages - 1)) * 4096;
+    let scattered = |index: u64| first + ((index * 193) & (pages - 1)) * 4096;
     let ordered = |index: u64| first + bytes + index * 4096;
     assert!(pages.is_power_of_two(), "zero_mib must be a power of two");
     faults("single", pages, empty, scattered);
