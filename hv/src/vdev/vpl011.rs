@@ -208,3 +208,125 @@ impl Vpl011 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As Linux sets it up: FIFOs, receive and timeout interrupts, at half full.
+    fn linux() -> Vpl011 {
+        let mut uart = Vpl011::new();
+        uart.write(IBRD, 13);
+        uart.write(FBRD, 1);
+        uart.write(LCR_H, 0x70);
+        uart.write(IFLS, 0x12);
+        uart.write(ICR, 0xffff);
+        uart.write(CR, 0xb01);
+        uart.write(IMSC, u64::from(INT_RX | INT_TIMEOUT));
+        uart
+    }
+
+    #[test]
+    fn a_polling_guest_prints_from_the_first_instruction_with_bytes() {
+        let mut uart = Vpl011::new();
+        assert_eq!(uart.read(FR) & (1 << 5 | 1 << 3), 0, "not full, not busy");
+        assert_eq!(uart.write(DR, 0x141), Some(0x41), "the byte alone");
+        assert_eq!(uart.read(FR), 0x90);
+        assert!(!uart.level());
+    }
+
+    #[test]
+    fn typed_bytes_raise_the_line_until_they_are_read() {
+        let mut uart = linux();
+        assert!(!uart.level());
+        assert!(uart.push(b'a'));
+        assert!(uart.level(), "one byte does not fill half of it, but no more may come");
+        assert_eq!(uart.read(MIS), u64::from(INT_TIMEOUT));
+        assert!(uart.push(b'b') && uart.push(b'c') && uart.push(b'd') && uart.push(b'e') && uart.push(b'f'));
+        assert_eq!(uart.read(MIS), u64::from(INT_TIMEOUT));
+        assert!(uart.push(b'g') && uart.push(b'h'), "half full is what Linux asks for");
+        assert_eq!(uart.read(MIS), u64::from(INT_TIMEOUT | INT_RX));
+        for byte in *b"abcdefgh" {
+            assert!(uart.level());
+            assert_eq!(uart.read(FR) & u64::from(FR_RXFE), 0);
+            assert_eq!(uart.read(DR), u64::from(byte));
+        }
+        assert!(!uart.level());
+        assert_eq!(uart.read(FR) & u64::from(FR_RXFE), u64::from(FR_RXFE));
+        assert_eq!(uart.read(DR), 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_with_whoever_typed_it() {
+        let mut uart = linux();
+        assert_eq!(uart.room(), FIFO);
+        for n in 0..16 {
+            assert!(uart.push(n));
+        }
+        assert!(!uart.push(99));
+        assert_eq!(uart.read(FR) & u64::from(FR_RXFF), u64::from(FR_RXFF));
+        assert_eq!(uart.read(DR), 0);
+        assert!(uart.push(16));
+        let rest: std::vec::Vec<u64> = (0..16).map(|_| uart.read(DR)).collect();
+        assert_eq!(rest, (1..17).collect::<std::vec::Vec<_>>());
+        // Without FIFOs there is room for one.
+        let mut uart = Vpl011::new();
+        assert!(uart.push(1) && !uart.push(2));
+        assert_eq!(uart.read(RIS), u64::from(INT_RX | INT_TIMEOUT));
+    }
+
+    #[test]
+    fn turning_the_fifo_on_or_off_empties_it() {
+        let mut uart = linux();
+        uart.push(1);
+        uart.write(LCR_H, 0x60);
+        assert_eq!(uart.read(FR) & u64::from(FR_RXFE), u64::from(FR_RXFE));
+    }
+
+    #[test]
+    fn a_sent_byte_raises_the_transmit_interrupt_until_cleared() {
+        let mut uart = linux();
+        uart.write(IMSC, u64::from(INT_TX));
+        assert!(!uart.level());
+        uart.write(DR, 65);
+        assert!(uart.level());
+        uart.write(ICR, u64::from(INT_TX));
+        assert!(!uart.level());
+        assert_eq!(uart.read(RIS) & u64::from(INT_TX), 0);
+    }
+
+    #[test]
+    fn a_loop_sends_to_itself() {
+        let mut uart = linux();
+        uart.write(CR, 0xb81);
+        assert_eq!(uart.write(DR, 7), None);
+        assert_eq!(uart.read(DR), 7);
+    }
+
+    #[test]
+    fn registers_read_as_written_and_in_parts() {
+        let mut uart = linux();
+        assert_eq!((uart.read(IBRD), uart.read(FBRD), uart.read(LCR_H)), (13, 1, 0x70));
+        assert_eq!((uart.read(CR), uart.read(CR + 1), uart.read(CR + 2)), (0xb01, 0xb, 0));
+        let id: std::vec::Vec<u64> = (0xfe0..0x1000).step_by(4).map(|at| uart.read(at)).collect();
+        assert_eq!(id, [0x11, 0x10, 0x14, 0, 0x0d, 0xf0, 0x05, 0xb1]);
+    }
+
+    #[test]
+    fn anything_anywhere_does_not_panic() {
+        let mut uart = Vpl011::new();
+        let mut seed = 1u64;
+        for _ in 0..200_000 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let offset = if seed & 1 << 20 != 0 { seed >> 40 & 0xfff } else { seed >> 40 & 0x7f };
+            match seed >> 62 {
+                0 => drop(uart.read(offset)),
+                1 => drop(uart.push(seed.to_le_bytes()[5])),
+                _ => drop(uart.write(offset, seed >> 8)),
+            }
+            assert!(uart.count <= FIFO && uart.first < FIFO);
+        }
+        uart.read(u64::MAX);
+        uart.write(u64::MAX, u64::MAX);
+    }
+}

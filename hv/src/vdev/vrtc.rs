@@ -110,3 +110,79 @@ impl Vrtc {
         u64::from(self.alarm.wrapping_sub(self.base)).checked_mul(self.frequency)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HZ: u64 = 1000;
+
+    #[test]
+    fn it_shows_the_time_and_can_be_set() {
+        let mut rtc = Vrtc::new(HZ, 1_700_000_000);
+        assert_eq!(rtc.read(DR, 0), 1_700_000_000);
+        assert_eq!(rtc.read(DR, 10 * HZ + 999), 1_700_000_010);
+        rtc.write(LR, 5, 20 * HZ);
+        assert_eq!((rtc.read(DR, 20 * HZ), rtc.read(DR, 23 * HZ), rtc.read(LR, 0)), (5, 8, 5));
+        assert_eq!(rtc.read(CR, 0), 1);
+    }
+
+    #[test]
+    fn an_alarm_raises_the_line_at_its_second_and_not_before() {
+        let mut rtc = Vrtc::new(HZ, 100);
+        rtc.write(MR, 105, 0);
+        assert_eq!(rtc.deadline(), None, "masked");
+        rtc.write(IMSC, 1, 0);
+        assert_eq!(rtc.deadline(), Some(5 * HZ));
+        assert!(!rtc.update(5 * HZ - 1));
+        assert!(rtc.update(5 * HZ));
+        assert_eq!(rtc.deadline(), None);
+        assert_eq!(rtc.read(MIS, 6 * HZ), 1);
+        rtc.write(ICR, 1, 6 * HZ);
+        assert!(!rtc.update(7 * HZ), "once");
+    }
+
+    #[test]
+    fn an_alarm_that_was_jumped_over_still_comes() {
+        let mut rtc = Vrtc::new(HZ, u32::MAX - 1);
+        rtc.write(MR, 3, 0);
+        rtc.write(IMSC, 1, 0);
+        assert_eq!(rtc.deadline(), Some(5 * HZ), "across the wrap");
+        assert!(rtc.update(100 * HZ));
+        rtc.write(ICR, 1, 100 * HZ);
+        rtc.write(MR, 3, 100 * HZ);
+        assert!(!rtc.update(200 * HZ), "a second that has passed does not come");
+        assert_eq!(rtc.deadline(), None);
+    }
+
+    #[test]
+    fn an_alarm_for_this_second_is_now() {
+        let mut rtc = Vrtc::new(HZ, 100);
+        rtc.write(IMSC, 1, 0);
+        rtc.write(MR, 100, 500);
+        assert!(rtc.level());
+    }
+
+    #[test]
+    fn identification_is_that_of_a_pl031() {
+        let mut rtc = Vrtc::new(0, 0);
+        let id = (0..8).fold(0, |id, n| id | rtc.read(0xfe0 + 4 * n, 0) << (8 * n));
+        assert_eq!(id & 0x000f_ffff, 0x41031);
+        assert_eq!(id >> 32, 0xb105_f00d);
+        assert_eq!((rtc.read(0x100, 0), rtc.read(u64::MAX, u64::MAX)), (0, 0));
+        rtc.write(u64::MAX, u64::MAX, u64::MAX);
+    }
+
+    #[test]
+    fn any_order_of_writes_at_any_time_does_not_panic() {
+        let mut rtc = Vrtc::new(3, 7);
+        let mut seed = 1u64;
+        for _ in 0..100_000 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let now = seed.rotate_left(17) >> (seed & 63);
+            rtc.write(seed >> 32 & 0x1c, seed, now);
+            rtc.update(now.wrapping_add(seed >> 50));
+            let _ = rtc.deadline();
+        }
+    }
+}

@@ -73,3 +73,67 @@ impl Vtimer {
 pub const fn virtual_deadline(control: u64, compare: u64, offset: u64) -> Option<u64> {
     if control & (ENABLE | MASKED) != ENABLE { None } else { Some(compare.saturating_add(offset)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_follows_the_condition_unless_off_or_masked() {
+        let mut timer = Vtimer::new();
+        timer.set_compare(100);
+        assert!(!timer.update(200), "off");
+        timer.set_control(ENABLE);
+        assert!(!timer.update(99));
+        assert!(timer.update(100));
+        assert_eq!(timer.control(100), ENABLE | FIRED);
+        timer.set_control(ENABLE | MASKED);
+        assert!(!timer.update(100));
+        assert_eq!(timer.control(100), ENABLE | MASKED | FIRED, "the status shows although masked");
+        timer.set_control(0);
+        assert_eq!(timer.control(100), 0);
+        timer.set_control(u64::MAX);
+        assert_eq!(timer.control(0), ENABLE | MASKED, "status is read-only");
+    }
+
+    #[test]
+    fn a_timer_value_counts_down_from_now_and_below_zero() {
+        let mut timer = Vtimer::new();
+        timer.set_value(50, 1000);
+        assert_eq!((timer.compare(), timer.value(1000), timer.value(1020)), (1050, 50, 30));
+        assert_eq!(timer.value(1051), 0xffff_ffff);
+        timer.set_value(0xffff_ffff, 1000);
+        assert_eq!(timer.compare(), 999, "signed");
+        timer.set_value(0xdead_0000_0005, 1000);
+        assert_eq!(timer.compare(), 1005, "32 bits");
+        timer.set_value(0x8000_0000, 0);
+        assert_eq!(timer.compare(), 0u64.wrapping_sub(1 << 31));
+    }
+
+    #[test]
+    fn a_timer_that_fired_asks_for_no_more_looks_until_it_is_moved() {
+        let mut timer = Vtimer::new();
+        timer.set_control(ENABLE);
+        timer.set_compare(100);
+        assert_eq!(timer.deadline(), Some(100));
+        // Time passes between the sample and the question: the deadline stays, though it is past.
+        assert!(!timer.update(99));
+        assert_eq!(timer.deadline(), Some(100));
+        assert!(timer.update(100));
+        assert_eq!(timer.deadline(), None);
+        timer.set_compare(300);
+        assert!(!timer.update(150));
+        assert_eq!(timer.deadline(), Some(300));
+        timer.set_control(ENABLE | MASKED);
+        assert_eq!(timer.deadline(), None);
+    }
+
+    #[test]
+    fn a_virtual_timer_fires_at_its_comparator_in_the_hosts_time() {
+        assert_eq!(virtual_deadline(1, 100, 1000), Some(1100));
+        assert_eq!(virtual_deadline(0, 100, 1000), None);
+        assert_eq!(virtual_deadline(3, 100, 1000), None);
+        assert_eq!(virtual_deadline(5, 100, 1000), Some(1100), "fired already");
+        assert_eq!(virtual_deadline(1, u64::MAX, 1000), Some(u64::MAX));
+    }
+}

@@ -128,7 +128,7 @@ impl Vgic {
             asleep: true,
             timer_linked: false,
             release_timer: false,
-            dirty: false,
+            dirty: true,
         };
         let shared =
             Shared { bank: Bank::new(0), router: [0; BITS], route: [0; BITS], holder: [NOBODY; BITS] };
