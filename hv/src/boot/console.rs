@@ -14,7 +14,7 @@ use spin::Mutex;
 static PORT: Mutex<Option<Pl011>> = Mutex::new(None);
 
 /// The wire as guests and the monitor see it.
-pub struct Serial;
+pub(super) struct Serial;
 
 /// Takes the port over, with its receive interrupt on. Its interrupt, if there is a port.
 pub(super) fn init(platform: &Platform) -> Option<Interrupt> {

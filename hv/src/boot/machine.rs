@@ -24,7 +24,7 @@ const VIRTUAL_TIMER: u32 = hv_abi::machine::INTID_VIRTUAL_TIMER;
 static MACHINE: Once<Machine> = Once::new();
 
 /// What the scheduler calls.
-pub struct Machine {
+pub(super) struct Machine {
     console: Option<Interrupt>,
     /// Leave when the last guest has ended.
     batch: AtomicBool,

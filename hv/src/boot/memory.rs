@@ -10,7 +10,7 @@ use core::ops::Range;
 /// Tables for EL2's own map: a few for the image, stacks and devices; RAM itself is blocks.
 const TABLES: usize = 96;
 /// Bytes of a CPU's stack, and of the one for telling of a disaster; below each a guard page.
-const STACK: u64 = 64 << 10;
+const STACK: u64 = 128 << 10;
 const EMERGENCY: u64 = 12 << 10;
 const GUARD: u64 = 4 << 10;
 /// Where the tree could be, past this it is not believed.

@@ -5,11 +5,18 @@
 //! the tree says. A failure here has nobody to report to: it panics, which prints and ends the machine.
 #![expect(unsafe_code, reason = "this is where memory gets its meaning")]
 
+mod console;
+mod disks;
+mod guests;
 pub mod log;
+mod machine;
 mod memory;
 mod panic;
 
-use crate::arch::{el2, entry, irq, percpu, timer};
+use crate::arch::{el2, entry, percpu, timer};
+use crate::mm::direct::Direct;
+use crate::mm::machine::Metal;
+use crate::{mm, sched};
 use ::log::{info, warn};
 use board::gic::{self, Gic};
 use board::platform::{Interrupt, Platform};
@@ -17,6 +24,7 @@ use board::psci;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use spin::{Mutex, Once};
 use vmobject::addr::PhysAddr;
+use vmobject::lock::Held;
 
 /// The machine, once its tree is read.
 static PLATFORM: Once<Platform> = Once::new();
@@ -58,7 +66,8 @@ extern "C" fn hv_start(x0: u64) -> ! {
     describe(platform, &layout);
 
     // SAFETY: the layout took the arena out of free memory and mapped it.
-    unsafe { crate::mm::heap::init(layout.heap.clone()) };
+    unsafe { mm::heap::init(layout.heap.clone()) };
+    el2::set_vtcr(mm::machine::geometry().vtcr());
     el2::init_cpu();
     // SAFETY: the tree names the controller, the map has it as device memory, and nobody else has it.
     match unsafe { Gic::new(&platform.gic) } {
@@ -66,9 +75,16 @@ extern "C" fn hv_start(x0: u64) -> ! {
         Err(error) => panic!("the interrupt controller cannot be used: {error:?}"),
     }
     init_interrupts();
+
+    let metal = Metal::new(Direct::IDENTITY, disks::find(platform));
+    if let Err(error) = mm::machine::init(metal, &layout.free.frames()) {
+        panic!("the memory manager cannot start: {error:?}");
+    }
+    let machine = machine::init(platform);
     start_others(platform);
+    guests::start(platform, machine, &mut Held::root());
     GO.store(true, Ordering::Release);
-    run(0)
+    run()
 }
 
 /// Every other CPU arrives here from start.S, on its own stack and the final map.
@@ -81,18 +97,14 @@ extern "C" fn hv_secondary(cpu: u64) -> ! {
     while !GO.load(Ordering::Acquire) {
         core::hint::spin_loop();
     }
-    run(percpu::cpu())
+    run()
 }
 
 /// What every CPU does from now on.
-fn run(cpu: usize) -> ! {
-    if cpu == 0 {
-        info!("nothing to run");
-        crate::arch::power::exit(0);
-    }
-    loop {
-        irq::wait_for_interrupt();
-    }
+fn run() -> ! {
+    machine::init_cpu();
+    let Some(machine) = machine::get() else { panic!("no machine to run on") };
+    sched::main_loop(machine)
 }
 
 /// Reads the host's device tree: where x0 points, if that is one, else where RAM starts.
