@@ -91,12 +91,17 @@ pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> 
         None => Ok(None),
     };
     match command {
-        Command::Attach(guest) => host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id))),
+        Command::Attach(guest) => {
+            host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id)))
+        }
         Command::Check => host.check(),
         Command::Create(options) => host.create(options).map(|id| done("created", id)),
         Command::Guests => Ok(host.guests()),
         Command::Help(None) => Ok(Value::Array(
-            COMMANDS.iter().map(|c| json!({"command": format!("{} {}", c.name, c.usage), "does": c.does})).collect(),
+            COMMANDS
+                .iter()
+                .map(|c| json!({"command": format!("{} {}", c.name, c.usage), "does": c.does}))
+                .collect(),
         )),
         Command::Help(Some(name)) => COMMANDS
             .iter()
@@ -109,7 +114,9 @@ pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> 
         Command::Memory => Ok(host.memory()),
         Command::Objects(guest) => optional(host, guest).and_then(|id| host.objects(id)),
         Command::Pause(guest) => host.find(guest).and_then(|id| host.pause(id).map(|()| done("paused", id))),
-        Command::Resume(guest) => host.find(guest).and_then(|id| host.resume(id).map(|()| done("resumed", id))),
+        Command::Resume(guest) => {
+            host.find(guest).and_then(|id| host.resume(id).map(|()| done("resumed", id)))
+        }
         Command::Send(guest, text) => {
             let mut bytes = text.as_bytes().to_vec();
             bytes.push(b'\r');

@@ -5,7 +5,7 @@
 //! turns words into a [`parse::Command`], and in [`cmd::execute`], which answers with one value, shown as
 //! text or as JSON. Nothing here knows how guests are kept: that is behind the [`cmd::Host`] trait.
 
-pub mod line;
-pub mod console;
-pub mod parse;
 pub mod cmd;
+pub mod console;
+pub mod line;
+pub mod parse;

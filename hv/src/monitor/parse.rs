@@ -177,7 +177,11 @@ fn nearest(word: &str) -> Option<&'static str> {
     if let (Some(name), None) = (begun.next(), begun.next()) {
         return Some(name);
     }
-    names().map(|name| (distance(word, name), name)).min().filter(|(edits, _)| *edits <= 2).map(|(_, name)| name)
+    names()
+        .map(|name| (distance(word, name), name))
+        .min()
+        .filter(|(edits, _)| *edits <= 2)
+        .map(|(_, name)| name)
 }
 
 /// Edits (insert, delete, replace) from one word to another.
@@ -234,10 +238,7 @@ mod tests {
     fn quotes_hold_a_word_together() {
         assert_eq!(
             parse("create append=\"a b\" name=x"),
-            Ok(Command::Create(alloc::vec![
-                ("append".into(), "a b".into()),
-                ("name".into(), "x".into())
-            ]))
+            Ok(Command::Create(alloc::vec![("append".into(), "a b".into()), ("name".into(), "x".into())]))
         );
         assert!(parse("send 1 \"x").is_err());
     }
