@@ -196,20 +196,12 @@ impl Devices {
     }
 
     /// Takes back what this CPU's list registers hold of a vCPU.
+    #[inline]
     pub fn sync(&mut self, vcpu: usize) -> u64 {
-        let mut listed = self.vgic.listed(vcpu);
-        if listed == 0 {
+        if self.vgic.listed(vcpu) == 0 {
             return 0;
         }
-        let mut lrs = [0; gich::MAX_LRS];
-        while listed != 0 {
-            let n = listed.trailing_zeros() as usize;
-            listed &= listed - 1;
-            if let Some(lr) = lrs.get_mut(n) {
-                *lr = gich::read_lr(n);
-            }
-        }
-        let mut kicks = self.vgic.sync(vcpu, &lrs).0;
+        let mut kicks = self.vgic.sync(vcpu, gich::read_lr).0;
         let ended = gich::read_hcr() >> ICH_HCR_EOI_SHIFT;
         if ended != 0 {
             kicks |= self.vgic.ended_unlisted(vcpu, ended).0;
@@ -227,14 +219,7 @@ impl Devices {
         if !self.vgic.is_dirty(vcpu) {
             return Flushed { release_timer: false, kicks };
         }
-        let mut lrs = [0; gich::MAX_LRS];
-        let flushed = self.vgic.flush(vcpu, &mut lrs);
-        let mut changed = flushed.changed;
-        while changed != 0 {
-            let n = changed.trailing_zeros() as usize;
-            changed &= changed - 1;
-            gich::write_lr(n, lrs.get(n).copied().unwrap_or(0));
-        }
+        let flushed = self.vgic.flush(vcpu, gich::write_lr);
         gich::set_hcr(ICH_HCR_EN | flushed.hcr);
         Flushed { release_timer: flushed.release_timer, kicks: kicks | flushed.kicks.0 }
     }

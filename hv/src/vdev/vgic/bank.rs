@@ -5,6 +5,8 @@
 //! three `queued_` words until the list register has been read back.
 //! Used by every other file of this folder.
 
+use super::lists::{LR_ACTIVE, LR_PENDING};
+
 /// Interrupts of one word.
 pub(super) const BITS: usize = 32;
 
@@ -78,6 +80,22 @@ impl Bank {
     #[inline]
     pub(super) const fn ready(&self, groups: u32) -> u32 {
         self.pending() & self.enabled & self.members(groups)
+    }
+
+    /// Takes back a listed interrupt, whose list register holds `now`. `from_latch` is where its pending
+    /// state came from.
+    #[inline]
+    pub(super) fn give_back(&mut self, bit: u32, now: u64, from_latch: bool) {
+        self.listed &= !bit;
+        if now & LR_PENDING != 0 && from_latch && self.queued_unpend & bit == 0 {
+            self.latch |= bit;
+        }
+        if now & LR_ACTIVE != 0 && self.queued_inactive & bit == 0 || self.queued_active & bit != 0 {
+            self.active |= bit;
+        }
+        self.queued_unpend &= !bit;
+        self.queued_active &= !bit;
+        self.queued_inactive &= !bit;
     }
 
     /// Moves the input; an edge latches. What changed.

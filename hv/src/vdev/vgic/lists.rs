@@ -2,7 +2,7 @@
 //!
 //! Sync: a list register that still holds what was written means that nothing happened; any other is
 //! folded into the banks. Flush: if the vCPU is dirty, everything is folded, the most urgent interrupts
-//! are chosen anew, and the caller learns which registers differ. Active interrupts come first, so that the
+//! are chosen anew, and the registers that differ are written. Active interrupts come first, so that the
 //! guest's end of interrupt finds them, but one register is kept for the most urgent pending one.
 //! What does not fit is fetched by maintenance interrupts: when nothing listed is pending any more, and at
 //! each end of interrupt. A level-sensitive interrupt is never listed as pending and active: the
@@ -10,7 +10,7 @@
 
 use super::super::{Kicks, low};
 use super::bank::{Bank, Ones};
-use super::{NOBODY, TIMER_BIT, TIMER_PPI, Vgic, Which};
+use super::{BITS, NOBODY, Shared, TIMER_BIT, TIMER_PPI, Vgic, Which};
 
 /// The most list registers that the architecture allows.
 pub const MAX_LRS: usize = 16;
@@ -44,28 +44,29 @@ pub(super) struct Lists {
     /// The last value written or read.
     image: [u64; MAX_LRS],
     /// Those that hold a listed interrupt.
-    used: u16,
+    used: u32,
     /// Those whose pending state came from the latch.
-    latched: u16,
-    /// Those that hold nothing, but keep asking for maintenance until they are written.
-    asking: u16,
+    latched: u32,
+    /// Those that hold no listed interrupt, but must not stay as they are: they would show one, or ask for
+    /// maintenance for ever.
+    stale: u32,
     /// What ICH_HCR needs while these are loaded.
     hcr: u32,
 }
 
 impl Lists {
     pub(super) const fn new() -> Self {
-        Self { image: [0; MAX_LRS], used: 0, latched: 0, asking: 0, hcr: 0 }
+        Self { image: [0; MAX_LRS], used: 0, latched: 0, stale: 0, hcr: 0 }
     }
 
     fn find(&self, intid: u32) -> Option<usize> {
-        Ones(u32::from(self.used)).find(|&lr| low(self.image[lr]) == intid)
+        Ones(self.used).find(|&lr| low(self.image[lr]) == intid)
     }
 
     /// List registers in use, with their interrupts.
     #[cfg(test)]
     pub(super) fn shown(&self) -> impl Iterator<Item = (usize, u32)> {
-        Ones(u32::from(self.used)).map(|lr| (lr, low(self.image[lr])))
+        Ones(self.used).map(|lr| (lr, low(self.image[lr])))
     }
 
     /// The state bits of a listed interrupt.
@@ -78,8 +79,6 @@ impl Lists {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Flushed {
-    /// List registers that do not hold this already. Writing all of them is right too.
-    pub changed: u16,
     /// Bits to set in ICH_HCR_EL2, beside EN.
     pub hcr: u32,
     /// Make the physical timer interrupt inactive on this CPU: the guest's end of interrupt will not.
@@ -102,32 +101,60 @@ impl Best {
         Self { keys: [0; MAX_LRS], kept: 0, room: room.min(MAX_LRS), total: 0 }
     }
 
+    /// Offers some interrupts of a bank, the first of which is number `first`.
     #[inline]
-    fn offer(&mut self, priority: u8, intid: u32) {
-        let key = u32::from(priority) << 16 | intid;
-        self.total += 1;
-        let mut at = if self.kept < self.room {
+    fn offer(&mut self, bank: &Bank, bits: u32, first: u32) {
+        for bit in Ones(bits) {
+            self.total += 1;
+            self.insert(u32::from(bank.priority[bit]) << 16 | number(first, bit));
+        }
+    }
+
+    #[inline]
+    fn insert(&mut self, key: u32) {
+        let mut at = self.kept;
+        if at < self.room {
             self.kept += 1;
-            self.kept - 1
-        } else if self.room > 0 && key < self.keys[self.room - 1] {
-            self.room - 1
         } else {
-            return;
-        };
+            at = at.saturating_sub(1);
+            if self.keys[at] <= key {
+                return;
+            }
+        }
         while at > 0 && self.keys[at - 1] > key {
             self.keys[at] = self.keys[at - 1];
             at -= 1;
         }
         self.keys[at] = key;
     }
+
+    #[inline]
+    fn first(&self, count: usize) -> &[u32] {
+        self.keys.get(..count).unwrap_or(&[])
+    }
+}
+
+impl Shared {
+    /// Those of some interrupts that are routed to a vCPU.
+    #[inline]
+    fn routed(&self, bits: u32, vcpu: usize) -> u32 {
+        Ones(bits).filter(|&bit| usize::from(self.route[bit]) == vcpu).fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    /// Interrupts that are active on a vCPU.
+    #[inline]
+    fn held_active(&self, vcpu: usize) -> u32 {
+        let mine = |&bit: &usize| usize::from(self.holder[bit]) == vcpu;
+        Ones(self.bank.active).filter(mine).fold(0, |bits, bit| bits | 1 << bit)
+    }
 }
 
 impl Vgic {
-    /// List registers that are not quiet: only these need reading for [`Self::sync`] and clearing after
+    /// List registers that are not quiet: those that [`Self::sync`] would read, and those to clear after
     /// [`Self::unlist`], by what was said before it.
     #[inline]
-    pub fn listed(&self, vcpu: usize) -> u16 {
-        self.vcpus.get(vcpu).map_or(0, |local| local.lists.used | local.lists.asking)
+    pub fn listed(&self, vcpu: usize) -> u32 {
+        self.vcpus.get(vcpu).map_or(0, |local| local.lists.used | local.lists.stale)
     }
 
     /// True when [`Self::flush`] has something to do.
@@ -136,14 +163,14 @@ impl Vgic {
         self.vcpus.get(vcpu).is_some_and(|local| local.dirty || local.release_timer)
     }
 
-    /// Takes in what the hardware did with a vCPU's list registers. Kicks are for others.
-    pub fn sync(&mut self, vcpu: usize, lrs: &[u64]) -> Kicks {
+    /// Takes in what the hardware did with a vCPU's list registers, which `read` reads. Kicks are for others.
+    #[inline]
+    pub fn sync(&mut self, vcpu: usize, mut read: impl FnMut(usize) -> u64) -> Kicks {
         let Some(local) = self.vcpus.get(vcpu) else { return Kicks::NONE };
         let mut kicks = Kicks::NONE;
-        for lr in Ones(u32::from(local.lists.used)) {
-            if let Some(&now) = lrs.get(lr)
-                && self.vcpus.get(vcpu).is_some_and(|local| local.lists.image[lr] != now)
-            {
+        for lr in Ones(local.lists.used) {
+            let now = read(lr);
+            if self.vcpus.get(vcpu).is_some_and(|local| local.lists.image[lr] != now) {
                 kicks |= self.fold(vcpu, lr, now);
             }
         }
@@ -156,43 +183,24 @@ impl Vgic {
         let kicks = self.fold_all(vcpu);
         if let Some(local) = self.vcpus.get_mut(vcpu) {
             local.lists.image = [0; MAX_LRS];
-            local.lists.asking = 0;
+            local.lists.stale = 0;
             local.lists.hcr = 0;
             local.dirty = true;
         }
         kicks
     }
 
-    /// Puts the most urgent interrupts of a vCPU into `lrs`, whole, one register each. Sync first.
-    pub fn flush(&mut self, vcpu: usize, lrs: &mut [u64]) -> Flushed {
-        let mut flushed = Flushed::default();
-        let Some(local) = self.vcpus.get_mut(vcpu) else {
-            lrs.fill(0);
-            return flushed;
-        };
-        let room = self.lrs.min(lrs.len());
-        if local.dirty {
-            let before = local.lists.image;
-            flushed.kicks = self.fold_all(vcpu);
-            self.choose(vcpu, room);
-            let Some(local) = self.vcpus.get_mut(vcpu) else { return flushed };
-            local.dirty = false;
-            local.lists.asking = 0;
-            for (lr, (&new, &old)) in local.lists.image.iter().zip(&before).enumerate().take(room) {
-                // An empty one may stay as the hardware left it, unless it asks for maintenance.
-                let quiet = old & LR_STATE == 0 && !is_asking(old);
-                if new != old && !(new == 0 && quiet) {
-                    flushed.changed |= 1 << lr;
-                }
-            }
+    /// Chooses the most urgent interrupts of a vCPU; `write` writes the list registers that differ. Sync
+    /// first.
+    #[inline]
+    pub fn flush(&mut self, vcpu: usize, write: impl FnMut(usize, u64)) -> Flushed {
+        let mut kicks = Kicks::NONE;
+        if self.vcpus.get(vcpu).is_some_and(|local| local.dirty) {
+            kicks = self.fold_all(vcpu);
+            self.choose(vcpu, write);
         }
-        let Some(local) = self.vcpus.get_mut(vcpu) else { return flushed };
-        for (to, &from) in lrs.iter_mut().zip(&local.lists.image) {
-            *to = from;
-        }
-        flushed.hcr = local.lists.hcr;
-        flushed.release_timer = core::mem::take(&mut local.release_timer);
-        flushed
+        let Some(local) = self.vcpus.get_mut(vcpu) else { return Flushed::default() };
+        Flushed { hcr: local.lists.hcr, release_timer: core::mem::take(&mut local.release_timer), kicks }
     }
 
     /// True when a vCPU that waits for an interrupt has one: its interface (ICH_VMCR_EL2) has the group on
@@ -209,7 +217,7 @@ impl Vgic {
 
     fn any_pending(&self, vcpu: usize, groups: u32, mask: u32) -> bool {
         let Some(local) = self.vcpus.get(vcpu) else { return false };
-        let shown = Ones(u32::from(local.lists.used)).any(|lr| {
+        let shown = Ones(local.lists.used).any(|lr| {
             let value = local.lists.image[lr];
             let group = if value & LR_GROUP1 == 0 { 1 } else { 2 };
             value & LR_PENDING != 0 && groups & group != 0 && low(value >> LR_PRIORITY_SHIFT & 0xff) < mask
@@ -220,12 +228,10 @@ impl Vgic {
         };
         shown
             || ready(&local.bank, u32::MAX)
-            || self.spis.iter().any(|shared| {
-                let here = Ones(shared.bank.ready(self.groups))
-                    .filter(|&bit| usize::from(shared.route[bit]) == vcpu)
-                    .fold(0, |bits, bit| bits | 1 << bit);
-                here != 0 && ready(&shared.bank, here)
-            })
+            || self
+                .spis
+                .iter()
+                .any(|shared| ready(&shared.bank, shared.routed(shared.bank.ready(self.groups), vcpu)))
     }
 
     /// The guest ended `count` interrupts that no list register held (ICH_HCR_EL2.EOIcount): its most urgent
@@ -245,22 +251,20 @@ impl Vgic {
 
     fn offer_active(&self, vcpu: usize, best: &mut Best) {
         let Some(local) = self.vcpus.get(vcpu) else { return };
-        for bit in Ones(local.bank.active) {
-            best.offer(local.bank.priority[bit], number(0, bit));
-        }
-        for (word, shared) in self.spis.iter().enumerate() {
-            for bit in Ones(shared.bank.active) {
-                if usize::from(shared.holder[bit]) == vcpu {
-                    best.offer(shared.bank.priority[bit], number(word + 1, bit));
-                }
-            }
+        best.offer(&local.bank, local.bank.active, 0);
+        for (shared, first) in self.spis.iter().zip((32u32..).step_by(32)) {
+            best.offer(&shared.bank, shared.held_active(vcpu), first);
         }
     }
 
     fn fold_all(&mut self, vcpu: usize) -> Kicks {
-        let Some(local) = self.vcpus.get(vcpu) else { return Kicks::NONE };
-        let (used, image) = (local.lists.used, local.lists.image);
-        Ones(u32::from(used)).fold(Kicks::NONE, |kicks, lr| kicks | self.fold(vcpu, lr, image[lr]))
+        let mut kicks = Kicks::NONE;
+        let Some(local) = self.vcpus.get(vcpu) else { return kicks };
+        for lr in Ones(local.lists.used) {
+            let now = self.vcpus.get(vcpu).map_or(0, |local| local.lists.image[lr]);
+            kicks |= self.fold(vcpu, lr, now);
+        }
+        kicks
     }
 
     /// The physical timer interrupt fired, so the guest has ended the one that was linked to it.
@@ -278,42 +282,30 @@ impl Vgic {
     /// Moves one list register, which holds `now`, back into its bank.
     pub(super) fn fold(&mut self, vcpu: usize, lr: usize, now: u64) -> Kicks {
         let Some(local) = self.vcpus.get_mut(vcpu) else { return Kicks::NONE };
-        let was = core::mem::replace(&mut local.lists.image[lr], now);
-        let from_latch = local.lists.latched & 1 << lr != 0;
-        local.lists.used &= !(1 << lr);
-        local.lists.latched &= !(1 << lr);
-        if is_asking(now) {
-            local.lists.asking |= 1 << lr;
+        let lists = &mut local.lists;
+        let was = core::mem::replace(&mut lists.image[lr], now);
+        let from_latch = lists.latched & 1 << lr != 0;
+        lists.used &= !(1 << lr);
+        lists.latched &= !(1 << lr);
+        if now & LR_STATE != 0 || is_asking(now) {
+            lists.stale |= 1 << lr;
         }
         local.dirty = true;
-        let intid = low(was);
-        let bit = 1u32 << (intid % 32);
-        let Some(which) = self.which(vcpu, intid) else { return Kicks::NONE };
-        let Some(bank) = self.bank_mut(which) else { return Kicks::NONE };
-        bank.listed &= !bit;
-        let mut active = now & LR_ACTIVE != 0;
-        if now & LR_PENDING != 0 && from_latch && bank.queued_unpend & bit == 0 {
-            bank.latch |= bit;
-        }
-        active = active && bank.queued_inactive & bit == 0 || bank.queued_active & bit != 0;
-        if active {
-            bank.active |= bit;
-        }
-        bank.queued_unpend &= !bit;
-        bank.queued_active &= !bit;
-        bank.queued_inactive &= !bit;
-        match which {
-            Which::Local(_) if was & LR_HW != 0 && now & LR_STATE == 0 => {
-                if let Some(local) = self.vcpus.get_mut(vcpu) {
-                    // The guest's end of interrupt was the physical one's. If it is still high, it fires.
-                    local.bank.line &= !TIMER_BIT;
-                    local.timer_linked = false;
-                }
-                Kicks::NONE
+        let (intid, bit) = (low(was), 1u32 << (was % 32));
+        if intid < 32 {
+            local.bank.give_back(bit, now, from_latch);
+            if was & LR_HW != 0 && now & LR_STATE == 0 {
+                // The guest's end of interrupt was the physical one's. If it is still high, it fires.
+                local.bank.line &= !TIMER_BIT;
+                local.timer_linked = false;
             }
-            Which::Local(_) => Kicks::NONE,
-            Which::Shared(word) => self.pass_on(vcpu, word, bit),
+            return Kicks::NONE;
         }
+        let word = intid as usize / BITS - 1;
+        if let Some(shared) = self.spis.get_mut(word) {
+            shared.bank.give_back(bit, now, from_latch);
+        }
+        self.pass_on(vcpu, word, bit)
     }
 
     /// An SPI that left a list register may have to go to another vCPU now.
@@ -333,86 +325,88 @@ impl Vgic {
     }
 
     /// Fills the list registers of a vCPU, of which none is used.
-    fn choose(&mut self, vcpu: usize, room: usize) {
+    #[inline]
+    fn choose(&mut self, vcpu: usize, mut write: impl FnMut(usize, u64)) {
+        let (groups, room) = (self.groups, self.lrs);
         let mut pending = Best::new(room);
         let mut active = Best::new(room);
-        let groups = self.groups;
-        if let Some(local) = self.vcpus.get(vcpu) {
-            for bit in Ones(local.bank.ready(groups) & !local.bank.active) {
-                pending.offer(local.bank.priority[bit], number(0, bit));
+        let Some(local) = self.vcpus.get_mut(vcpu) else { return };
+        local.dirty = false;
+        let stale = core::mem::take(&mut local.lists.stale);
+        pending.offer(&local.bank, local.bank.ready(groups) & !local.bank.active, 0);
+        active.offer(&local.bank, local.bank.active, 0);
+        for (shared, first) in self.spis.iter().zip((32u32..).step_by(32)) {
+            let bank = &shared.bank;
+            if bank.active | bank.line | bank.latch == 0 {
+                continue;
             }
-        }
-        for (word, shared) in self.spis.iter().enumerate() {
             // Another vCPU may have it in a list register, or active, although it is routed here now.
-            for bit in Ones(shared.bank.ready(groups) & !shared.bank.active & !shared.bank.listed) {
-                if usize::from(shared.route[bit]) == vcpu {
-                    pending.offer(shared.bank.priority[bit], number(word + 1, bit));
-                }
-            }
+            pending.offer(bank, shared.routed(bank.ready(groups) & !bank.active & !bank.listed, vcpu), first);
+            active.offer(bank, shared.held_active(vcpu), first);
         }
-        self.offer_active(vcpu, &mut active);
         let kept = if pending.total > 0 { active.kept.min(room.saturating_sub(1)) } else { active.kept };
         let shown = pending.kept.min(room.saturating_sub(kept));
-        let mut hcr = 0;
         let crowded = pending.total > shown;
-        if crowded {
-            hcr |= HCR_NPIE;
+        let hidden = active.total > kept;
+        let hcr = if crowded { HCR_NPIE } else { 0 } | if hidden { HCR_LRENPIE | HCR_TDIR } else { 0 };
+        if let Some(local) = self.vcpus.get_mut(vcpu) {
+            local.lists.hcr = hcr;
         }
-        if active.total > kept {
-            hcr |= HCR_LRENPIE | HCR_TDIR;
+        let mut used = 0;
+        for (lr, &key) in active.first(kept).iter().chain(pending.first(shown)).enumerate() {
+            let (old, new) = self.list(vcpu, lr, key & 0xffff, crowded);
+            used |= 1 << lr;
+            if old != new {
+                write(lr, new);
+            }
         }
         let Some(local) = self.vcpus.get_mut(vcpu) else { return };
-        local.lists.hcr = hcr;
-        local.lists.image = [0; MAX_LRS];
-        let chosen = active.keys[..kept].iter().chain(&pending.keys[..shown]);
-        for (lr, &key) in chosen.enumerate() {
-            self.list(vcpu, lr, key & 0xffff, crowded);
+        for lr in Ones(stale & !used) {
+            local.lists.image[lr] = 0;
+            write(lr, 0);
         }
     }
 
-    /// Puts one interrupt into a list register.
-    fn list(&mut self, vcpu: usize, lr: usize, intid: u32, crowded: bool) {
+    /// Puts one interrupt into a list register; what that held and what it holds now.
+    fn list(&mut self, vcpu: usize, lr: usize, intid: u32, crowded: bool) -> (u64, u64) {
         let groups = self.groups;
-        let linked = intid == TIMER_PPI && self.timer_is_live(vcpu);
-        let Some(which) = self.which(vcpu, intid) else { return };
-        let Some(bank) = self.bank_mut(which) else { return };
+        let Some(local) = self.vcpus.get_mut(vcpu) else { return (0, 0) };
+        let linked = intid == TIMER_PPI && local.timer_linked;
+        let bank = match (intid as usize / BITS).checked_sub(1) {
+            None => &mut local.bank,
+            Some(word) => {
+                let Some(shared) = self.spis.get_mut(word) else { return (0, 0) };
+                shared.holder[intid as usize % BITS] = u8::try_from(vcpu).unwrap_or(NOBODY);
+                &mut shared.bank
+            }
+        };
         let (index, bit) = ((intid % 32) as usize, 1u32 << (intid % 32));
         let edge = bank.edge & bit != 0;
-        let is_active = bank.active & bit != 0;
-        let may_pend = !is_active || edge && !linked;
-        let shows_pending = may_pend && bank.ready(groups) & bit != 0;
         let mut value = u64::from(intid) | u64::from(bank.priority[index]) << LR_PRIORITY_SHIFT;
         if bank.group & bit != 0 {
             value |= LR_GROUP1;
-        }
-        if is_active {
-            value |= LR_ACTIVE;
         }
         if linked {
             value |= LR_HW | u64::from(TIMER_PPI) << LR_PHYSICAL_SHIFT;
         } else if crowded || !edge && bank.pending() & bit != 0 {
             value |= LR_EOI;
         }
-        let mut latched = 0;
-        if shows_pending {
+        let mut may_pend = true;
+        if bank.active & bit != 0 {
+            value |= LR_ACTIVE;
+            bank.active &= !bit;
+            may_pend = edge && !linked;
+        }
+        if may_pend && bank.ready(groups) & bit != 0 {
             value |= LR_PENDING;
             if bank.latch & bit != 0 {
                 bank.latch &= !bit;
-                latched = 1 << lr;
+                local.lists.latched |= 1 << lr;
             }
         }
         bank.listed |= bit;
-        bank.active &= !bit;
-        if let Which::Shared(word) = which
-            && let Some(shared) = self.spis.get_mut(word)
-        {
-            shared.holder[index] = u8::try_from(vcpu).unwrap_or(NOBODY);
-        }
-        if let Some(local) = self.vcpus.get_mut(vcpu) {
-            local.lists.image[lr] = value;
-            local.lists.used |= 1 << lr;
-            local.lists.latched |= latched;
-        }
+        local.lists.used |= 1 << lr;
+        (core::mem::replace(&mut local.lists.image[lr], value), value)
     }
 }
 
@@ -424,6 +418,6 @@ const fn is_asking(value: u64) -> bool {
 
 /// The number of an interrupt in a word.
 #[inline]
-fn number(word: usize, bit: usize) -> u32 {
-    u32::try_from(word * super::BITS + bit).unwrap_or(0)
+fn number(first: u32, bit: usize) -> u32 {
+    first + u32::try_from(bit).unwrap_or(0)
 }

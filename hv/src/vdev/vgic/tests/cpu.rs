@@ -115,7 +115,7 @@ impl Cpu {
 
     /// Takes in what the guest did since the last turn.
     fn collect(&mut self, vgic: &mut Vgic, vcpu: usize) -> Kicks {
-        let mut kicks = vgic.sync(vcpu, &self.lrs);
+        let mut kicks = vgic.sync(vcpu, |lr| self.lrs[lr]);
         let unlisted = core::mem::take(&mut self.unlisted);
         if self.exact {
             for &intid in &unlisted {
@@ -152,14 +152,15 @@ impl Cpu {
         if vgic.timer_waits(vcpu) && !self.timer {
             vgic.timer_dropped(vcpu);
         }
-        let mut wanted = alloc::vec![0; self.lrs.len()];
-        let flushed = vgic.flush(vcpu, &mut wanted);
-        for (lr, (have, want)) in self.lrs.iter_mut().zip(&wanted).enumerate() {
-            if flushed.changed & 1 << lr != 0 {
-                *have = *want;
-                self.writes += 1;
-            }
-            assert_eq!(*have & LR_STATE, *want & LR_STATE, "list register {lr} was not said to change");
+        let before = self.lrs.clone();
+        let flushed = vgic.flush(vcpu, |lr, value| {
+            assert_ne!(before[lr], value, "list register {lr} holds that already");
+            self.lrs[lr] = value;
+            self.writes += 1;
+        });
+        let shown = vgic.vcpus[vcpu].lists.shown().collect::<Vec<_>>();
+        for (n, &lr) in self.lrs.iter().enumerate() {
+            assert_eq!(lr & LR_STATE != 0, shown.contains(&(n, number(lr))), "list register {n}");
         }
         if flushed.release_timer {
             self.timer_active = false;

@@ -290,7 +290,7 @@ fn a_read_that_depends_on_a_running_vcpu_says_so() {
     assert_eq!(vgic.take_stale(), Kicks(1));
     assert_eq!(vgic.take_stale(), Kicks::NONE);
     let _ = cpu.acknowledge();
-    let _ = vgic.sync(0, &cpu.lrs);
+    let _ = vgic.sync(0, |lr| cpu.lrs[lr]);
     assert_eq!(vgic.dist_read(0x304, 4), 1 << 1);
     assert_eq!(vgic.take_stale(), Kicks::NONE, "nothing is listed between sync and flush of what changed");
     assert_eq!(vgic.dist_read(0x308, 4), 0);
@@ -367,7 +367,7 @@ fn a_vcpu_takes_its_interrupts_and_the_timers_state_to_another_cpu() {
     assert_eq!(cpu.acknowledge(), Some(0));
     let _ = cpu.end();
     assert_eq!(cpu.acknowledge(), Some(TIMER_PPI));
-    let _ = vgic.sync(0, &cpu.lrs);
+    let _ = vgic.sync(0, |lr| cpu.lrs[lr]);
     let _ = vgic.unlist(0);
     audit(&vgic);
     assert_eq!(vgic.listed(0), 0);
@@ -394,7 +394,7 @@ fn a_list_register_that_asks_for_maintenance_is_cleared_when_its_vcpu_leaves() {
     let _ = cpu.acknowledge();
     let _ = cpu.end();
     // It waits for an interrupt before the maintenance interrupt gets through, and then makes way.
-    let _ = vgic.sync(0, &cpu.lrs);
+    let _ = vgic.sync(0, |lr| cpu.lrs[lr]);
     let _ = cpu.leave(&mut vgic, 0);
     assert_eq!(vgic.listed(0), 0);
     assert!(vgic.has_pending(0, VMCR));

@@ -162,7 +162,7 @@ impl Machine {
     fn sync(&mut self) {
         let mut kicks = Kicks::NONE;
         for (vcpu, cpu) in self.cpus.iter().enumerate() {
-            kicks |= self.vgic.sync(vcpu, &cpu.lrs) | Kicks::one(vcpu);
+            kicks |= self.vgic.sync(vcpu, |lr| cpu.lrs[lr]) | Kicks::one(vcpu);
         }
         self.settle(kicks);
     }
