@@ -167,10 +167,7 @@ const fn shift(level: u32) -> u32 {
 /// An address's entry in a table of a level.
 const fn index(address: u64, level: u32) -> usize {
     // Nine bits: fits any usize.
-    #[expect(clippy::cast_possible_truncation, reason = "nine bits")]
-    {
-        ((address >> shift(level)) & 0x1ff) as usize
-    }
+    ((address >> shift(level)) & 0x1ff) as usize
 }
 
 #[cfg(test)]

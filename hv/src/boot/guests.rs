@@ -64,8 +64,7 @@ fn launch(config: GuestConfig, machine: &'static Machine, held: &mut Held<'_, 0>
 /// What is unpredictable about this boot.
 fn seed(platform: &Platform, held: &mut Held<'_, 0>) {
     let mut words = vec![timer::now(), id::read().midr];
-    let mut bytes = platform.bootargs.as_bytes().chunks(8);
-    while let Some(chunk) = bytes.next() {
+    for chunk in platform.bootargs.as_bytes().chunks(8) {
         let mut word = [0; 8];
         for (to, &from) in word.iter_mut().zip(chunk) {
             *to = from;

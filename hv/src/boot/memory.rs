@@ -11,7 +11,8 @@ use core::ops::Range;
 const TABLES: usize = 96;
 /// Bytes of a CPU's stack, and of the one for telling of a disaster; below each a guard page.
 const STACK: u64 = 128 << 10;
-const EMERGENCY: u64 = 12 << 10;
+const EMERGENCY_BYTES: usize = 12 << 10;
+const EMERGENCY: u64 = EMERGENCY_BYTES as u64;
 const GUARD: u64 = 4 << 10;
 /// Where the tree could be, past this it is not believed.
 const MAX_TREE: usize = 2 << 20;
@@ -29,10 +30,10 @@ static ARENA: Arena = Arena(UnsafeCell::new([[0; 512]; TABLES]));
 
 /// A stack for telling of a disaster before there are real ones.
 #[repr(C, align(16))]
-struct EarlyEmergency(UnsafeCell<[u8; EMERGENCY as usize]>);
+struct EarlyEmergency(UnsafeCell<[u8; EMERGENCY_BYTES]>);
 // SAFETY: only the first CPU's stack pointer ever points here.
 unsafe impl Sync for EarlyEmergency {}
-static EARLY_EMERGENCY: EarlyEmergency = EarlyEmergency(UnsafeCell::new([0; EMERGENCY as usize]));
+static EARLY_EMERGENCY: EarlyEmergency = EarlyEmergency(UnsafeCell::new([0; EMERGENCY_BYTES]));
 
 unsafe extern "C" {
     // The linker script's; only their addresses mean anything.

@@ -12,6 +12,7 @@ pub mod log;
 mod machine;
 mod memory;
 mod panic;
+mod selftest;
 
 use crate::arch::{el2, entry, percpu, timer};
 use crate::mm::direct::Direct;
@@ -103,6 +104,7 @@ extern "C" fn hv_secondary(cpu: u64) -> ! {
 /// What every CPU does from now on.
 fn run() -> ! {
     machine::init_cpu();
+    selftest::run(platform());
     let Some(machine) = machine::get() else { panic!("no machine to run on") };
     sched::main_loop(machine)
 }
