@@ -92,8 +92,15 @@ impl<M: Machine> Vm<M> {
                 }
                 audit.objects += 1;
                 self.check_slots(&state, audit, &mut held)?;
+                if state.life == Life::Dying {
+                    continue;
+                }
                 state.shadow
             };
+            let known = self.links.read(held).0.parent(number);
+            if known != shadow.map(|s| (s.object.number(), s.offset, s.limit)) {
+                return broken("R1", "the reverse map has another parent", number, 0u32);
+            }
             let Some(shadow) = shadow else { continue };
             let (below, _held) = self.objects.get(shadow.object).read(held);
             if below.id() != shadow.object || below.life != Life::Live {
@@ -112,15 +119,15 @@ impl<M: Machine> Vm<M> {
     ) -> Result<(), Violation> {
         let number = state.id().number();
         let mut resident = 0;
-        for (page, slot) in state.index.iter() {
+        for (page, place, slot) in state.slots.iter() {
             audit.slots += 1;
-            if page.number() >= state.pages {
-                return broken("I13", "a page behind the object's end", number, page.number());
-            }
+            let Some(page) = page.filter(|page| page.number() < state.pages) else {
+                return broken("O5", "a page outside the object", number, place.number());
+            };
             let Slot::Resident(frame) = slot else { continue };
             resident += 1;
             match self.frames.find(frame) {
-                Some(p) if p.owner() == Owner::Object(number, page) => {
+                Some(p) if p.owner() == Owner::Object(state.slots.storage(), place) => {
                     if p.is_busy() && state.paging == 0 {
                         return broken("O4", "busy without a transfer", number, page.number());
                     }
@@ -128,7 +135,7 @@ impl<M: Machine> Vm<M> {
                 Some(_) | None => return broken("P3", "a slot names another's frame", number, page.number()),
             }
         }
-        if resident != state.index.counts().resident {
+        if resident != state.slots.counts().resident {
             return broken("P3", "the resident count is wrong", number, resident);
         }
         Ok(())
@@ -159,6 +166,13 @@ impl<M: Machine> Vm<M> {
                 (state.pages, state.pager)
             };
             wanted[entry.object.number() as usize] += 1;
+            let known = {
+                let (links, _held) = self.links.read(&mut held);
+                links.mapping(entry.link).map(|(m, object)| (object, m.at, m.first, u64::from(m.pages)))
+            };
+            if known != Some((entry.object.number(), start, entry.first, entry.range.pages())) {
+                return broken("R2", "the reverse map has another entry", start.bits(), 0u32);
+            }
             if u64::from(entry.first.number()) + entry.range.pages() > u64::from(pages) {
                 return broken("M2", "the entry is longer than its object", start.bits(), pages);
             }
@@ -169,26 +183,14 @@ impl<M: Machine> Vm<M> {
                 let leaf = map.pmap.lock(&mut held).0.lookup(at);
                 let Some(leaf) = leaf else { continue };
                 audit.leaves += 1;
-                let (mut place, mut hops) = (entry.object, 0);
-                let mut index = entry.page_at(at);
-                // Down the chain to the page that the guest must see.
-                while let Some(page) = index {
-                    let (state, _held) = self.objects.get(place).read(&mut held);
-                    if state.index.get(page) != Slot::Absent || page.number() >= state.pages {
-                        break;
-                    }
-                    let Some((below, page)) = state.below(page) else { break };
-                    (place, index, hops) = (below, Some(page), hops + 1);
-                }
-                let slot = index
-                    .map_or(Slot::Absent, |page| self.objects.get(place).read(&mut held).0.index.get(page));
-                Self::check_leaf(entry, at, leaf, slot, hops)?;
+                let sight = self.survey(entry, at, &mut held);
+                Self::check_leaf(entry, at, leaf, sight.slot, sight.shared)?;
             }
         }
         Ok(())
     }
 
-    fn check_leaf(entry: &Entry, at: Ipa, leaf: Leaf, slot: Slot, hops: u32) -> Result<(), Violation> {
+    fn check_leaf(entry: &Entry, at: Ipa, leaf: Leaf, slot: Slot, shared: bool) -> Result<(), Violation> {
         if slot != Slot::Resident(leaf.frame) {
             return broken(
                 "I1",
@@ -197,8 +199,8 @@ impl<M: Machine> Vm<M> {
                 leaf.frame.number(),
             );
         }
-        let writable = leaf.prot.allows(Prot::WRITE);
-        if writable && (hops > 0 || entry.needs_copy) {
+        // A page that a collapse is moving down is writable below the top, in an object nobody else has.
+        if shared && leaf.prot.allows(Prot::WRITE) {
             return broken("I3", "a shared page is mapped writable", at.bits(), leaf.frame.number());
         }
         if !entry.prot.allows(leaf.prot) {
@@ -237,7 +239,7 @@ impl<M: Machine> Vm<M> {
             let fits = match page.owner() {
                 Owner::Free => page.queue() == Queue::Free,
                 Owner::Table => page.queue() == Queue::None,
-                Owner::Object(object, index) => self.owns(object, index, frame, held),
+                Owner::Object(storage, place) => self.owns(storage, place, frame, held),
                 Owner::Absent => false,
             };
             if !fits {
@@ -252,13 +254,14 @@ impl<M: Machine> Vm<M> {
 
     fn owns<const OUTER: u8>(
         &self,
-        object: u32,
-        index: PageIndex,
+        storage: u32,
+        place: PageIndex,
         frame: Pfn,
         held: &mut Held<'_, OUTER>,
     ) -> bool {
-        let Some(object) = self.objects.at(object) else { return false };
+        let Some(object) = self.objects.of_storage(storage) else { return false };
         let (state, _held) = object.read(held);
-        state.life != Life::Vacant && state.index.get(index) == Slot::Resident(frame)
+        let known = state.slots.page(place).map(|page| state.slots.get(page));
+        state.life != Life::Vacant && state.slots.storage() == storage && known == Some(Slot::Resident(frame))
     }
 }

@@ -69,11 +69,11 @@ impl<M: Machine> Vm<M> {
                     id: state.id(),
                     pages: state.pages,
                     refs: state.refs,
-                    counts: state.index.counts(),
+                    counts: state.slots.counts(),
                     shadow: state.shadow,
                     pager: state.pager,
                     paging: state.paging,
-                    index_bytes: state.index.bytes(),
+                    index_bytes: state.slots.bytes(),
                 }
             };
             each(info);

@@ -7,8 +7,8 @@
 //! `&self`; the locks are inside, and a [`Held`] proves that they are taken in order.
 //!
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
-//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `object` `pager` `map` `fault` `describe`
-//! `check` `testing`.
+//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `map` `fault`
+//! `describe` `check` `testing`.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -27,6 +27,7 @@ pub mod page;
 pub mod pager;
 pub mod pmap;
 pub mod prot;
+pub mod rmap;
 pub mod stats;
 pub mod store;
 pub mod testing;
@@ -36,11 +37,12 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use addr::Pfn;
-use lock::{Held, REGISTRY, Ranked};
+use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
 use map::Map;
 use object::{ObjectId, Objects, Pager};
 use page::Frames;
 use pager::Transfers;
+use rmap::Links;
 use stats::{Counts, Stats};
 use store::{Machine, PageStore as _, PhysMemory as _, StoreId};
 
@@ -63,6 +65,9 @@ pub enum VmError {
     Limit(&'static str),
 }
 
+/// Slots' worth of chores that a call which frees something does at once.
+const PROMPT: u32 = 256;
+
 struct Maps<M: Machine> {
     list: Vec<Weak<Map<M>>>,
     next: u32,
@@ -73,6 +78,7 @@ pub struct Vm<M: Machine> {
     machine: M,
     frames: Frames,
     objects: Objects,
+    links: RankedRw<LINKS, Links<Weak<Map<M>>>>,
     transfers: Transfers,
     maps: Ranked<REGISTRY, Maps<M>>,
     stats: Stats,
@@ -85,6 +91,7 @@ impl<M: Machine> Vm<M> {
             machine,
             frames: Frames::new(frames)?,
             objects: Objects::new()?,
+            links: RankedRw::new(Links::new()),
             transfers: Transfers::new(),
             maps: Ranked::new(Maps { list: Vec::new(), next: 0 }),
             stats: Stats::new(),
@@ -107,7 +114,7 @@ impl<M: Machine> Vm<M> {
         if pages == 0 {
             return Err(VmError::Range);
         }
-        self.objects.image(store, pages, &self.frames, held)
+        self.image_object(store, pages, held)
     }
 
     /// A new object of this many zero pages, with one reference: the caller's.
@@ -119,12 +126,13 @@ impl<M: Machine> Vm<M> {
         if pages == 0 {
             return Err(VmError::Range);
         }
-        self.objects.create(pages, Pager::None, None, held)
+        self.make_object(pages, Pager::None, None, held)
     }
 
     /// Gives a reference back.
     pub fn release<const OUTER: u8>(&self, object: ObjectId, held: &mut Held<'_, OUTER>) {
-        self.objects.release(object, &self.frames, held);
+        self.unreference(object, held);
+        self.step(PROMPT, held);
     }
 
     /// One more reference.
@@ -133,7 +141,7 @@ impl<M: Machine> Vm<M> {
         object: ObjectId,
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), VmError> {
-        self.objects.reference(object, held)
+        self.add_reference(object, held)
     }
 
     /// A frame of zeros for a translation table. Only a pmap may ask: it is called under its lock.

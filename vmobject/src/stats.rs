@@ -57,6 +57,20 @@ events! {
     ShadowMade shadow_made;
     /// Shadows not made, because the memory was nobody else's.
     ShadowSpared shadow_spared;
+    /// Maps copied: clones and snapshots.
+    MapCopied map_copied;
+    /// Objects merged into their only shadow.
+    Collapsed collapsed;
+    /// Slots that a collapse moved.
+    CollapseMoved collapse_moved;
+    /// Slots that a collapse freed because they were hidden or out of reach.
+    CollapseFreed collapse_freed;
+    /// Collapses that moved the top's pages and then exchanged the indexes.
+    CollapseExchanged collapse_exchanged;
+    /// Objects passed over because they were hidden.
+    Bypassed bypassed;
+    /// Bypasses that found a page not hidden.
+    BypassRefused bypass_refused;
     /// Transfers started to bring pages in.
     PageIn page_in;
     /// Transfers that failed.

@@ -42,7 +42,7 @@ impl Around<'_> {
             if after { index.checked_add(distance) } else { index.checked_sub(distance) }
         };
         let of = |state: &State, index: PageIndex| match step(index) {
-            Some(index) if index.number() < state.pages => state.index.get(index),
+            Some(index) if index.number() < state.pages => state.slots.get(index),
             Some(_) | None => Slot::Absent,
         };
         match self {

@@ -5,11 +5,12 @@
 //! fault; calls `object`.
 
 use crate::Vm;
-use crate::addr::{PageIndex, Pfn};
-use crate::lock::{Descent, OBJECT};
+use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::lock::{Descent, Held, OBJECT};
+use crate::map::Entry;
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
-use crate::store::{IoToken, Machine};
+use crate::store::{IoToken, Machine, StoreId};
 
 /// A page in an object of the chain.
 #[derive(Clone, Copy, Debug)]
@@ -42,11 +43,8 @@ impl<M: Machine> Vm<M> {
         let (mut depth, mut sole) = (0, true);
         loop {
             let state = chain.here();
-            if index.number() >= state.pages {
-                return Found::Nothing; // behind the end of what is shadowed
-            }
             sole &= state.is_sole_anonymous();
-            match state.index.get(index) {
+            match state.slots.get(index) {
                 Slot::Resident(frame) => {
                     let page = self.frames.page(frame);
                     if page.is_busy() {
@@ -61,7 +59,43 @@ impl<M: Machine> Vm<M> {
             }
             let Some((object, below)) = state.below(index) else { return Found::Nothing };
             (index, depth) = (below, depth + 1);
-            chain.step(self.objects.get(object));
+            self.objects.get(object).step_down(chain);
         }
     }
+
+    /// What a guest sees at an address of an entry, changing nothing: for audits.
+    pub(crate) fn survey<const OUTER: u8>(
+        &self,
+        entry: &Entry,
+        at: Ipa,
+        held: &mut Held<'_, OUTER>,
+    ) -> Sight {
+        let nothing = Sight { slot: Slot::Absent, shared: entry.needs_copy, store: None };
+        let Some(mut index) = entry.page_at(at) else { return nothing };
+        let mut chain = self.objects.get(entry.object).descend(held);
+        let mut shared = entry.needs_copy;
+        loop {
+            let state = chain.here();
+            let slot = state.slots.get(index);
+            let store = match state.pager {
+                Pager::Image(store) => Some((store, index)),
+                Pager::None => None,
+            };
+            let below = state.below(index).filter(|_| slot == Slot::Absent && store.is_none());
+            let Some((object, next)) = below else { return Sight { slot, shared, store } };
+            self.objects.get(object).step_down(&mut chain);
+            shared |= !chain.here().is_sole_anonymous();
+            index = next;
+        }
+    }
+}
+
+/// What a guest sees.
+pub(crate) struct Sight {
+    /// The slot that decides it.
+    pub(crate) slot: Slot,
+    /// Somebody else may see the same.
+    pub(crate) shared: bool,
+    /// If the slot is absent: the store and its page that have the contents. Else the page is zero.
+    pub(crate) store: Option<(StoreId, PageIndex)>,
 }

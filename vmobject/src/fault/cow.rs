@@ -6,16 +6,16 @@
 
 use super::chain::Page;
 use super::{Place, Purpose, Step, WaitFor};
-use crate::Vm;
 use crate::addr::{IpaRange, PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
+use crate::object::State;
 use crate::object::index::Slot;
-use crate::object::{ObjectId, State};
 use crate::page::Queue;
 use crate::pmap::Pmap as _;
 use crate::stats::Event;
 use crate::store::{Machine, PhysMemory as _};
+use crate::{Vm, VmError};
 
 impl<M: Machine> Vm<M> {
     /// A copy of `from` as a page of the top object; `from`'s owner is locked. `None` for want of memory.
@@ -26,11 +26,7 @@ impl<M: Machine> Vm<M> {
         from: Pfn,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Pfn> {
-        let frame = self.frames.allocate(top.id().number(), index, Queue::Active, held)?;
-        if top.index.set(index, Slot::Resident(frame)).is_err() {
-            self.frames.free(frame, held);
-            return None;
-        }
+        let frame = self.give_frame(top, index, Queue::Active, held)?;
         self.machine.memory().copy(from, frame);
         Some(frame)
     }
@@ -54,34 +50,65 @@ impl<M: Machine> Vm<M> {
         step
     }
 
-    /// Moves a frame from the object below to the top. The look that found it has let go of the owner,
-    /// so the owner is asked again.
-    #[expect(clippy::too_many_arguments, reason = "the fault's own state, and what its look found")]
+    /// Moves a frame from an object below to the top. The look that found it has let go of the owner, so
+    /// the way down is gone again, the owner's parent locked while the owner is.
     pub(super) fn move_up(
         &self,
         map: &Map<M>,
         place: Place<'_>,
         purpose: &mut Purpose<'_>,
         top: &mut State,
-        owner: ObjectId,
         page: Page,
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
-        {
-            let (mut below, _held) = self.objects.get(owner).write_below(held);
-            let same = below.id() == owner && below.index.get(page.index) == Slot::Resident(page.frame);
-            let free = below.is_sole_anonymous() && !self.frames.page(page.frame).is_busy();
-            if !same || !free {
+        let Some((first, index)) = top.below(place.index) else { return Step::Again };
+        let moved = if page.depth == 0 {
+            let (mut owner, mut held) = self.objects.get(first).write_below(held);
+            self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)
+        } else {
+            let (mut chain, mut index) = (self.objects.get(first).descend(held), index);
+            for _ in 1..page.depth {
+                let Some((next, below)) = chain.here().below(index) else { return Step::Again };
+                if !chain.here().is_sole_anonymous() {
+                    return Step::Again;
+                }
+                self.objects.get(next).step_down(&mut chain);
+                index = below;
+            }
+            let (parent, held) = chain.split();
+            let Some((owner, index)) = parent.below(index).filter(|_| parent.is_sole_anonymous()) else {
                 return Step::Again;
-            }
-            if top.index.set(place.index, Slot::Resident(page.frame)).is_err() {
-                return Step::Wait(WaitFor::Memory);
-            }
-            let was = below.index.set(page.index, Slot::Absent);
-            debug_assert_eq!(was, Ok(Slot::Resident(page.frame)));
-            self.frames.page(page.frame).set_owner(top.id().number(), place.index);
+            };
+            let (mut owner, mut held) = self.objects.get(owner).write_below(held);
+            self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)
+        };
+        match moved {
+            Some(Ok(())) => {}
+            Some(Err(VmError::NoMemory)) => return Step::Wait(WaitFor::Memory),
+            Some(Err(_)) | None => return Step::Again,
         }
         map.stats.count(Event::FaultMove);
         self.finish(map, place, purpose, page.frame, place.entry.prot, held)
+    }
+
+    /// Makes `owner`'s page the top's; `None` if it is not what it was.
+    fn take_up(
+        &self,
+        top: &mut State,
+        ours: PageIndex,
+        owner: &mut State,
+        theirs: PageIndex,
+        frame: Pfn,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Result<(), VmError>> {
+        let same = owner.slots.get(theirs) == Slot::Resident(frame) && owner.is_sole_anonymous();
+        if !same || self.frames.page(frame).is_busy() {
+            return None;
+        }
+        let gained = self.objects.gain(top, ours, Slot::Resident(frame), held);
+        Some(gained.map(|_| {
+            owner.lose(theirs);
+            self.rename(top, ours, Slot::Resident(frame));
+        }))
     }
 }

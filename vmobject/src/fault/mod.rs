@@ -25,11 +25,12 @@ use crate::map::{Entry, Map};
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
 use crate::page::Queue;
+pub use crate::pager::WaitFor;
 use crate::pmap::{OutOfTables, Pmap as _};
 use crate::prot::Prot;
 use crate::stats::Event;
-use crate::store::{IoToken, Machine, PhysMemory as _, StoreError};
-use crate::{Vm, VmError};
+use crate::store::{Machine, PhysMemory as _, StoreError};
+use crate::{PROMPT, Vm, VmError};
 use around::Around;
 use chain::Found;
 
@@ -40,15 +41,6 @@ pub enum Faulted {
     Mapped,
     /// Not yet: park, and fault again when this has happened.
     Wait(WaitFor),
-}
-
-/// What a fault waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WaitFor {
-    /// The completion of a transfer.
-    Io(IoToken),
-    /// Something to be freed: a frame, a table, heap, or a place in a store's queue.
-    Memory,
 }
 
 /// How an access of EL2 to guest memory ended.
@@ -199,6 +191,7 @@ impl<M: Machine> Vm<M> {
                 step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Zero(..)) => {
                     match self.help(map, at, step, held) {
                         Ok(None) => continue,
+                        Ok(Some(WaitFor::Memory)) if self.step_frees(held) => continue,
                         Ok(Some(wait)) => wait,
                         Err(error) => {
                             map.stats.count(Event::FaultLost);
@@ -212,6 +205,14 @@ impl<M: Machine> Vm<M> {
         }
         // Somebody keeps changing what we look at. The others must get on, too.
         Ok(Copied::Wait(WaitFor::Memory))
+    }
+
+    /// Does some chores in the hope for memory: true if they freed a frame.
+    #[cold]
+    fn step_frees(&self, held: &mut Held<'_, CALLER>) -> bool {
+        let before = self.frames.lengths(held).free;
+        self.step(PROMPT, held);
+        self.frames.lengths(held).free > before
     }
 
     /// Does what an attempt asked for, with no lock held. `None`: now try again.
@@ -228,7 +229,7 @@ impl<M: Machine> Vm<M> {
             Step::Done | Step::Again => Ok(None),
             Step::Wait(wait) => Ok(Some(wait)),
             Step::Shadow => memory(self.resolve_copy(map, at, held)),
-            Step::PageIn(object, index) => self.page_in(object, index, held),
+            Step::PageIn(object, index) => self.page_in(object, index, held).map_err(FaultError::Lost),
             Step::Zero(object, index) => Ok(self.zero_shared(object, index, held)),
         }
     }
@@ -275,7 +276,7 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let (mut top, mut held) = self.objects.get(place.entry.object).write(held);
         debug_assert_eq!(top.id(), place.entry.object);
-        match top.index.get(place.index) {
+        match top.slots.get(place.index) {
             Slot::Absent if top.pager != Pager::None => Step::PageIn(top.id(), place.index),
             Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
             Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
@@ -317,9 +318,8 @@ impl<M: Machine> Vm<M> {
             }
             Found::Page(page) if place.writes() => {
                 if page.sole {
-                    let owner = chain.here().id();
                     drop(chain);
-                    self.move_up(map, place, purpose, top, owner, page, held)
+                    self.move_up(map, place, purpose, top, page, held)
                 } else {
                     let copied = {
                         let (_, held) = chain.split();
@@ -389,11 +389,7 @@ impl<M: Machine> Vm<M> {
     }
 
     fn fill_zero(&self, state: &mut State, index: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Pfn> {
-        let frame = self.frames.allocate(state.id().number(), index, Queue::Active, held)?;
-        if state.index.set(index, Slot::Resident(frame)).is_err() {
-            self.frames.free(frame, held);
-            return None;
-        }
+        let frame = self.give_frame(state, index, Queue::Active, held)?;
         self.machine.memory().zero(frame);
         Some(frame)
     }
@@ -408,7 +404,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, CALLER>,
     ) -> Option<WaitFor> {
         let (mut state, mut held) = self.objects.get(object).write(held);
-        if state.id() != object || !matches!(state.index.get(index), Slot::Absent | Slot::Zero) {
+        if state.id() != object || !matches!(state.slots.get(index), Slot::Absent | Slot::Zero) {
             return None;
         }
         match self.fill_zero(&mut state, index, &mut held) {

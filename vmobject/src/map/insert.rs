@@ -4,17 +4,17 @@
 //! released it. Called by whoever builds guests; calls `object`.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use super::{Entry, Map, Share};
 use crate::addr::{Ipa, IpaRange, PageIndex};
 use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
 use crate::object::{ObjectId, Pager, Shadow};
-use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
-use crate::{Vm, VmError};
+use crate::{PROMPT, Vm, VmError};
 
 impl<M: Machine> Vm<M> {
     /// A map with nothing in it, over empty tables.
@@ -38,7 +38,7 @@ impl<M: Machine> Vm<M> {
     #[expect(clippy::too_many_arguments, reason = "each is a different noun, and all callers name them")]
     pub fn insert<const OUTER: u8>(
         &self,
-        map: &Map<M>,
+        map: &Arc<Map<M>>,
         range: IpaRange,
         object: ObjectId,
         first: PageIndex,
@@ -48,7 +48,7 @@ impl<M: Machine> Vm<M> {
     ) -> Result<(), VmError> {
         let done = self.try_insert(map, range, object, first, prot, share, held);
         if let Err((_, object)) = done {
-            self.objects.release(object, &self.frames, held);
+            self.release(object, held);
         }
         done.map_err(|(error, _)| error)
     }
@@ -56,7 +56,7 @@ impl<M: Machine> Vm<M> {
     #[expect(clippy::too_many_arguments, reason = "as above")]
     fn try_insert<const OUTER: u8>(
         &self,
-        map: &Map<M>,
+        map: &Arc<Map<M>>,
         range: IpaRange,
         mut object: ObjectId,
         mut first: PageIndex,
@@ -85,14 +85,19 @@ impl<M: Machine> Vm<M> {
         };
         if !fits {
             // The part behind the end needs somewhere to be: the private object is made at once.
-            let shadow = Shadow { object, offset: first };
-            match self.objects.create(pages, Pager::None, Some(shadow), held) {
-                Ok(private) => (object, first, needs_copy) = (private, PageIndex::new(0), false),
+            let limit = size.saturating_sub(first.number()).min(pages);
+            let shadow = (limit > 0).then_some(Shadow { object, offset: first, limit });
+            let private = match self.make_object(pages, Pager::None, shadow, held) {
+                Ok(private) => private,
                 Err(error) => return fail(error, object),
+            };
+            if shadow.is_none() {
+                self.unreference(object, held);
             }
+            (object, first, needs_copy) = (private, PageIndex::new(0), false);
             self.stats.count(Event::ShadowMade);
         }
-        let (mut entries, _held) = map.entries.write(held);
+        let (mut entries, mut held) = map.entries.write(held);
         if entries.list.len() >= MAX_ENTRIES {
             return fail(VmError::Limit("map entries"), object);
         }
@@ -106,7 +111,13 @@ impl<M: Machine> Vm<M> {
         if entries.list.try_reserve(1).is_err() {
             return fail(VmError::NoMemory, object);
         }
-        entries.list.insert(place, Entry { range, object, first, prot, needs_copy });
+        let start = range.start();
+        let (mut links, _held) = self.links.write(&mut held);
+        let link = match links.attach(Arc::downgrade(map), object.number(), start, first, pages) {
+            Ok(link) => link,
+            Err(error) => return fail(error, object),
+        };
+        entries.list.insert(place, Entry { range, object, first, prot, needs_copy, link });
         Ok(())
     }
 
@@ -114,21 +125,22 @@ impl<M: Machine> Vm<M> {
     pub fn destroy_map<const OUTER: u8>(&self, map: Arc<Map<M>>, held: &mut Held<'_, OUTER>) {
         let list = {
             let (mut entries, mut held) = map.entries.write(held);
-            let list = core::mem::take(&mut entries.list);
-            if let (Some(first), Some(last)) = (list.first(), list.last())
-                && let Some(all) = IpaRange::new(first.range.start(), last.range.end())
-            {
-                let (mut pmap, _held) = map.pmap.lock(&mut held);
-                pmap.remove(all, &mut |harvest| self.frames.note(harvest));
-            }
-            list
+            self.unmap_all(&map, &entries, &mut held);
+            core::mem::take(&mut entries.list)
         };
-        for entry in list {
-            self.objects.release(entry.object, &self.frames, held);
-        }
+        self.drop_entries(list, held);
         let (mut maps, _held) = self.maps.lock(held);
         let gone = Arc::as_ptr(&map);
         maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);
+    }
+
+    /// Gives up what entries hold; nothing maps them any more.
+    pub(super) fn drop_entries<const OUTER: u8>(&self, list: Vec<Entry>, held: &mut Held<'_, OUTER>) {
+        for entry in list {
+            self.links.write(held).0.detach(entry.link);
+            self.unreference(entry.object, held);
+        }
+        self.step(PROMPT, held);
     }
 
     /// Resolves an entry's `needs_copy` before the first write: a shadow, unless nobody else can reach
@@ -150,9 +162,11 @@ impl<M: Machine> Vm<M> {
             self.stats.count(Event::ShadowSpared);
         } else {
             let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
-            let shadow = Shadow { object: entry.object, offset: entry.first };
-            entry.object = self.objects.create(pages, Pager::None, Some(shadow), held)?;
-            entry.first = PageIndex::new(0);
+            let shadow = Shadow { object: entry.object, offset: entry.first, limit: pages };
+            let (object, first) =
+                (self.make_object(pages, Pager::None, Some(shadow), held)?, PageIndex::new(0));
+            self.links.write(held).0.rehang(entry.link, object.number(), first);
+            (entry.object, entry.first) = (object, first);
             self.stats.count(Event::ShadowMade);
         }
         entry.needs_copy = false;

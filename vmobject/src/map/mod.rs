@@ -10,7 +10,10 @@
 //! M2. An entry holds one reference to its object, and lies within it.
 //! M3. An entry without `needs_copy` that allows writing has an object without a pager identity.
 
+mod copy;
 mod insert;
+
+pub use copy::Snapshot;
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
@@ -19,6 +22,7 @@ use crate::addr::{Ipa, IpaRange, PageIndex};
 use crate::lock::{Held, MAP, PMAP, Ranked, RankedRw};
 use crate::object::ObjectId;
 use crate::prot::Prot;
+use crate::rmap::MappingId;
 use crate::stats::{Counts, Stats};
 use crate::store::Machine;
 
@@ -44,6 +48,8 @@ pub struct Entry {
     pub prot: Prot,
     /// The object is to be shadowed before the first write.
     pub needs_copy: bool,
+    /// Where the reverse map has it.
+    pub(crate) link: MappingId,
 }
 
 impl Entry {
@@ -64,6 +70,11 @@ impl Entries {
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.list.iter()
+    }
+
+    /// From the first entry's start to the last one's end.
+    fn span(&self) -> Option<IpaRange> {
+        IpaRange::new(self.list.first()?.range.start(), self.list.last()?.range.end())
     }
 
     /// Where the entry of an address is; on failure, where one would have to go.

@@ -55,7 +55,7 @@ pub enum Owner {
     Table,
     /// There is no memory at that number.
     Absent,
-    /// An object's page: the object's index and the page in it.
+    /// An object's page: the number of the object's storage, and the place in its index.
     Object(u32, PageIndex),
 }
 

@@ -5,13 +5,12 @@
 
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
-use crate::fault::{FaultError, WaitFor};
 use crate::limits::CLUSTER_PAGES;
 use crate::lock::{Held, OBJECT};
 use crate::object::index::Slot;
 use crate::object::{Life, ObjectId, Pager, State};
 use crate::page::Queue;
-use crate::pager::Transfer;
+use crate::pager::{Transfer, WaitFor};
 use crate::stats::Event;
 use crate::store::{Direction, IoToken, Machine, PageStore as _, PhysMemory as _, StoreError};
 
@@ -22,17 +21,17 @@ impl<M: Machine> Vm<M> {
         id: ObjectId,
         wanted: PageIndex,
         held: &mut Held<'_, OUTER>,
-    ) -> Result<Option<WaitFor>, FaultError> {
+    ) -> Result<Option<WaitFor>, StoreError> {
         let (mut state, mut held) = self.objects.get(id).write(held);
         let Pager::Image(store) = state.pager else { return Ok(None) };
-        if state.id() != id || state.life != Life::Live || state.index.get(wanted) != Slot::Absent {
+        if state.id() != id || state.life != Life::Live || state.slots.get(wanted) != Slot::Absent {
             return Ok(None);
         }
         if let Some((page, error)) = state.failed
             && page == wanted
         {
             state.failed = None;
-            return Err(FaultError::Lost(error));
+            return Err(error);
         }
         let Some(transfer) = self.gather(&mut state, wanted, &mut held) else {
             return Ok(Some(WaitFor::Memory));
@@ -59,7 +58,7 @@ impl<M: Machine> Vm<M> {
                 self.scatter(&mut state, &transfer, &mut held);
                 match error {
                     StoreError::Busy => Ok(Some(WaitFor::Memory)),
-                    StoreError::Io | StoreError::Refused | StoreError::Gone => Err(FaultError::Lost(error)),
+                    StoreError::Io | StoreError::Refused | StoreError::Gone => Err(error),
                 }
             }
         }
@@ -70,7 +69,7 @@ impl<M: Machine> Vm<M> {
     fn gather(&self, state: &mut State, wanted: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Transfer> {
         let base = wanted.number() - wanted.number() % CLUSTER_PAGES;
         let end = base.saturating_add(CLUSTER_PAGES).min(state.pages);
-        let absent = |state: &State, n: u32| state.index.get(PageIndex::new(n)) == Slot::Absent;
+        let absent = |state: &State, n: u32| state.slots.get(PageIndex::new(n)) == Slot::Absent;
         let mut first = wanted.number();
         while first > base && absent(state, first - 1) {
             first -= 1;
@@ -88,13 +87,7 @@ impl<M: Machine> Vm<M> {
         };
         for number in first..=last {
             let page = PageIndex::new(number);
-            let Some(frame) = self.frames.allocate(state.id().number(), page, Queue::None, held) else {
-                break;
-            };
-            if state.index.set(page, Slot::Resident(frame)).is_err() {
-                self.frames.free(frame, held);
-                break;
-            }
+            let Some(frame) = self.give_frame(state, page, Queue::None, held) else { break };
             transfer.frames[transfer.pages as usize] = frame;
             transfer.pages += 1;
         }
@@ -108,7 +101,7 @@ impl<M: Machine> Vm<M> {
     /// Takes back what [`Self::gather`] gave.
     fn scatter(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
         for (page, frame) in transfer.iter() {
-            let was = state.index.set(page, Slot::Absent);
+            let was = state.slots.set(page, Slot::Absent);
             debug_assert_eq!(was, Ok(Slot::Resident(frame)));
             self.frames.free(frame, held);
         }
@@ -126,33 +119,27 @@ impl<M: Machine> Vm<M> {
             self.stats.count(Event::StaleCompletion);
             return;
         };
-        let mut below = None;
-        {
-            let (mut state, mut held) = self.objects.get(transfer.object).write(held);
-            assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
-            for (_, frame) in transfer.iter() {
-                self.frames.page(frame).clear_busy();
-            }
-            match result {
-                Ok(()) => {
-                    for (_, frame) in transfer.iter() {
-                        self.machine.memory().publish(frame);
-                        self.frames.enqueue(frame, Queue::Active, &mut held);
-                    }
-                }
-                Err(error) => {
-                    self.scatter(&mut state, &transfer, &mut held);
-                    state.failed = Some((transfer.wanted, error));
-                    self.stats.count(Event::PageInFailed);
+        let (mut state, mut held) = self.objects.get(transfer.object).write(held);
+        assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
+        for (_, frame) in transfer.iter() {
+            self.frames.page(frame).clear_busy();
+        }
+        match result {
+            Ok(()) => {
+                for (_, frame) in transfer.iter() {
+                    self.machine.memory().publish(frame);
+                    self.frames.enqueue(frame, Queue::Active, &mut held);
                 }
             }
-            state.paging -= 1;
-            if state.life == Life::Dying && state.paging == 0 {
-                below = self.objects.terminate(&mut state, &self.frames, &mut held);
+            Err(error) => {
+                self.scatter(&mut state, &transfer, &mut held);
+                state.failed = Some((transfer.wanted, error));
+                self.stats.count(Event::PageInFailed);
             }
         }
-        if let Some(below) = below {
-            self.objects.release(below, &self.frames, held);
+        state.paging -= 1;
+        if state.life == Life::Dying && state.paging == 0 {
+            self.objects.chore(transfer.object.number(), &mut held);
         }
     }
 

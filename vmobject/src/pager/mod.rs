@@ -17,6 +17,15 @@ use crate::lock::{Held, IO, Ranked};
 use crate::object::ObjectId;
 use crate::store::IoToken;
 
+/// What a fault waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitFor {
+    /// The completion of a transfer.
+    Io(IoToken),
+    /// Something to be freed: a frame, a table, heap, or a place in a store's queue.
+    Memory,
+}
+
 /// A transfer in flight.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer {

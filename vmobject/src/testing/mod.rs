@@ -16,6 +16,7 @@ use crate::fault::{Copied, FaultError, Faulted, WaitFor};
 use crate::lock::Held;
 use crate::map::{Map, Share};
 use crate::object::ObjectId;
+use crate::object::index::Slot;
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::store::{Direction, PhysMemory as _, StoreError};
@@ -139,6 +140,26 @@ impl Rig {
         panic!("{at:?}: a fault that was served is not");
     }
 
+    /// What a guest would load, found out without touching anything.
+    pub fn peek(&self, map: &TestMap, at: Ipa) -> Option<u8> {
+        let held = &mut Held::root();
+        let (entries, mut held) = map.entries.read(held);
+        let entry = entries.iter().find(|entry| entry.range.contains(at))?;
+        let sight = self.vm.survey(entry, at.page(), &mut held);
+        let machine = self.vm.machine();
+        Some(match (sight.slot, sight.store) {
+            (Slot::Resident(frame), _) => {
+                let mut byte = [0];
+                machine.memory.read(frame, at.offset_in_page(), &mut byte);
+                byte[0]
+            }
+            (Slot::Absent, Some((store, page))) => {
+                machine.store.page(store, page.number().into())[at.offset_in_page()]
+            }
+            (Slot::Absent | Slot::Zero | Slot::Swapped(_), _) => 0,
+        })
+    }
+
     /// EL2's read of guest memory.
     pub fn read(&self, map: &TestMap, at: Ipa, out: &mut [u8]) -> Result<(), Refused> {
         loop {
@@ -193,6 +214,20 @@ impl Rig {
     /// Ends a guest.
     pub fn destroy(&self, map: TestMap) {
         self.vm.destroy_map(map, &mut Held::root());
+        self.settle();
+    }
+
+    /// Does all chores that can be done.
+    pub fn settle(&self) {
+        while self.vm.step(1000, &mut Held::root()) {}
+    }
+
+    /// A clone of a guest.
+    pub fn clone(&self, map: &TestMap) -> TestMap {
+        match self.vm.copy_map(map, FakePmap::default(), &mut Held::root()) {
+            Ok(clone) => clone,
+            Err(error) => panic!("no clone: {error:?}"),
+        }
     }
 
     /// Frames that are free.

@@ -1,0 +1,159 @@
+//! Making objects, referring to them, and ending them.
+//!
+//! The last release of an object ends it: its identity is forgotten and the reverse map lets it go at
+//! once; its pages and its reference to what it shadows go by and by, in `work` (one owner of each
+//! transition, D26). A release that leaves one reference, a shadow's, makes a collapse possible and puts
+//! it on the list (D6). Called by `map` and by holders of ids.
+
+use super::index::Slot;
+use super::{Life, NOWHERE, ObjectId, Pager, Shadow, State};
+use crate::addr::{PageIndex, Pfn};
+use crate::lock::{Held, OBJECT};
+use crate::page::Queue;
+use crate::store::{Machine, StoreId};
+use crate::{Vm, VmError};
+
+impl<M: Machine> Vm<M> {
+    /// Makes an object with one reference. It takes over the caller's reference to what it shadows, if
+    /// it succeeds.
+    pub(crate) fn make_object<const OUTER: u8>(
+        &self,
+        pages: u32,
+        pager: Pager,
+        shadow: Option<Shadow>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        let number = self.objects.take_place(held)?;
+        let room = self.links.write(held).0.make_room(number);
+        let (Some(object), Ok(())) = (self.objects.at(number), room) else {
+            self.objects.vacate(number, true, held);
+            return Err(VmError::NoMemory);
+        };
+        let (mut state, mut held) = object.write(held);
+        debug_assert!(state.life == Life::Vacant && state.slots.counts().present() == 0);
+        state.life = Life::Live;
+        state.refs = 1;
+        state.pages = pages;
+        state.pager = pager;
+        state.shadow = shadow;
+        state.blocked_at = NOWHERE;
+        if let Some(Shadow { object, offset, limit }) = shadow {
+            self.links.write(&mut held).0.adopt(number, object.number(), offset, limit);
+            self.objects.chore(number, &mut held); // to find out what stops a bypass
+        }
+        Ok(state.id)
+    }
+
+    /// The object of a store, with one more reference; made if there is none.
+    pub(crate) fn image_object<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        pages: u32,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        loop {
+            if let Some(id) = self.objects.find_image(store, held)? {
+                let (mut state, _held) = self.objects.get(id).write(held);
+                if state.id == id && state.life == Life::Live {
+                    state.refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
+                    return Ok(id);
+                }
+                // It died between the two locks, and whoever ended it is about to forget its name.
+                continue;
+            }
+            let id = self.make_object(pages, Pager::Image(store), None, held)?;
+            if self.objects.register(store, id, held) {
+                return Ok(id);
+            }
+            self.unreference(id, held); // somebody was faster: theirs it is
+        }
+    }
+
+    /// One more reference to a live object.
+    pub(crate) fn add_reference<const OUTER: u8>(
+        &self,
+        id: ObjectId,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        let (mut state, _held) = self.objects.get(id).write(held);
+        assert!(state.id == id && state.life == Life::Live, "{id:?} is gone");
+        state.refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
+        Ok(())
+    }
+
+    /// One reference less.
+    pub(crate) fn unreference<const OUTER: u8>(&self, id: ObjectId, held: &mut Held<'_, OUTER>) {
+        let (mut state, mut held) = self.objects.get(id).write(held);
+        assert_eq!(state.id, id, "gone");
+        self.drop_reference(&mut state, &mut held);
+    }
+
+    /// The same for an object that is locked.
+    pub(super) fn drop_reference(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
+        assert!(state.life == Life::Live && state.refs > 0, "{:?} has no references", state.id);
+        state.refs -= 1;
+        match state.refs {
+            0 => self.end(state, held),
+            1 => {
+                let child = self.links.read(held).0.only_child(state.id.index);
+                if let Some(child) = child {
+                    self.objects.chore(child, held);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Ends an object without references. Nothing maps its pages.
+    pub(super) fn end(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
+        debug_assert_eq!(state.refs, 0);
+        if let Pager::Image(store) = state.pager {
+            self.objects.unregister(store, state.id, held);
+        }
+        self.links.write(held).0.orphan(state.id.index);
+        state.life = Life::Dying;
+        self.objects.chore(state.id.index, held);
+    }
+
+    /// A frame for a page of an object, entered in its slot; what was there must own nothing. Its bytes
+    /// are garbage. `None` for want of memory.
+    #[inline]
+    pub(crate) fn give_frame(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        queue: Queue,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Pfn> {
+        let place = state.slots.place(page)?;
+        let frame = self.frames.allocate(state.slots.storage(), place, queue, held)?;
+        match self.objects.gain(state, page, Slot::Resident(frame), held) {
+            Ok(before) => {
+                debug_assert!(matches!(before, Slot::Absent | Slot::Zero));
+                Some(frame)
+            }
+            Err(_) => {
+                self.frames.free(frame, held);
+                None
+            }
+        }
+    }
+
+    /// A frame learns that it is another object's now.
+    pub(crate) fn rename(&self, state: &State, page: PageIndex, slot: Slot) {
+        if let (Slot::Resident(frame), Some(place)) = (slot, state.slots.place(page)) {
+            self.frames.page(frame).set_owner(state.slots.storage(), place);
+        }
+    }
+
+    /// Frees what a slot of a dying or hidden page owns. False if a transfer has it.
+    pub(super) fn free_slot(&self, slot: Slot, held: &mut Held<'_, OBJECT>) -> bool {
+        match slot {
+            Slot::Resident(frame) if self.frames.page(frame).is_busy() => return false,
+            Slot::Resident(frame) => self.frames.free(frame, held),
+            Slot::Absent | Slot::Zero => {}
+            Slot::Swapped(_) => unreachable!("nothing writes to a swap store yet"),
+        }
+        true
+    }
+}

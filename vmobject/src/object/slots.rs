@@ -1,0 +1,111 @@
+//! An object's slots: an index of pages, where in it the object begins, and under which number frames
+//! know it.
+//!
+//! Two objects can exchange their slots without touching a frame, because frames name the *storage*
+//! number and not the object, and because the object's first page may lie anywhere in the index: that is
+//! how a collapse moves the smaller side (D9). Called by `object` and everyone who has its lock.
+
+use core::ops::Range;
+
+use super::index::{Index, Slot, SlotCounts};
+use crate::VmError;
+use crate::addr::PageIndex;
+
+/// Where each page of an object is.
+pub struct Slots {
+    index: Index,
+    base: u32,
+    storage: u32,
+}
+
+impl Slots {
+    /// Nothing, under a storage number.
+    pub const fn new(storage: u32) -> Self {
+        Self { index: Index::new(), base: 0, storage }
+    }
+
+    /// The number under which frames know these slots.
+    #[inline]
+    pub const fn storage(&self) -> u32 {
+        self.storage
+    }
+
+    /// Where in the index a page of the object is. A page that has no number there cannot have a slot.
+    #[inline]
+    pub const fn place(&self, page: PageIndex) -> Option<PageIndex> {
+        page.checked_add(self.base)
+    }
+
+    /// Which page of the object a place in the index is.
+    pub const fn page(&self, place: PageIndex) -> Option<PageIndex> {
+        place.checked_sub(self.base)
+    }
+
+    /// What is known of a page.
+    #[inline]
+    pub fn get(&self, page: PageIndex) -> Slot {
+        match self.place(page) {
+            Some(place) => self.index.get(place),
+            None => Slot::Absent,
+        }
+    }
+
+    /// Sets a slot; fails only for want of memory. See [`Index::set`].
+    #[inline]
+    pub fn set(&mut self, page: PageIndex, to: Slot) -> Result<Slot, VmError> {
+        let place = self.place(page).ok_or(VmError::Range)?;
+        self.index.set(place, to)
+    }
+
+    /// How many slots of each kind there are.
+    pub const fn counts(&self) -> SlotCounts {
+        self.index.counts()
+    }
+
+    /// The first page in a range that is not absent, and what it is.
+    pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
+        let start = self.place(range.start)?;
+        let end = self.place(range.end).unwrap_or(PageIndex::new(u32::MAX));
+        let (place, slot) = self.index.next_present(start..end)?;
+        Some((self.page(place)?, slot))
+    }
+
+    /// The first place of the index that is not absent and no page of the object's: before its first, or
+    /// at or behind page `end`.
+    pub fn next_outside(&self, end: PageIndex) -> Option<(PageIndex, Slot)> {
+        let before = self.index.next_present(PageIndex::new(0)..PageIndex::new(self.base));
+        before.or_else(|| self.index.next_present(self.place(end)?..PageIndex::new(u32::MAX)))
+    }
+
+    /// Empties a place of the index, whether or not it is a page of the object's.
+    pub fn clear_place(&mut self, place: PageIndex) {
+        let cleared = self.index.set(place, Slot::Absent);
+        debug_assert!(cleared.is_ok(), "a slot that is present can be set");
+    }
+
+    /// Every place of the index that is not absent, with the page that it is.
+    pub fn iter(&self) -> impl Iterator<Item = (Option<PageIndex>, PageIndex, Slot)> + '_ {
+        self.index.iter().map(|(place, slot)| (self.page(place), place, slot))
+    }
+
+    /// Exchanges everything with another object's slots; our first page is then `offset` pages into
+    /// what was the other's. False, and nothing done, if that has no number.
+    pub fn exchange(&mut self, other: &mut Self, offset: PageIndex) -> bool {
+        let Some(base) = other.base.checked_add(offset.number()) else { return false };
+        core::mem::swap(self, other);
+        self.base = base;
+        true
+    }
+
+    /// Where the object begins in the index goes back to the start. Only while there is nothing.
+    pub fn rewind(&mut self) {
+        debug_assert_eq!(self.counts().present(), 0);
+        self.index = Index::new();
+        self.base = 0;
+    }
+
+    /// Bytes that the index takes.
+    pub fn bytes(&self) -> usize {
+        self.index.bytes()
+    }
+}

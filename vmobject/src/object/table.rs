@@ -1,0 +1,260 @@
+//! The table of all objects: places that never move, names, identities, and the list of chores.
+//!
+//! A name becomes an object by two loads, without a lock; the generation, compared under the object's
+//! lock, tells a stale name. What must not fail later reserves its memory here when an object is made.
+//! Called by `shadow` and `work`, and by whoever has a name.
+
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use spin::Once;
+
+use super::index::Slot;
+use super::{ObjectId, State};
+use crate::VmError;
+use crate::addr::PageIndex;
+use crate::limits::{MAX_OBJECTS, OBJECT_BLOCK};
+use crate::lock::{Descent, Held, OBJECT, REGISTRY, Ranked, RankedRw, Reading, Writing};
+use crate::store::StoreId;
+
+/// One place for an object: its state behind its lock.
+pub struct Object {
+    lock: RankedRw<OBJECT, State>,
+    /// It is on the list of chores.
+    queued: AtomicBool,
+    /// The object that has the slots which frames know under this place's number. Changes only while the
+    /// slots are exchanged, with both objects locked.
+    home: AtomicU32,
+}
+
+impl Object {
+    /// Locks for reading.
+    #[inline]
+    pub fn read<'h, const OUTER: u8>(
+        &'h self,
+        held: &'h mut Held<'_, OUTER>,
+    ) -> (Reading<'h, State>, Held<'h, OBJECT>) {
+        self.lock.read(held)
+    }
+
+    /// Locks for writing.
+    #[inline]
+    pub fn write<'h, const OUTER: u8>(
+        &'h self,
+        held: &'h mut Held<'_, OUTER>,
+    ) -> (Writing<'h, State>, Held<'h, OBJECT>) {
+        self.lock.write(held)
+    }
+
+    /// Locks what the caller's locked object shadows.
+    pub(crate) fn write_below<'h>(
+        &'h self,
+        held: &'h mut Held<'_, OBJECT>,
+    ) -> (Writing<'h, State>, Held<'h, OBJECT>) {
+        self.lock.write_below(held)
+    }
+
+    /// Starts down a chain here.
+    pub(crate) fn descend<'h, const OUTER: u8>(
+        &'h self,
+        held: &'h mut Held<'_, OUTER>,
+    ) -> Descent<'h, OBJECT, State> {
+        self.lock.descend(held)
+    }
+
+    /// Goes on down a chain to here.
+    pub(crate) fn step_down<'h>(&'h self, chain: &mut Descent<'h, OBJECT, State>) {
+        chain.step(&self.lock);
+    }
+}
+
+struct Registry {
+    /// Places of objects that died.
+    vacant: Vec<u32>,
+    /// Places used so far.
+    used: u32,
+    live: u32,
+    /// Objects with a pager identity.
+    images: Vec<(StoreId, ObjectId)>,
+    /// Objects with something to do.
+    chores: VecDeque<u32>,
+}
+
+/// All objects.
+pub struct Objects {
+    blocks: Box<[Once<Box<[Object]>>]>,
+    registry: Ranked<REGISTRY, Registry>,
+}
+
+impl Objects {
+    /// None yet.
+    pub fn new() -> Result<Self, VmError> {
+        let count = (MAX_OBJECTS / OBJECT_BLOCK) as usize;
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(count).map_err(|_| VmError::NoMemory)?;
+        blocks.resize_with(count, Once::new);
+        let (vacant, images, chores) = (Vec::new(), Vec::new(), VecDeque::new());
+        let registry = Registry { vacant, used: 0, live: 0, images, chores };
+        Ok(Self { blocks: blocks.into_boxed_slice(), registry: Ranked::new(registry) })
+    }
+
+    /// The object at a place that has been used. Whoever has an id has had an object there.
+    #[inline]
+    pub fn at(&self, number: u32) -> Option<&Object> {
+        self.blocks.get((number / OBJECT_BLOCK) as usize)?.get()?.get((number % OBJECT_BLOCK) as usize)
+    }
+
+    /// The object that an id names. The caller's reference keeps it alive, or else the caller compares
+    /// the id under the lock.
+    #[inline]
+    pub fn get(&self, id: ObjectId) -> &Object {
+        match self.at(id.index) {
+            Some(object) => object,
+            None => unreachable!("{id:?} was never made"),
+        }
+    }
+
+    /// The object whose slots frames know under a storage number.
+    pub fn of_storage(&self, storage: u32) -> Option<&Object> {
+        self.at(self.at(storage)?.home.load(Relaxed))
+    }
+
+    /// Sets a slot that was absent or is about to hold something else: the one way in which an object
+    /// gains a page. Fails only for want of memory.
+    #[inline]
+    pub(crate) fn gain<const OUTER: u8>(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        slot: Slot,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Slot, VmError> {
+        let before = state.slots.set(page, slot)?;
+        if state.blocked_at == page.number() {
+            self.chore(state.id.index, held);
+        }
+        Ok(before)
+    }
+
+    /// Exchanges the slots of two objects, both locked for writing.
+    pub(super) fn exchange(&self, state: &mut State, other: &mut State, offset: PageIndex) -> bool {
+        if !state.slots.exchange(&mut other.slots, offset) {
+            return false;
+        }
+        for one in [&*state, &*other] {
+            if let Some(object) = self.at(one.slots.storage()) {
+                object.home.store(one.id.index, Relaxed);
+            }
+        }
+        true
+    }
+
+    /// A place for a new object, and memory for all that must not fail later.
+    pub(super) fn take_place<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Result<u32, VmError> {
+        let (mut registry, _held) = self.registry.lock(held);
+        if let Some(number) = registry.vacant.pop() {
+            registry.live += 1;
+            return Ok(number);
+        }
+        let number = registry.used;
+        let block = self.blocks.get((number / OBJECT_BLOCK) as usize).ok_or(VmError::Limit("objects"))?;
+        // One entry for each place in use: to die, and to have something to do, must not need memory.
+        let places = number as usize + 1;
+        let room = places.saturating_sub(registry.vacant.len());
+        registry.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
+        let room = places.saturating_sub(registry.chores.len());
+        registry.chores.try_reserve(room).map_err(|_| VmError::NoMemory)?;
+        block.try_call_once(|| {
+            let mut objects = Vec::new();
+            objects.try_reserve_exact(OBJECT_BLOCK as usize).map_err(|_| VmError::NoMemory)?;
+            objects.extend((number..number + OBJECT_BLOCK).map(|n| Object {
+                lock: RankedRw::new(State::vacant(n)),
+                queued: AtomicBool::new(false),
+                home: AtomicU32::new(n),
+            }));
+            Ok::<_, VmError>(objects.into_boxed_slice())
+        })?;
+        registry.used = number + 1;
+        registry.live += 1;
+        Ok(number)
+    }
+
+    /// Gives a place back.
+    pub(super) fn vacate<const OUTER: u8>(&self, number: u32, reuse: bool, held: &mut Held<'_, OUTER>) {
+        let (mut registry, _held) = self.registry.lock(held);
+        registry.live -= 1;
+        if reuse {
+            registry.vacant.push(number);
+        }
+    }
+
+    /// Puts an object on the list of chores, once.
+    pub(crate) fn chore<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) {
+        let Some(object) = self.at(number) else { return };
+        if !object.queued.swap(true, Relaxed) {
+            self.registry.lock(held).0.chores.push_back(number);
+        }
+    }
+
+    /// Takes the next one off the list.
+    pub(super) fn next_chore<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Option<u32> {
+        let number = self.registry.lock(held).0.chores.pop_front()?;
+        if let Some(object) = self.at(number) {
+            object.queued.store(false, Relaxed);
+        }
+        Some(number)
+    }
+
+    /// How many are on the list.
+    pub(crate) fn chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
+        self.registry.lock(held).0.chores.len()
+    }
+
+    /// The object of a store, if there is one; makes room for another identity.
+    pub(super) fn find_image<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Option<ObjectId>, VmError> {
+        let (mut registry, _held) = self.registry.lock(held);
+        registry.images.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        Ok(registry.images.iter().find(|(known, _)| *known == store).map(|&(_, id)| id))
+    }
+
+    /// Enters an identity; false if the store has an object already (D27).
+    pub(super) fn register<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        id: ObjectId,
+        held: &mut Held<'_, OUTER>,
+    ) -> bool {
+        let (mut registry, _held) = self.registry.lock(held);
+        let new = !registry.images.iter().any(|(known, _)| *known == store);
+        if new {
+            registry.images.push((store, id));
+        }
+        new
+    }
+
+    /// Forgets an identity.
+    pub(super) fn unregister<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        id: ObjectId,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        let (mut registry, _held) = self.registry.lock(held);
+        registry.images.retain(|&(known, of)| (known, of) != (store, id));
+    }
+
+    /// Places used so far: every object that lives has a number below.
+    pub fn used<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.registry.lock(held).0.used
+    }
+
+    /// Objects that live, the dying among them.
+    pub fn live<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.registry.lock(held).0.live
+    }
+}

@@ -1,0 +1,100 @@
+//! Chores: what is not done at once, done in bounded steps (DESIGN 8).
+//!
+//! Freeing the pages of an object that died, merging one into its only shadow, passing over one that is
+//! hidden: each can be long, none is urgent, and every intermediate state is a correct one. An object with
+//! something to do is on a list; a step takes it off, does a part, and puts it back if there is more.
+//! Called by whoever has time, and by a fault that finds no memory. Calls `collapse`.
+
+use super::{Life, Pager, State};
+use crate::Vm;
+use crate::addr::PageIndex;
+use crate::lock::{CALLER, Held, OBJECT};
+use crate::store::Machine;
+
+/// How much of a chore is done.
+pub(super) enum Progress {
+    /// All of it.
+    Done,
+    /// Not all, for want of budget.
+    More,
+    /// A transfer is in the way, or memory is short.
+    Blocked,
+}
+
+impl<M: Machine> Vm<M> {
+    /// Does chores, at most `budget` slots' worth. True if there is more that could be done now.
+    pub fn step<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let mut left = budget;
+        let mut blocked = 0;
+        while left > 0 && self.objects.chores(held) > blocked {
+            let Some(number) = self.objects.next_chore(held) else { return false };
+            left -= 1; // looking costs, too
+            match self.work_on(number, &mut left, held) {
+                Progress::Done => {}
+                Progress::More => self.objects.chore(number, held),
+                Progress::Blocked => {
+                    blocked += 1;
+                    self.objects.chore(number, held);
+                }
+            }
+        }
+        self.objects.chores(held) > blocked
+    }
+
+    fn work_on(&self, number: u32, left: &mut u32, held: &mut Held<'_, CALLER>) -> Progress {
+        let Some(object) = self.objects.at(number) else { return Progress::Done };
+        let (below, progress) = {
+            let (mut state, mut held) = object.write(held);
+            match state.life {
+                Life::Vacant => return Progress::Done,
+                Life::Live => return self.collapse(&mut state, left, &mut held),
+                Life::Dying => {}
+            }
+            // First of all what is below is let go, so that others may have it for themselves.
+            let below = state.shadow.take().map(|shadow| shadow.object);
+            (below, self.empty(&mut state, left, &mut held))
+        };
+        if let Some(below) = below {
+            self.unreference(below, held);
+        }
+        progress
+    }
+
+    /// Frees the pages of a dying object, and its place when all are gone.
+    fn empty(&self, state: &mut State, left: &mut u32, held: &mut Held<'_, OBJECT>) -> Progress {
+        if state.paging > 0 {
+            return Progress::Done; // the completion puts it back
+        }
+        while let Some((place, slot)) = state.slots.next_outside(PageIndex::new(0)) {
+            if *left == 0 {
+                return Progress::More;
+            }
+            *left -= 1;
+            if !self.free_slot(slot, held) {
+                return Progress::Blocked;
+            }
+            state.slots.clear_place(place);
+        }
+        self.vacate(state, held);
+        Progress::Done
+    }
+
+    /// Gives an empty object's place back, under a new generation. A name whose generation would repeat
+    /// is never given again.
+    pub(super) fn vacate(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
+        debug_assert!(state.refs == 0 && state.paging == 0 && state.shadow.is_none());
+        state.slots.rewind();
+        state.life = Life::Vacant;
+        state.pager = Pager::None;
+        state.failed = None;
+        let reuse = match state.id.generation.checked_add(1) {
+            Some(generation) => {
+                state.id.generation = generation;
+                true
+            }
+            None => false,
+        };
+        self.objects.vacate(state.id.index, reuse, held);
+    }
+}

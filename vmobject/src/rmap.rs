@@ -1,0 +1,353 @@
+//! The reverse map's structure: who shadows an object, and which maps have it (DESIGN 9).
+//!
+//! A frame knows its object and index; this says how to go on from there to every leaf that may reach it,
+//! at no cost per mapping: shadows are a tree of siblings, entries of maps hang on their object. A walk
+//! for one page skips every subtree whose window does not contain it.
+//!
+//! One lock guards all of it, because an eviction walks many objects at once; a fault that finds its page
+//! never takes it. Whoever changes an object's shadow or an entry's object changes this too, under the
+//! lock that guards those. Called by `object`, `map`, `pageout`. `H` is what holds a mapping: a map.
+//!
+//! # Invariants
+//! R1. An object's node has the parent, offset and limit that its state's shadow has.
+//! R2. Each entry of a map has one mapping, on the object that the entry names.
+
+use alloc::vec::Vec;
+
+use crate::VmError;
+use crate::addr::{Ipa, PageIndex};
+
+const NIL: u32 = u32::MAX;
+
+/// One object in the tree of shadows.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    parent: u32,
+    /// Which page of the parent our first one shadows, and how many of ours shadow anything.
+    offset: u32,
+    limit: u32,
+    first_child: u32,
+    next: u32,
+    prev: u32,
+    children: u32,
+    first_mapping: u32,
+    mappings: u32,
+}
+
+impl Node {
+    const EMPTY: Self = Self {
+        parent: NIL,
+        offset: 0,
+        limit: 0,
+        first_child: NIL,
+        next: NIL,
+        prev: NIL,
+        children: 0,
+        first_mapping: NIL,
+        mappings: 0,
+    };
+}
+
+/// Names a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappingId(u32);
+
+/// An entry of a map, as seen from its object.
+#[derive(Clone, Debug)]
+pub struct Mapping<H> {
+    /// Whose entry it is.
+    pub holder: H,
+    /// Where it starts.
+    pub at: Ipa,
+    /// The object's page there.
+    pub first: PageIndex,
+    /// How many.
+    pub pages: u32,
+    object: u32,
+    next: u32,
+    prev: u32,
+}
+
+/// Who shadows and who maps each object.
+pub struct Links<H> {
+    nodes: Vec<Node>,
+    mappings: Vec<Option<Mapping<H>>>,
+    vacant: Vec<u32>,
+}
+
+impl<H> Default for Links<H> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<H> Links<H> {
+    /// Nobody.
+    pub const fn new() -> Self {
+        Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new() }
+    }
+
+    /// Makes room for an object of this number.
+    pub fn make_room(&mut self, object: u32) -> Result<(), VmError> {
+        let wanted = object as usize + 1;
+        if let Some(more) = wanted.checked_sub(self.nodes.len()) {
+            self.nodes.try_reserve(more).map_err(|_| VmError::NoMemory)?;
+            self.nodes.resize(wanted, Node::EMPTY);
+        }
+        Ok(())
+    }
+
+    fn node(&self, object: u32) -> &Node {
+        &self.nodes[object as usize]
+    }
+
+    fn node_mut(&mut self, object: u32) -> &mut Node {
+        &mut self.nodes[object as usize]
+    }
+
+    /// `child` shadows `parent` from now on: `limit` of its pages, from `offset` on.
+    pub fn adopt(&mut self, child: u32, parent: u32, offset: PageIndex, limit: u32) {
+        debug_assert_eq!(self.node(child).parent, NIL);
+        let first = self.node(parent).first_child;
+        let node = self.node_mut(child);
+        (node.parent, node.offset, node.limit) = (parent, offset.number(), limit);
+        (node.prev, node.next) = (NIL, first);
+        if first != NIL {
+            self.node_mut(first).prev = child;
+        }
+        let above = self.node_mut(parent);
+        above.first_child = child;
+        above.children += 1;
+    }
+
+    /// `child` shadows nothing any more.
+    pub fn orphan(&mut self, child: u32) {
+        let Node { parent, prev, next, .. } = *self.node(child);
+        if parent == NIL {
+            return;
+        }
+        match prev {
+            NIL => self.node_mut(parent).first_child = next,
+            prev => self.node_mut(prev).next = next,
+        }
+        if next != NIL {
+            self.node_mut(next).prev = prev;
+        }
+        self.node_mut(parent).children -= 1;
+        let node = self.node_mut(child);
+        (node.parent, node.prev, node.next, node.offset, node.limit) = (NIL, NIL, NIL, 0, 0);
+    }
+
+    /// What an object shadows, with offset and limit.
+    pub fn parent(&self, object: u32) -> Option<(u32, PageIndex, u32)> {
+        let node = self.nodes.get(object as usize)?;
+        (node.parent != NIL).then_some((node.parent, PageIndex::new(node.offset), node.limit))
+    }
+
+    /// The one shadow of an object that nothing else refers to by a shadow or a mapping.
+    pub fn only_child(&self, object: u32) -> Option<u32> {
+        let node = self.node(object);
+        (node.children == 1 && node.mappings == 0).then_some(node.first_child)
+    }
+
+    /// The shadows of an object.
+    pub fn children(&self, object: u32) -> impl Iterator<Item = u32> + '_ {
+        let first = self.nodes.get(object as usize).map_or(NIL, |node| node.first_child);
+        core::iter::successors((first != NIL).then_some(first), |&child| {
+            let next = self.node(child).next;
+            (next != NIL).then_some(next)
+        })
+    }
+
+    /// How many shadows and how many mappings an object has.
+    pub fn counts(&self, object: u32) -> (u32, u32) {
+        self.nodes.get(object as usize).map_or((0, 0), |node| (node.children, node.mappings))
+    }
+
+    /// Notes an entry of a map.
+    pub fn attach(
+        &mut self,
+        holder: H,
+        object: u32,
+        at: Ipa,
+        first: PageIndex,
+        pages: u32,
+    ) -> Result<MappingId, VmError> {
+        let place = match self.vacant.pop() {
+            Some(place) => place,
+            None => {
+                let place = u32::try_from(self.mappings.len()).map_err(|_| VmError::Limit("mappings"))?;
+                self.mappings.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+                let room = (self.mappings.len() + 1).saturating_sub(self.vacant.len());
+                self.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
+                self.mappings.push(None);
+                place
+            }
+        };
+        let mapping = Mapping { holder, at, first, pages, object, next: NIL, prev: NIL };
+        self.mappings[place as usize] = Some(mapping);
+        self.hang(place, object);
+        Ok(MappingId(place))
+    }
+
+    fn mapping_mut(&mut self, place: u32) -> &mut Mapping<H> {
+        match &mut self.mappings[place as usize] {
+            Some(mapping) => mapping,
+            None => unreachable!("a mapping that was given back"),
+        }
+    }
+
+    fn hang(&mut self, place: u32, object: u32) {
+        let first = self.node(object).first_mapping;
+        let mapping = self.mapping_mut(place);
+        (mapping.object, mapping.prev, mapping.next) = (object, NIL, first);
+        if first != NIL {
+            self.mapping_mut(first).prev = place;
+        }
+        let node = self.node_mut(object);
+        node.first_mapping = place;
+        node.mappings += 1;
+    }
+
+    fn unhang(&mut self, place: u32) {
+        let mapping = self.mapping_mut(place);
+        let (object, prev, next) = (mapping.object, mapping.prev, mapping.next);
+        match prev {
+            NIL => self.node_mut(object).first_mapping = next,
+            prev => self.mapping_mut(prev).next = next,
+        }
+        if next != NIL {
+            self.mapping_mut(next).prev = prev;
+        }
+        self.node_mut(object).mappings -= 1;
+    }
+
+    /// The entry names another object now, from another page on.
+    pub fn rehang(&mut self, id: MappingId, object: u32, first: PageIndex) {
+        self.unhang(id.0);
+        self.mapping_mut(id.0).first = first;
+        self.hang(id.0, object);
+    }
+
+    /// The entry is gone.
+    pub fn detach(&mut self, id: MappingId) {
+        self.unhang(id.0);
+        self.mappings[id.0 as usize] = None;
+        self.vacant.push(id.0);
+    }
+
+    /// A mapping, and the number of the object that it is on.
+    pub fn mapping(&self, id: MappingId) -> Option<(&Mapping<H>, u32)> {
+        let mapping = self.mappings.get(id.0 as usize)?.as_ref()?;
+        Some((mapping, mapping.object))
+    }
+
+    /// Shows to `each` every entry through which a page of an object may be seen, with the address: those
+    /// of the object itself and of all that shadow it, however indirectly.
+    pub fn walk(&self, object: u32, page: PageIndex, mut each: impl FnMut(&Mapping<H>, Ipa)) {
+        let (mut here, mut page) = (object, page.number());
+        loop {
+            self.show(here, page, &mut each);
+            // Down to the first child whose window has the page; else on to the next sibling, or up.
+            if let Some((child, below)) = self.first_in(self.node(here).first_child, page) {
+                (here, page) = (child, below);
+                continue;
+            }
+            loop {
+                if here == object {
+                    return;
+                }
+                let node = self.node(here);
+                let above = page + node.offset;
+                if let Some((sibling, below)) = self.first_in(node.next, above) {
+                    (here, page) = (sibling, below);
+                    break;
+                }
+                (here, page) = (node.parent, above);
+            }
+        }
+    }
+
+    /// The first of a row of siblings that shadows page `page` of their parent, with its own page there.
+    fn first_in(&self, mut sibling: u32, page: u32) -> Option<(u32, u32)> {
+        while sibling != NIL {
+            let node = self.node(sibling);
+            if let Some(own) = page.checked_sub(node.offset).filter(|&own| own < node.limit) {
+                return Some((sibling, own));
+            }
+            sibling = node.next;
+        }
+        None
+    }
+
+    fn show(&self, object: u32, page: u32, each: &mut impl FnMut(&Mapping<H>, Ipa)) {
+        let mut place = self.node(object).first_mapping;
+        while let Some(mapping) = self.mappings.get(place as usize).and_then(Option::as_ref) {
+            let inside = page.checked_sub(mapping.first.number()).filter(|&n| n < mapping.pages);
+            let at = inside.and_then(|n| mapping.at.checked_add(PageIndex::new(n).byte_offset()));
+            if let Some(at) = at {
+                each(mapping, at);
+            }
+            place = mapping.next;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    fn seen(links: &Links<u32>, object: u32, page: u32) -> Vec<(u32, u64)> {
+        let mut seen = Vec::new();
+        links.walk(object, PageIndex::new(page), |m, at| seen.push((m.holder, at.bits() >> 12)));
+        seen.sort_unstable();
+        seen
+    }
+
+    fn tree() -> Links<u32> {
+        // 0 is shadowed by 1 (pages 10..20) and 2 (all); 1 by 3 (its pages 5..).
+        let mut links = Links::new();
+        links.make_room(3).unwrap();
+        links.adopt(1, 0, PageIndex::new(10), 10);
+        links.adopt(2, 0, PageIndex::new(0), 100);
+        links.adopt(3, 1, PageIndex::new(5), 5);
+        for (holder, object) in [(20, 2), (30, 3), (31, 3)] {
+            links.attach(holder, object, Ipa::new(0x10_0000), PageIndex::new(0), 100).unwrap();
+        }
+        links
+    }
+
+    #[test]
+    fn a_walk_finds_every_map_through_every_window_and_no_other() {
+        let links = tree();
+        assert_eq!(seen(&links, 0, 3), [(20, 0x103)]);
+        assert_eq!(seen(&links, 0, 14), [(20, 0x10e)]);
+        assert_eq!(seen(&links, 0, 17), [(20, 0x111), (30, 0x102), (31, 0x102)]);
+        assert_eq!(seen(&links, 1, 5), [(30, 0x100), (31, 0x100)]);
+        assert_eq!(seen(&links, 3, 200), []);
+    }
+
+    #[test]
+    fn an_orphan_is_found_from_below_no_more_and_its_siblings_are() {
+        let mut links = tree();
+        links.orphan(1);
+        assert_eq!(seen(&links, 0, 17), [(20, 0x111)]);
+        assert_eq!(links.only_child(0), Some(2));
+        assert_eq!(links.parent(1), None);
+        links.orphan(2);
+        assert_eq!(links.counts(0), (0, 0));
+    }
+
+    #[test]
+    fn a_mapping_moves_with_its_entry_and_its_place_is_used_again() {
+        let mut links: Links<u32> = Links::new();
+        links.make_room(1).unwrap();
+        let id = links.attach(7, 0, Ipa::new(0), PageIndex::new(4), 4).unwrap();
+        links.rehang(id, 1, PageIndex::new(0));
+        assert_eq!((links.counts(0), links.counts(1)), ((0, 0), (0, 1)));
+        assert_eq!(seen(&links, 1, 3), vec![(7, 3)]);
+        links.detach(id);
+        assert_eq!(links.attach(8, 0, Ipa::new(0), PageIndex::new(0), 1).unwrap(), id);
+    }
+}
