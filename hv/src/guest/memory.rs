@@ -139,6 +139,9 @@ fn device(
     let (Some(access), false, false) = (data.access, data.abort.walk, data.maintenance) else {
         return undecodable(run, at, external);
     };
+    if access.size > target.widest() {
+        return undecodable(run, at, external);
+    }
     count(&run.vcpu.counts.mmio);
     let effect = {
         let (mut devices, _held) = run.guest.devices.lock(held);
@@ -163,7 +166,7 @@ fn device(
 fn undecodable(run: &mut Run<'_>, at: Ipa, external: Exception) -> Exit {
     if run.guest.complain_once(Complaint::Device) {
         log::warn!(
-            "guest {}: device access at {at} without a syndrome; pc {:#x}",
+            "guest {}: device access at {at} that no device takes; pc {:#x}",
             run.guest.id,
             run.context.regs.pc
         );

@@ -28,6 +28,17 @@ pub enum Target {
     Rtc(u64),
 }
 
+impl Target {
+    /// log2 of the widest access in bytes: peripherals sit on a bus of 32 bits.
+    #[inline]
+    pub const fn widest(self) -> u8 {
+        match self {
+            Self::Distributor(_) | Self::Redistributor(..) => 3,
+            Self::Uart(_) | Self::Rtc(_) => 2,
+        }
+    }
+}
+
 /// The device at an address, for a guest with `vcpus` vCPUs.
 #[inline]
 pub fn find(at: Ipa, vcpus: usize) -> Option<Target> {
