@@ -87,26 +87,46 @@ pub struct Flushed {
     pub kicks: Kicks,
 }
 
-/// The most urgent few of many interrupts: `priority << 16 | number`, smallest first.
+/// A key of [`Best`]: pending rather than active, so after all that are active.
+const KEY_PENDING: u32 = 1 << 31;
+
+/// The few interrupts to show: active ones first, each kind in order of urgency. A key is the kind, the
+/// priority and the number.
 struct Best {
     keys: [u32; MAX_LRS],
     kept: usize,
     room: usize,
-    total: usize,
+    /// All that were offered.
+    active: usize,
+    pending: usize,
+    /// The key of the most urgent pending one.
+    first_pending: u32,
 }
 
 impl Best {
     #[inline]
     fn new(room: usize) -> Self {
-        Self { keys: [0; MAX_LRS], kept: 0, room: room.min(MAX_LRS), total: 0 }
+        let room = room.min(MAX_LRS);
+        Self { keys: [0; MAX_LRS], kept: 0, room, active: 0, pending: 0, first_pending: u32::MAX }
     }
 
-    /// Offers some interrupts of a bank, the first of which is number `first`.
+    /// Offers active interrupts of a bank, the first of which is number `first`.
     #[inline]
-    fn offer(&mut self, bank: &Bank, bits: u32, first: u32) {
+    fn offer_active(&mut self, bank: &Bank, bits: u32, first: u32) {
         for bit in Ones(bits) {
-            self.total += 1;
+            self.active += 1;
             self.insert(u32::from(bank.priority[bit]) << 16 | number(first, bit));
+        }
+    }
+
+    /// Offers pending interrupts of a bank.
+    #[inline]
+    fn offer_pending(&mut self, bank: &Bank, bits: u32, first: u32) {
+        for bit in Ones(bits) {
+            self.pending += 1;
+            let key = KEY_PENDING | u32::from(bank.priority[bit]) << 16 | number(first, bit);
+            self.first_pending = self.first_pending.min(key);
+            self.insert(key);
         }
     }
 
@@ -128,9 +148,19 @@ impl Best {
         self.keys[at] = key;
     }
 
+    /// Gives the last place to the most urgent pending one, if active ones took them all. Whether pending
+    /// ones, and active ones, were left out.
     #[inline]
-    fn first(&self, count: usize) -> &[u32] {
-        self.keys.get(..count).unwrap_or(&[])
+    fn settle(&mut self) -> (bool, bool) {
+        if self.active + self.pending <= self.room {
+            return (false, false);
+        }
+        let mut shown = self.active.min(self.room);
+        if self.pending > 0 && shown == self.room {
+            shown -= 1;
+            self.keys[shown] = self.first_pending;
+        }
+        (self.pending > self.room - shown, self.active > shown)
     }
 }
 
@@ -231,6 +261,7 @@ impl Vgic {
             || self
                 .spis
                 .iter()
+                .filter(|shared| shared.bank.line | shared.bank.latch != 0)
                 .any(|shared| ready(&shared.bank, shared.routed(shared.bank.ready(self.groups), vcpu)))
     }
 
@@ -241,7 +272,7 @@ impl Vgic {
         for _ in 0..count.min(super::INTIDS) {
             let mut best = Best::new(1);
             self.offer_active(vcpu, &mut best);
-            if best.total == 0 {
+            if best.active == 0 {
                 break;
             }
             kicks |= self.deactivate(vcpu, best.keys[0] & 0xffff);
@@ -251,9 +282,9 @@ impl Vgic {
 
     fn offer_active(&self, vcpu: usize, best: &mut Best) {
         let Some(local) = self.vcpus.get(vcpu) else { return };
-        best.offer(&local.bank, local.bank.active, 0);
-        for (shared, first) in self.spis.iter().zip((32u32..).step_by(32)) {
-            best.offer(&shared.bank, shared.held_active(vcpu), first);
+        best.offer_active(&local.bank, local.bank.active, 0);
+        for shared in &self.spis {
+            best.offer_active(&shared.bank, shared.held_active(vcpu), shared.first);
         }
     }
 
@@ -327,38 +358,36 @@ impl Vgic {
     /// Fills the list registers of a vCPU, of which none is used.
     #[inline]
     fn choose(&mut self, vcpu: usize, mut write: impl FnMut(usize, u64)) {
-        let (groups, room) = (self.groups, self.lrs);
-        let mut pending = Best::new(room);
-        let mut active = Best::new(room);
+        let groups = self.groups;
+        let mut best = Best::new(self.lrs);
         let Some(local) = self.vcpus.get_mut(vcpu) else { return };
         local.dirty = false;
         let stale = core::mem::take(&mut local.lists.stale);
-        pending.offer(&local.bank, local.bank.ready(groups) & !local.bank.active, 0);
-        active.offer(&local.bank, local.bank.active, 0);
-        for (shared, first) in self.spis.iter().zip((32u32..).step_by(32)) {
-            let bank = &shared.bank;
+        best.offer_active(&local.bank, local.bank.active, 0);
+        best.offer_pending(&local.bank, local.bank.ready(groups) & !local.bank.active, 0);
+        for shared in &self.spis {
+            let (bank, first) = (&shared.bank, shared.first);
             if bank.active | bank.line | bank.latch == 0 {
                 continue;
             }
+            best.offer_active(bank, shared.held_active(vcpu), first);
             // Another vCPU may have it in a list register, or active, although it is routed here now.
-            pending.offer(bank, shared.routed(bank.ready(groups) & !bank.active & !bank.listed, vcpu), first);
-            active.offer(bank, shared.held_active(vcpu), first);
+            let ready = bank.ready(groups) & !bank.active & !bank.listed;
+            best.offer_pending(bank, shared.routed(ready, vcpu), first);
         }
-        let kept = if pending.total > 0 { active.kept.min(room.saturating_sub(1)) } else { active.kept };
-        let shown = pending.kept.min(room.saturating_sub(kept));
-        let crowded = pending.total > shown;
-        let hidden = active.total > kept;
-        let hcr = if crowded { HCR_NPIE } else { 0 } | if hidden { HCR_LRENPIE | HCR_TDIR } else { 0 };
-        if let Some(local) = self.vcpus.get_mut(vcpu) {
-            local.lists.hcr = hcr;
-        }
+        let (crowded, hidden) = best.settle();
+        local.lists.hcr =
+            if crowded { HCR_NPIE } else { 0 } | if hidden { HCR_LRENPIE | HCR_TDIR } else { 0 };
         let mut used = 0;
-        for (lr, &key) in active.first(kept).iter().chain(pending.first(shown)).enumerate() {
+        for (lr, &key) in best.keys.iter().enumerate().take(best.kept) {
             let (old, new) = self.list(vcpu, lr, key & 0xffff, crowded);
             used |= 1 << lr;
             if old != new {
                 write(lr, new);
             }
+        }
+        if stale & !used == 0 {
+            return;
         }
         let Some(local) = self.vcpus.get_mut(vcpu) else { return };
         for lr in Ones(stale & !used) {

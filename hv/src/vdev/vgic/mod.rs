@@ -81,6 +81,8 @@ enum Which {
 /// A word of SPIs.
 #[derive(Clone, Debug)]
 struct Shared {
+    /// The number of its first interrupt.
+    first: u32,
     bank: Bank,
     /// GICD_IROUTER, affinity only.
     router: [u64; BITS],
@@ -130,11 +132,16 @@ impl Vgic {
             release_timer: false,
             dirty: true,
         };
-        let shared =
-            Shared { bank: Bank::new(0), router: [0; BITS], route: [0; BITS], holder: [NOBODY; BITS] };
+        let shared = |first| Shared {
+            first,
+            bank: Bank::new(0),
+            router: [0; BITS],
+            route: [0; BITS],
+            holder: [NOBODY; BITS],
+        };
         Self {
             groups: 0,
-            spis: core::array::from_fn(|_| shared.clone()),
+            spis: [32, 64, 96].map(shared),
             vcpus: alloc::vec![local; vcpus],
             lrs: lrs.clamp(1, MAX_LRS),
             stale: 0,
