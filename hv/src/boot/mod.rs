@@ -1,6 +1,6 @@
 //! From the first Rust instruction to guests running: what happens once, in order.
 //!
-//! Read [`start`] top-down. The first CPU reads the host's device tree, makes EL2's own map, then turns on
+//! Read [`hv_start`] top-down. The first CPU reads the host's device tree, makes EL2's own map, then turns on
 //! one thing after the other: log, heap, interrupts, the other CPUs. Nothing about the board is assumed that
 //! the tree says. A failure here has nobody to report to: it panics, which prints and ends the machine.
 #![expect(unsafe_code, reason = "this is where memory gets its meaning")]

@@ -1,7 +1,7 @@
 //! Where CPUs arrive (start.S) and where EL2's own exceptions end (vectors.S).
 //!
-//! `boot` fills in what is above: the two functions that the assembly calls are named at the bottom of the
-//! binary as [`hv_start`](crate::boot::start) and [`hv_secondary`](crate::boot::secondary).
+//! The assembly goes on in two functions of `boot`, `hv_start` and `hv_secondary`: the only call upwards, made
+//! by name because nothing here may import what is above.
 
 use super::mmu;
 use super::percpu::MAX_CPUS;
