@@ -1,7 +1,7 @@
 //! The guest's GICv3: one security state, affinity routing only, no LPIs.
 //!
-//! State lives in banks of thirty-two interrupts ([`bank`]): one for each vCPU (SGIs and PPIs) and a few
-//! shared ones (SPIs). Register frames are in [`dist`] and [`redist`]; [`lists`] moves interrupts into list
+//! State lives in banks of thirty-two interrupts (`bank`): one for each vCPU (SGIs and PPIs) and a few
+//! shared ones (SPIs). Register frames are in `dist` and `redist`; `lists` moves interrupts into list
 //! registers before a vCPU runs and reads them back afterwards. Every call that can make an interrupt
 //! deliverable says which vCPUs must look; a kicked vCPU is also marked dirty, so that [`Vgic::flush`] has
 //! nothing to do for all others. What is not provided: LPIs, message-based SPIs, extended ranges, 1-of-N
