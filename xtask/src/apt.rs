@@ -1,7 +1,7 @@
 //! Debian's packages, by apt's own client, without changing how the machine is set up.
 //!
-//! Everything happens in a state folder of our own under `target/`: the sources are the machine's, plus the
-//! backports suite of the same archive, and for arm64 packages an empty status file and that architecture.
+//! Everything happens in a state folder of our own under `target/`: the sources are the machine's own of its
+//! release, security updates among them, plus the backports suite of the same archive, and for arm64 packages an empty status file and that architecture.
 //! Only [`install`] touches the machine, and only as root.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -32,34 +32,92 @@ fn codename() -> Result<String> {
         .to_owned())
 }
 
-/// The machine's own source for its release: where, and which key signs it.
-fn release_source(codename: &str) -> Result<(String, Option<String>)> {
+/// One apt source of this machine, in the fields of a `.sources` stanza.
+#[derive(Debug, PartialEq, Eq)]
+struct Source {
+    uri: String,
+    suites: Vec<String>,
+    signed_by: Option<String>,
+}
+
+impl Source {
+    /// A stanza of a `.sources` file; a field's value may go on in lines that start with a blank.
+    fn from_stanza(stanza: &str) -> Option<Self> {
+        let field = |name: &str| {
+            let mut lines = stanza.lines().skip_while(|l| !l.starts_with(name));
+            let first = lines.next()?.get(name.len()..)?.trim();
+            let rest = lines.take_while(|l| l.starts_with([' ', '\t']));
+            Some(rest.fold(first.to_owned(), |all, l| format!("{all}\n{l}")))
+        };
+        let types = field("Types:")?;
+        if !types.split_whitespace().any(|t| t == "deb") || field("Enabled:").as_deref() == Some("no") {
+            return None;
+        }
+        let uri = field("URIs:")?.split_whitespace().next()?.to_owned();
+        let suites = field("Suites:")?.split_whitespace().map(str::to_owned).collect();
+        Some(Self { uri, suites, signed_by: field("Signed-By:") })
+    }
+
+    /// A line of a `.list` file: `deb [option=value ...] URI SUITE COMPONENT...`.
+    fn from_line(line: &str) -> Option<Self> {
+        let rest = line.strip_prefix("deb").filter(|r| r.starts_with([' ', '\t']))?.trim_start();
+        let (options, rest) = match rest.strip_prefix('[') {
+            Some(rest) => rest.split_once(']')?,
+            None => ("", rest),
+        };
+        let mut words = rest.split_whitespace();
+        let (uri, suite) = (words.next()?, words.next()?);
+        let signed_by = options.split_whitespace().find_map(|o| o.strip_prefix("signed-by="));
+        Some(Self {
+            uri: uri.to_owned(),
+            suites: vec![suite.to_owned()],
+            signed_by: signed_by.map(str::to_owned),
+        })
+    }
+
+    /// As apt reads it.
+    fn stanza(&self) -> String {
+        let signed = self.signed_by.as_ref().map(|k| format!("Signed-By: {k}\n")).unwrap_or_default();
+        let suites = self.suites.join(" ");
+        format!("Types: deb\nURIs: {}\nSuites: {suites}\nComponents: main\n{signed}\n", self.uri)
+    }
+}
+
+/// The machine's own sources of its release and its release's updates (a vendor's are not asked for, so they
+/// cannot fail), and the backports suite of where the release itself is.
+fn sources(codename: &str) -> Result<String> {
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     files.extend(fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|f| f.path()));
+    let mut found = Vec::new();
     for file in files {
         let Ok(text) = fs::read_to_string(&file) else { continue };
         if file.extension().is_some_and(|e| e == "sources") {
-            for stanza in text.split("\n\n") {
-                let field = |name: &str| stanza.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
-                let suites = field("Suites:").unwrap_or_default();
-                if let (true, Some(uri)) = (suites.split_whitespace().any(|s| s == codename), field("URIs:"))
-                {
-                    let uri = uri.split_whitespace().next().unwrap_or(uri);
-                    return Ok((uri.to_owned(), field("Signed-By:").map(str::to_owned)));
-                }
-            }
+            found.extend(text.split("\n\n").filter_map(Source::from_stanza));
         } else {
-            for line in text.lines().filter(|l| l.starts_with("deb ")) {
-                let words: Vec<_> = line.split_whitespace().filter(|w| !w.contains('=')).collect();
-                if let [_, uri, suite, ..] = words.as_slice()
-                    && *suite == codename
-                {
-                    return Ok(((*uri).to_owned(), None));
-                }
-            }
+            found.extend(text.lines().filter_map(Source::from_line));
         }
     }
-    bail!("no apt source of this machine has the suite {codename}")
+    derived(found, codename)
+        .with_context(|| format!("no apt source of this machine has the suite {codename}"))
+}
+
+fn derived(found: Vec<Source>, codename: &str) -> Option<String> {
+    let updates = format!("{codename}-");
+    let backports = format!("{codename}-backports");
+    let mut release = None;
+    let mut text = String::new();
+    for mut source in found {
+        source.suites.retain(|s| (s == codename || s.starts_with(&updates)) && *s != backports);
+        if source.suites.is_empty() {
+            continue;
+        }
+        text += &source.stanza();
+        if source.suites.iter().any(|s| s == codename) {
+            release.get_or_insert(source);
+        }
+    }
+    let release = release?;
+    Some(text + &Source { suites: vec![backports], ..release }.stanza())
 }
 
 /// An apt state folder of our own, for this machine's architecture or another.
@@ -76,11 +134,7 @@ impl State {
             fs::create_dir_all(dir.join(sub))?;
         }
         let codename = codename()?;
-        let (uri, key) = release_source(&codename)?;
-        let signed = key.map(|k| format!("Signed-By: {k}\n")).unwrap_or_default();
-        let suites = format!("{codename} {codename}-updates {codename}-backports");
-        let source = format!("Types: deb\nURIs: {uri}\nSuites: {suites}\nComponents: main\n{signed}");
-        fs::write(dir.join("etc/derived.sources"), source)?;
+        fs::write(dir.join("etc/derived.sources"), sources(&codename)?)?;
         let state = Self { dir, foreign, codename };
         if foreign.is_some() {
             fs::write(state.dir.join("state/status"), "")?;
@@ -176,5 +230,49 @@ impl Arm64 {
             fs::create_dir_all(into)?;
             run(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(into), "dpkg-deb -x")
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backports_are_derived_and_other_vendors_left_out() {
+        let stanza = "# a comment\nTypes: deb\nURIs: http://a.test/debian\nSuites: bookworm bookworm-updates\nComponents: main\nSigned-By: /k.gpg";
+        let lines = [
+            "deb [arch=amd64 signed-by=/v.gpg] http://v.test/apt tools-bookworm main",
+            "deb http://s.test/sec bookworm-security main",
+            "# deb http://x.test bookworm main",
+        ];
+        let mut found: Vec<Source> = Source::from_stanza(stanza).into_iter().collect();
+        found.extend(lines.into_iter().filter_map(Source::from_line));
+        let text = derived(found, "bookworm").expect("the release is there");
+        assert_eq!(text.matches("URIs: ").count(), 3);
+        assert!(text.contains("Suites: bookworm-security\n"));
+        assert!(text.contains(
+            "URIs: http://a.test/debian\nSuites: bookworm-backports\nComponents: main\nSigned-By: /k.gpg\n"
+        ));
+        assert!(!text.contains("v.test"));
+    }
+
+    #[test]
+    fn a_key_written_into_the_stanza_is_kept_whole() {
+        let stanza = "Types: deb\nURIs: http://a.test\nSuites: bookworm\nSigned-By:\n -----BEGIN\n .\n -----END\nEnabled: yes";
+        let source = Source::from_stanza(stanza).expect("a source");
+        assert_eq!(source.signed_by.as_deref(), Some("\n -----BEGIN\n .\n -----END"));
+        assert!(Source::from_stanza(&stanza.replace("yes", "no")).is_none());
+    }
+
+    #[test]
+    fn a_list_line_keeps_its_key() {
+        let source =
+            Source::from_line("deb [signed-by=/k.gpg arch=arm64] http://a.test bookworm main contrib");
+        let want = Source {
+            uri: "http://a.test".into(),
+            suites: vec!["bookworm".into()],
+            signed_by: Some("/k.gpg".into()),
+        };
+        assert_eq!(source, Some(want));
     }
 }

@@ -1,9 +1,11 @@
 //! Everything a person types: `cargo xtask COMMAND`.
 //!
 //! `toolchain`, `apt`, `qemu` each see that what they stand for is there, or provide it; `images`, `disk` and
-//! `build` make what the machine runs; `session` watches one run; `run`, `test`, `ctl`, `doctor` are commands.
+//! `build` make what the machine runs; `session` watches one run; `run`, `test`, `bench`, `ctl`, `doctor` are
+//! commands.
 
 mod apt;
+mod bench;
 mod build;
 mod ctl;
 mod disk;
@@ -40,6 +42,8 @@ enum Cli {
         #[arg(required = true, trailing_var_arg = true)]
         words: Vec<String>,
     },
+    /// What the way through EL2 costs, in instructions
+    Bench(bench::Bench),
     /// `run` under gdb, symbols loaded
     Debug(run::Run),
     /// What this machine has and lacks
@@ -86,6 +90,7 @@ fn main() -> ExitCode {
         Cli::Ctl { socket, json, words } => {
             ctl::run(&socket.unwrap_or_else(run::default_socket), json, &words)
         }
+        Cli::Bench(options) => options.run(),
         Cli::Debug(options) => debug(options),
         Cli::Doctor => {
             doctor::run();

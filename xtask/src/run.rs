@@ -6,7 +6,7 @@ use crate::session::Session;
 use crate::toolchain::Toolchain;
 use crate::{apt, build, images};
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, Parser};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -82,7 +82,19 @@ pub(crate) fn default_socket() -> PathBuf {
     crate::root().join("target/run/control")
 }
 
+/// `Run` as a command of its own, for those who write its options as words.
+#[derive(Parser)]
+struct Words {
+    #[command(flatten)]
+    run: Run,
+}
+
 impl Run {
+    /// The options that a person would have typed as these words.
+    pub(crate) fn from_words(words: &[&str]) -> Result<Self> {
+        Ok(Words::try_parse_from(std::iter::once("run").chain(words.iter().copied()))?.run)
+    }
+
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
         let batch = self.batch || self.until.is_some() || self.script.is_some();

@@ -102,6 +102,8 @@ impl Toolchain {
         if let Some(linker) = &self.linker {
             command.env("CARGO_TARGET_AARCH64_UNKNOWN_NONE_SOFTFLOAT_LINKER", linker);
         }
+        // A backtrace follows frame pointers.
+        command.env("CARGO_TARGET_AARCH64_UNKNOWN_NONE_SOFTFLOAT_RUSTFLAGS", "-Cforce-frame-pointers=yes");
         command.arg("--target-dir").arg(crate::root().join("target/el2"));
         command
     }

@@ -1,0 +1,236 @@
+//! `cargo xtask bench`: what the way through EL2 costs, in instructions, against the project's baseline.
+//!
+//! The tiny guest `bench` does the measuring and prints `bench METRIC VALUE KEY=VALUE...`; QEMU counts instructions
+//! instead of time, so the figures repeat. One host CPU for everything; two where one vCPU wakes another, since
+//! then both CPUs' work is the figure. Read `run` first, then the two types.
+
+use crate::run::Run;
+use crate::toolchain::Toolchain;
+use crate::{build, progress};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Options of `bench`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Bench {
+    /// Only figures whose names start so, such as `exit` or `fault.zero`
+    names: Vec<String>,
+    /// Write the figures here, as a JSON list
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fail where a figure is worse than the baseline
+    #[arg(long)]
+    check: bool,
+    /// Make these figures the baseline
+    #[arg(long, conflicts_with_all = ["check", "names"])]
+    bless: bool,
+}
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Figure {
+    metric: String,
+    value: u64,
+    unit: String,
+    params: BTreeMap<String, Value>,
+    min: u64,
+    max: u64,
+    n: u64,
+}
+
+impl Figure {
+    /// From the guest's line, if it is one.
+    fn from_line(line: &str) -> Option<Self> {
+        let mut words = line.trim().strip_prefix("bench ")?.split_whitespace();
+        let metric = words.next()?.to_owned();
+        let value = words.next()?.parse().ok()?;
+        let (mut min, mut max, mut n) = (value, value, 1);
+        let mut unit = "insn".to_owned();
+        let mut params = BTreeMap::new();
+        for (key, text) in words.filter_map(|w| w.split_once('=')) {
+            match key {
+                "min" => min = text.parse().ok()?,
+                "max" => max = text.parse().ok()?,
+                "n" => n = text.parse().ok()?,
+                "unit" => text.clone_into(&mut unit),
+                _ => {
+                    let number = text.parse::<u64>().map(Value::from);
+                    params.insert(key.to_owned(), number.unwrap_or_else(|_| Value::from(text)));
+                }
+            }
+        }
+        Some(Self { metric, value, unit, params, min, max, n })
+    }
+
+    /// Metric and parameters: what names a figure.
+    fn name(&self) -> String {
+        let shown = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
+        let params: Vec<String> = self.params.iter().map(|(k, v)| format!("{k}={}", shown(v))).collect();
+        format!("{} {}", self.metric, params.join(" ")).trim().to_owned()
+    }
+
+    /// The most that is not worse than this baseline: counts on one CPU repeat to a thousandth, the interleaving of
+    /// two CPUs does not; and a figure of a hundred moves by a few when the compiler moves a register.
+    fn bound(&self) -> u64 {
+        let percent = if self.two_cpus() { 10 } else { 3 };
+        self.value + (self.value * percent / 100).max(8)
+    }
+
+    fn two_cpus(&self) -> bool {
+        self.metric == "irq.sgi" && self.params.get("to").and_then(Value::as_str) == Some("other")
+    }
+}
+
+/// One run of the measuring guest.
+struct Setting {
+    cpus: u32,
+    wanted: fn(&Figure) -> bool,
+}
+
+const SETTINGS: [Setting; 2] =
+    [Setting { cpus: 1, wanted: |figure| !figure.two_cpus() }, Setting { cpus: 2, wanted: Figure::two_cpus }];
+
+fn baseline() -> PathBuf {
+    crate::root().join("xtask/bench/baseline.json")
+}
+
+impl Bench {
+    /// Measures, shows, and does what else was asked.
+    pub(crate) fn run(&self) -> Result<()> {
+        let dir = crate::root().join("target/bench");
+        fs::create_dir_all(&dir)?;
+        let image = dir.join("bench.bin");
+        fs::write(&image, build::guest(&Toolchain::provide()?, "bench")?)?;
+        let mut figures = Vec::new();
+        for setting in &SETTINGS {
+            let found = measure(setting, &image, &dir.join(format!("on-{}", setting.cpus)))?;
+            figures.extend(found.into_iter().filter(|f| (setting.wanted)(f) && self.asks_for(f)));
+        }
+        ensure!(!figures.is_empty(), "no figure has a name that starts with {}", self.names.join(" or "));
+        let old = match read(&baseline()) {
+            Ok(old) => old,
+            Err(why) if self.check => return Err(why),
+            Err(_) => Vec::new(),
+        };
+        show(&figures, &old);
+        if let Some(file) = &self.json {
+            write(file, &figures)?;
+        }
+        if self.bless {
+            write(&baseline(), &figures)?;
+            eprintln!("xtask: the baseline is these {} figures now", figures.len());
+        }
+        if self.check {
+            let due: Vec<Figure> = old.into_iter().filter(|f| self.asks_for(f)).collect();
+            let worse = compare(&figures, &due);
+            if !worse.is_empty() {
+                bail!("against {}:\n  {}", baseline().display(), worse.join("\n  "));
+            }
+        }
+        Ok(())
+    }
+
+    fn asks_for(&self, figure: &Figure) -> bool {
+        self.names.is_empty() || self.names.iter().any(|n| figure.metric.starts_with(n.as_str()))
+    }
+}
+
+fn measure(setting: &Setting, image: &Path, dir: &Path) -> Result<Vec<Figure>> {
+    let cpus = setting.cpus.to_string();
+    let image = image.display().to_string();
+    let options = Run::from_words(&[
+        "--batch",
+        "--icount",
+        "--cpu",
+        "neoverse-n1",
+        "--timeout",
+        "300",
+        "--kernel",
+        &image,
+        "--vcpus",
+        &cpus,
+        "--host-cpus",
+        &cpus,
+    ])?;
+    let mut session = options.session(dir, false)?;
+    progress::step(&format!("measuring on {cpus} CPU(s)"), || session.finish())
+        .with_context(|| format!("the measuring guest; logs are in {}", dir.display()))?;
+    let text = session.text();
+    ensure!(text.contains("guest bench: ok"), "the measuring guest did not come to its end:\n{text}");
+    Ok(text.lines().filter_map(Figure::from_line).filter(|f| f.metric.contains('.')).collect())
+}
+
+/// What is worse than the baseline, or no longer measured.
+fn compare(figures: &[Figure], baseline: &[Figure]) -> Vec<String> {
+    let mut worse = Vec::new();
+    for old in baseline {
+        let name = old.name();
+        match figures.iter().find(|f| f.name() == name) {
+            None => worse.push(format!("{name}: not measured any more")),
+            Some(new) if new.value > old.bound() => {
+                worse.push(format!("{name}: {}, was {} (at most {})", new.value, old.value, old.bound()));
+            }
+            Some(_) => {}
+        }
+    }
+    worse
+}
+
+fn show(figures: &[Figure], old: &[Figure]) {
+    println!("{:<42} {:>8} {:>8} {:>8} {:>6} {:>9}", "figure", "median", "min", "max", "n", "baseline");
+    for figure in figures {
+        let name = figure.name();
+        let was =
+            old.iter().find(|f| f.name() == name).map_or_else(|| "-".to_owned(), |f| f.value.to_string());
+        let Figure { value, min, max, n, unit, .. } = figure;
+        println!("{name:<42} {value:>8} {min:>8} {max:>8} {n:>6} {was:>9} {unit}");
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<Figure>> {
+    let text = fs::read_to_string(file)
+        .with_context(|| format!("reading {}; `cargo xtask bench --bless` makes it", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is not a list of figures", file.display()))
+}
+
+fn write(file: &Path, figures: &[Figure]) -> Result<()> {
+    if let Some(dir) = file.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    // One figure a line, so that a change of one is one line of a diff.
+    let lines: Vec<String> = figures.iter().map(serde_json::to_string).collect::<Result<_, _>>()?;
+    fs::write(file, format!("[\n{}\n]\n", lines.join(",\n")))
+        .with_context(|| format!("writing {}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINE: &str = "bench fault.zero 700 mode=single pages=64 min=690 max=1200 n=2048";
+
+    #[test]
+    fn a_line_of_the_guest_becomes_a_figure() {
+        let figure = Figure::from_line(LINE).expect("a figure");
+        assert_eq!((figure.value, figure.min, figure.max, figure.n), (700, 690, 1200, 2048));
+        assert_eq!(figure.name(), "fault.zero mode=single pages=64");
+        assert_eq!(figure.params["pages"], Value::from(64));
+        assert_eq!(Figure::from_line("guest bench: ok"), None);
+    }
+
+    #[test]
+    fn a_worse_or_missing_figure_is_told_and_a_better_one_is_not() {
+        let old = Figure::from_line(LINE).expect("a figure");
+        let with = |value| Figure { value, ..old.clone() };
+        let old = std::slice::from_ref(&old);
+        assert!(compare(&[with(600)], old).is_empty());
+        assert!(compare(&[with(721)], old).is_empty());
+        assert_eq!(compare(&[with(722)], old).len(), 1);
+        assert_eq!(compare(&[], old).len(), 1);
+    }
+}
