@@ -1,6 +1,6 @@
 //! Self-hosted debug registers: all trap, live in memory, and are loaded with the vCPU.
 //!
-//! Breakpoints and watchpoints work: what the guest writes is in [`DebugContext`], whose owner loads it
+//! Breakpoints and watchpoints work: what the guest writes is in `arch`'s `DebugContext`, whose owner loads it
 //! after a change. Everything that belongs to an external debugger answers as if none were there.
 //! Called by `sysreg`.
 

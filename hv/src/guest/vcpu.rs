@@ -73,9 +73,9 @@ pub enum Power {
 pub struct VgicContext {
     /// ICH_VMCR_EL2.
     pub vmcr: u64,
-    /// ICH_AP0R<n>_EL2.
+    /// ICH_AP0Rn_EL2.
     pub ap0r: [u32; 4],
-    /// ICH_AP1R<n>_EL2.
+    /// ICH_AP1Rn_EL2.
     pub ap1r: [u32; 4],
 }
 

@@ -8,13 +8,13 @@ pub const MAX_LRS: usize = 16;
 /// What the interface holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Registers {
-    /// ICH_LR<n>_EL2.
+    /// ICH_LRn_EL2.
     pub lr: [u64; MAX_LRS],
     /// ICH_VMCR_EL2.
     pub vmcr: u64,
-    /// ICH_AP0R<n>_EL2.
+    /// ICH_AP0Rn_EL2.
     pub ap0r: [u32; 4],
-    /// ICH_AP1R<n>_EL2.
+    /// ICH_AP1Rn_EL2.
     pub ap1r: [u32; 4],
     /// ICH_HCR_EL2.
     pub hcr: u32,
