@@ -11,12 +11,25 @@ use super::{rank, smccc};
 use hv_abi::machine::index_of;
 use vmobject::lock::Held;
 
+/// Fast calls of the architecture.
+const ARCHITECTURE: u32 = 0x80;
+/// Fast calls of standard services: PSCI, random numbers.
+const STANDARD: u32 = 0x84;
+/// Fast calls of the hypervisor's vendor.
+const VENDOR: u32 = 0x86;
+
 /// Answers the call in the guest's registers.
 #[inline]
 pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
     let x = &run.context.regs.x;
     #[expect(clippy::cast_possible_truncation, reason = "a function number is 32 bits wide")]
     let number = x[0] as u32;
+    // The service that a number belongs to, whichever convention it uses: ours all are fast calls.
+    let owner = number >> 24 & !0x40;
+    if !matches!(owner, ARCHITECTURE | STANDARD | VENDOR) {
+        run.context.regs.x[0] = code::NOT_SUPPORTED;
+        return Exit::Resume;
+    }
     match psci::call(number, [x[1], x[2], x[3]]) {
         Some(Request::Answer(answer)) => {
             run.context.regs.x[0] = answer;
@@ -27,6 +40,7 @@ pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
     }
 }
 
+#[cold]
 fn service(run: &mut Run<'_>, number: u32, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
     let argument = run.context.regs.x[1];
     let guest = run.guest;

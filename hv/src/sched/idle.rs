@@ -1,6 +1,6 @@
 //! A CPU with nothing to run.
 //!
-//! It sleeps in WFI until an interrupt: its timer for the first sleeper, a kick, a device, or the virtual
+//! It does the memory manager's chores; when there are none it sleeps in WFI until an interrupt: its timer for the first sleeper, a kick, a device, or the virtual
 //! timer of the vCPU whose registers are still here.
 
 use core::sync::atomic::Ordering;
@@ -11,8 +11,15 @@ use vmobject::lock::Held;
 use super::load::Cpu;
 use super::{ASLEEP, Outside, QUEUES, slice};
 
+/// How much of the memory manager's chores is done between two looks around (invariant I6).
+const CHORES: u32 = 64;
+
 /// Sleeps until something happens, and handles the interrupt.
 pub(super) fn sleep(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    if crate::mm::vm().step(CHORES, held) {
+        slice::idle_interrupts(cpu, outside, held);
+        return;
+    }
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // Whoever makes a vCPU ready after this sees the flag; whoever did before left it in the queue.
     if QUEUES[cpu.id].is_empty(held) {

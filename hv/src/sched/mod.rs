@@ -1,6 +1,6 @@
 //! The scheduler: every CPU's main loop, and the only caller of the guests' run functions.
 //!
-//! Read [`main_loop`], then [`slice::run`](slice). A CPU takes a vCPU from its queue, runs it for at most
+//! Read [`main_loop`], then [`slice::run`](mod@slice). A CPU takes a vCPU from its queue, runs it for at most
 //! one slice, and goes round; with nothing to run it sleeps. Others reach a vCPU through [`wake`] only.
 //! What EL2 does for a vCPU happens inside its slice and so is charged to it (invariant I17).
 //!
