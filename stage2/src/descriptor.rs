@@ -30,7 +30,7 @@ impl Descriptor {
         Self(frame.base().bits() | TABLE_OR_PAGE | VALID)
     }
 
-    /// A page, accessed. Writable means S2AP[1], or with `hardware_dirty` DBM and S2AP[1] clear: clean until
+    /// A page, accessed. Writable means `S2AP[1]`, or with `hardware_dirty` DBM and `S2AP[1]` clear: clean until
     /// the hardware says otherwise.
     pub fn page(frame: Pfn, prot: Prot, hardware_dirty: bool) -> Self {
         Self::leaf(frame, prot, hardware_dirty, TABLE_OR_PAGE)
@@ -94,7 +94,7 @@ impl Descriptor {
     pub const fn is_accessed(self) -> bool {
         self.0 & ACCESSED != 0
     }
-    /// Less everything that `keep` does not allow. Taking write away clears S2AP[1] *and* DBM (I14).
+    /// Less everything that `keep` does not allow. Taking write away clears `S2AP[1]` *and* DBM (I14).
     pub fn restricted(self, keep: Prot) -> Self {
         let mut bits = self.0;
         if !keep.allows(Prot::READ) {

@@ -1,6 +1,6 @@
 //! One guest's stage-2 tables as a [`Pmap`].
 //!
-//! Read [`Stage2::replace`] first: every edit of a reachable leaf is one swap there, followed by whatever
+//! Read `Stage2::replace` first: every edit of a reachable leaf is one swap there, followed by whatever
 //! invalidate the change needs (break before make), and the swapped-out value's state goes to the sink (I14).
 //! An invalid leaf becoming valid needs no invalidate: invalid entries are not cached.
 
