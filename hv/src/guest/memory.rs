@@ -13,6 +13,7 @@ use super::vcpu::count;
 use super::{Complaint, aarch32, rank};
 use crate::arch;
 use crate::mm;
+use hv_abi::machine::FLASH0;
 use vmobject::addr::Ipa;
 use vmobject::fault::{FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
@@ -51,6 +52,11 @@ pub fn data(
         Exception::DataAbort { far, walk: data.abort.walk, wnr: data.wnr, maintenance: data.maintenance };
     if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
         return device(run, data, at, esr, external, held);
+    }
+    if write && !data.abort.walk && FLASH0.contains(at.bits()) {
+        // A command for a flash chip that has none: it goes nowhere, and the bus does not mind.
+        aarch32::advance(&mut run.context.regs, esr);
+        return Exit::Resume;
     }
     let denied = Exception::Denied { far, fetch: false, wnr: data.wnr };
     fault(run, at, if write { Prot::WRITE } else { Prot::READ }, external, denied, held)
