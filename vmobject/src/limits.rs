@@ -23,3 +23,7 @@ pub const MAX_RESTARTS: u32 = 64;
 pub const MIN_RESERVE: u32 = 16;
 /// See [`MIN_RESERVE`].
 pub const MAX_RESERVE: u32 = 2048;
+/// Shadows of one object that a write looks at to find out that it is the last to see a page.
+pub const MAX_SIBLINGS: u32 = 8;
+/// Copied pages that are remembered to see whether they were the last.
+pub const MAX_COPIED: usize = 256;

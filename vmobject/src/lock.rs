@@ -146,6 +146,12 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         Descent { guard: self.0.read(), held: Held(PhantomData) }
     }
 
+    /// Locks for reading a lock of the same rank beside one that is held, unless somebody has it: who
+    /// does not wait cannot be in a deadlock.
+    pub(crate) fn try_read_beside<'h>(&'h self, _outer: &'h mut Held<'_, RANK>) -> Option<Reading<'h, T>> {
+        self.0.try_read()
+    }
+
     /// Write-locks what the caller's object shadows.
     pub(crate) fn write_below<'h>(
         &'h self,

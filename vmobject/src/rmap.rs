@@ -73,6 +73,7 @@ pub struct Links<H> {
     nodes: Vec<Node>,
     mappings: Vec<Option<Mapping<H>>>,
     vacant: Vec<u32>,
+    version: u64,
 }
 
 impl<H> Default for Links<H> {
@@ -84,7 +85,7 @@ impl<H> Default for Links<H> {
 impl<H> Links<H> {
     /// Nobody.
     pub const fn new() -> Self {
-        Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new() }
+        Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new(), version: 0 }
     }
 
     /// Makes room for an object of this number.
@@ -118,6 +119,7 @@ impl<H> Links<H> {
         let above = self.node_mut(parent);
         above.first_child = child;
         above.children += 1;
+        self.version += 1;
     }
 
     /// `child` shadows nothing any more.
@@ -134,6 +136,7 @@ impl<H> Links<H> {
             self.node_mut(next).prev = prev;
         }
         self.node_mut(parent).children -= 1;
+        self.version += 1;
         let node = self.node_mut(child);
         (node.parent, node.prev, node.next, node.offset, node.limit) = (NIL, NIL, NIL, 0, 0);
     }
@@ -153,10 +156,18 @@ impl<H> Links<H> {
     /// The shadows of an object.
     pub fn children(&self, object: u32) -> impl Iterator<Item = u32> + '_ {
         let first = self.nodes.get(object as usize).map_or(NIL, |node| node.first_child);
-        core::iter::successors((first != NIL).then_some(first), |&child| {
-            let next = self.node(child).next;
-            (next != NIL).then_some(next)
-        })
+        core::iter::successors((first != NIL).then_some(first), |&child| self.next_sibling(child))
+    }
+
+    /// The shadow of the same object that comes after this one.
+    pub fn next_sibling(&self, child: u32) -> Option<u32> {
+        let next = self.node(child).next;
+        (next != NIL).then_some(next)
+    }
+
+    /// Changes whenever any object gains or loses a shadow.
+    pub const fn version(&self) -> u64 {
+        self.version
     }
 
     /// How many shadows and how many mappings an object has.
@@ -245,35 +256,46 @@ impl<H> Links<H> {
     /// Shows to `each` every entry through which a page of an object may be seen, with the address: those
     /// of the object itself and of all that shadow it, however indirectly.
     pub fn walk(&self, object: u32, page: PageIndex, mut each: impl FnMut(&Mapping<H>, Ipa)) {
-        let (mut here, mut page) = (object, page.number());
+        let (mut here, mut at) = (object, page);
         loop {
-            self.show(here, page, &mut each);
-            // Down to the first child whose window has the page; else on to the next sibling, or up.
-            if let Some((child, below)) = self.first_in(self.node(here).first_child, page) {
-                (here, page) = (child, below);
-                continue;
-            }
-            loop {
-                if here == object {
-                    return;
-                }
-                let node = self.node(here);
-                let above = page + node.offset;
-                if let Some((sibling, below)) = self.first_in(node.next, above) {
-                    (here, page) = (sibling, below);
-                    break;
-                }
-                (here, page) = (node.parent, above);
+            self.show(here, at.number(), &mut each);
+            match self.next_in_walk(object, here, at, true) {
+                Some(next) => (here, at) = next,
+                None => return,
             }
         }
     }
 
+    /// The object after `here` on a walk over all that shadow page `page` of `root`, and the page that it
+    /// is there; `at` is the page of `here`. With `open` false the shadows of `here` are left out.
+    pub fn next_in_walk(
+        &self,
+        root: u32,
+        mut here: u32,
+        at: PageIndex,
+        open: bool,
+    ) -> Option<(u32, PageIndex)> {
+        let mut page = at.number();
+        if open && let Some(child) = self.first_in(self.node(here).first_child, page) {
+            return Some(child);
+        }
+        while here != root {
+            let node = self.node(here);
+            let above = page.checked_add(node.offset)?;
+            if let Some(sibling) = self.first_in(node.next, above) {
+                return Some(sibling);
+            }
+            (here, page) = (node.parent, above);
+        }
+        None
+    }
+
     /// The first of a row of siblings that shadows page `page` of their parent, with its own page there.
-    fn first_in(&self, mut sibling: u32, page: u32) -> Option<(u32, u32)> {
+    fn first_in(&self, mut sibling: u32, page: u32) -> Option<(u32, PageIndex)> {
         while sibling != NIL {
             let node = self.node(sibling);
             if let Some(own) = page.checked_sub(node.offset).filter(|&own| own < node.limit) {
-                return Some((sibling, own));
+                return Some((sibling, PageIndex::new(own)));
             }
             sibling = node.next;
         }

@@ -71,6 +71,8 @@ events! {
     Bypassed bypassed;
     /// Bypasses that found a page not hidden.
     BypassRefused bypass_refused;
+    /// Slots freed because every shadow hid them.
+    Pruned pruned;
     /// Transfers started to bring pages in.
     PageIn page_in;
     /// Transfers that failed.

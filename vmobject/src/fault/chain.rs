@@ -23,6 +23,9 @@ pub(super) struct Page {
     pub(super) depth: u32,
     /// Every object from the first one looked at down to the owner is anonymous and has one reference.
     pub(super) sole: bool,
+    /// The owner is right below the top and all its other shadows hide the page; the version of the
+    /// reverse map that this is about.
+    pub(super) family: Option<u64>,
 }
 
 /// What a look down the chain came to. The descent stands at the object that decided it.
@@ -50,7 +53,7 @@ impl<M: Machine> Vm<M> {
                     if page.is_busy() {
                         return Found::Busy(page.transfer());
                     }
-                    return Found::Page(Page { frame, index, depth, sole });
+                    return Found::Page(Page { frame, index, depth, sole, family: None });
                 }
                 Slot::Zero => return Found::Nothing,
                 Slot::Swapped(_) => return Found::PageIn(state.id(), index),

@@ -64,7 +64,9 @@ impl<M: Machine> Vm<M> {
         let Some((first, index)) = top.below(place.index) else { return Step::Again };
         let moved = if page.depth == 0 {
             let (mut owner, mut held) = self.objects.get(first).write_below(held);
-            self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)
+            let alone = owner.is_sole_anonymous()
+                || (page.family.is_some() && page.family == self.only_shadowed_at(&owner, &mut held));
+            alone.then(|| self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)).flatten()
         } else {
             let (mut chain, mut index) = (self.objects.get(first).descend(held), index);
             for _ in 1..page.depth {
@@ -80,7 +82,8 @@ impl<M: Machine> Vm<M> {
                 return Step::Again;
             };
             let (mut owner, mut held) = self.objects.get(owner).write_below(held);
-            self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)
+            let alone = owner.is_sole_anonymous();
+            alone.then(|| self.take_up(top, place.index, &mut owner, index, page.frame, &mut held)).flatten()
         };
         match moved {
             Some(Ok(())) => {}
@@ -101,8 +104,7 @@ impl<M: Machine> Vm<M> {
         frame: Pfn,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Result<(), VmError>> {
-        let same = owner.slots.get(theirs) == Slot::Resident(frame) && owner.is_sole_anonymous();
-        if !same || self.frames.page(frame).is_busy() {
+        if owner.slots.get(theirs) != Slot::Resident(frame) || self.frames.page(frame).is_busy() {
             return None;
         }
         let gained = self.objects.gain(top, ours, Slot::Resident(frame), held);

@@ -88,8 +88,6 @@ enum Step {
     Shadow,
     /// The page must come from this object's pager.
     PageIn(ObjectId, PageIndex),
-    /// The page must become a page of zeros of this object.
-    Zero(ObjectId, PageIndex),
 }
 
 /// The page that a fault is about.
@@ -188,7 +186,7 @@ impl<M: Machine> Vm<M> {
             let wait = match self.attempt(map, at, access, purpose, held)? {
                 Step::Done => return Ok(Copied::Done),
                 Step::Again => continue,
-                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Zero(..)) => {
+                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..)) => {
                     match self.help(map, at, step, held) {
                         Ok(None) => continue,
                         Ok(Some(WaitFor::Memory)) if self.step_frees(held) => continue,
@@ -230,7 +228,6 @@ impl<M: Machine> Vm<M> {
             Step::Wait(wait) => Ok(Some(wait)),
             Step::Shadow => memory(self.resolve_copy(map, at, held)),
             Step::PageIn(object, index) => self.page_in(object, index, held).map_err(FaultError::Lost),
-            Step::Zero(object, index) => Ok(self.zero_shared(object, index, held)),
         }
     }
 
@@ -316,13 +313,21 @@ impl<M: Machine> Vm<M> {
                 drop(chain);
                 self.zero_fill(map, place, purpose, top, held)
             }
-            Found::Page(page) if place.writes() => {
-                if page.sole {
+            Found::Page(mut page) if place.writes() => {
+                if !page.sole && page.depth == 0 {
+                    let (below, held) = chain.split();
+                    let version = self.only_shadowed_at(below, held);
+                    page.family = version.filter(|_| self.is_last_to_see(top, below, page.index, held));
+                }
+                if page.sole || page.family.is_some() {
                     drop(chain);
                     self.move_up(map, place, purpose, top, page, held)
                 } else {
                     let copied = {
-                        let (_, held) = chain.split();
+                        let (owner, held) = chain.split();
+                        if owner.pager == Pager::None {
+                            self.objects.note_copied(owner.id().number(), page.index, held);
+                        }
                         self.copy_up(top, place.index, page.frame, held)
                     };
                     drop(chain);
@@ -357,7 +362,8 @@ impl<M: Machine> Vm<M> {
         match self.look(&mut chain, place.index) {
             Found::Busy(token) => Step::Wait(WaitFor::Io(token)),
             Found::PageIn(object, index) => Step::PageIn(object, index),
-            Found::Nothing => Step::Zero(place.entry.object, place.index),
+            // A page of zeros in the shared object would outlive this guest's interest in it.
+            Found::Nothing => Step::Shadow,
             Found::Page(page) => {
                 map.stats.count(Event::FaultShared);
                 let prot = place.entry.prot.without(Prot::WRITE);
@@ -381,36 +387,12 @@ impl<M: Machine> Vm<M> {
         top: &mut State,
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
-        let Some(frame) = self.fill_zero(top, place.index, held) else {
+        let Some(frame) = self.give_frame(top, place.index, Queue::Active, held) else {
             return Step::Wait(WaitFor::Memory);
         };
+        self.machine.memory().zero(frame);
         map.stats.count(Event::FaultZero);
         self.finish(map, place, purpose, frame, place.entry.prot, held)
-    }
-
-    fn fill_zero(&self, state: &mut State, index: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Pfn> {
-        let frame = self.give_frame(state, index, Queue::Active, held)?;
-        self.machine.memory().zero(frame);
-        Some(frame)
-    }
-
-    /// Makes a page of zeros where a shared object has nothing, and nothing is below it either. What is
-    /// below cannot have changed meanwhile in a way that shows: it could only have gained zeros.
-    #[cold]
-    fn zero_shared(
-        &self,
-        object: ObjectId,
-        index: PageIndex,
-        held: &mut Held<'_, CALLER>,
-    ) -> Option<WaitFor> {
-        let (mut state, mut held) = self.objects.get(object).write(held);
-        if state.id() != object || !matches!(state.slots.get(index), Slot::Absent | Slot::Zero) {
-            return None;
-        }
-        match self.fill_zero(&mut state, index, &mut held) {
-            Some(_) => None,
-            None => Some(WaitFor::Memory),
-        }
     }
 
     /// The page is there: serves the purpose with it. The owner's lock is held.

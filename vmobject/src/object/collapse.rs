@@ -222,7 +222,10 @@ impl<M: Machine> Vm<M> {
         }
         if !full {
             let end = shadow.offset.checked_add(shadow.limit).unwrap_or(PageIndex::new(u32::MAX));
-            let seen = if top.blocked_at == NOWHERE { 0 } else { top.blocked_at };
+            // What was seen before counts only if nothing came to be there since.
+            let known = top.blocked_at != NOWHERE && top.blocked_since == backing.gains;
+            let seen = if known { top.blocked_at } else { 0 };
+            top.blocked_since = backing.gains;
             let mut from = shadow.offset.checked_add(seen)?;
             while let Some((page, _)) = backing.slots.next_present(from..end) {
                 let ours = page.checked_sub(shadow.offset.number())?;

@@ -3,7 +3,7 @@
 //! An object is pages, a pager perhaps, and perhaps an object that it shadows. References are counted: a
 //! map entry and a shadow are one each, and so is whoever was handed an id by `image` or `anonymous` and
 //! has not yet put it in a map. This file says what an object is; `table` keeps them all, `shadow` makes
-//! and ends them, `collapse` shortens chains, `work` does by and by what is not done at once.
+//! and ends them, `collapse` shortens chains, `prune` frees what everybody hides, `work` does by and by what is not done at once.
 //!
 //! Called by `map`, `fault`, `pager`. Calls `index`, `page`, `rmap`. Locks: the object, a shadow before
 //! what it shadows; then links, then the registry.
@@ -17,6 +17,7 @@
 
 mod collapse;
 pub mod index;
+mod prune;
 mod shadow;
 mod slots;
 mod table;
@@ -114,6 +115,10 @@ pub struct State {
     /// The page that we would have to have for the object below to be bypassed; all before it are hidden
     /// or absent there.
     blocked_at: u32,
+    /// What `gains` of the object below was when that was found out.
+    blocked_since: u32,
+    /// Counts the pages that this object came to have.
+    gains: u32,
 }
 
 impl State {
@@ -129,6 +134,8 @@ impl State {
             paging: 0,
             failed: None,
             blocked_at: NOWHERE,
+            blocked_since: 0,
+            gains: 0,
         }
     }
 

@@ -100,7 +100,9 @@ impl<M: Machine> Vm<M> {
                     self.objects.chore(child, held);
                 }
             }
-            _ => {}
+            _ => {
+                self.objects.ask_prune(state.id.index, held);
+            }
         }
     }
 

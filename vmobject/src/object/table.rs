@@ -14,7 +14,7 @@ use super::index::Slot;
 use super::{ObjectId, State};
 use crate::VmError;
 use crate::addr::PageIndex;
-use crate::limits::{MAX_OBJECTS, OBJECT_BLOCK};
+use crate::limits::{MAX_COPIED, MAX_OBJECTS, OBJECT_BLOCK};
 use crate::lock::{Descent, Held, OBJECT, REGISTRY, Ranked, RankedRw, Reading, Writing};
 use crate::store::StoreId;
 
@@ -23,6 +23,8 @@ pub struct Object {
     lock: RankedRw<OBJECT, State>,
     /// It is on the list of chores.
     queued: AtomicBool,
+    /// A referrer went: perhaps all that are left hide something.
+    prune: AtomicBool,
     /// The object that has the slots which frames know under this place's number. Changes only while the
     /// slots are exchanged, with both objects locked.
     home: AtomicU32,
@@ -55,6 +57,14 @@ impl Object {
         self.lock.write_below(held)
     }
 
+    /// Looks at an object beside the caller's, unless somebody has it.
+    pub(crate) fn try_read_beside<'h>(
+        &'h self,
+        held: &'h mut Held<'_, OBJECT>,
+    ) -> Option<Reading<'h, State>> {
+        self.lock.try_read_beside(held)
+    }
+
     /// Starts down a chain here.
     pub(crate) fn descend<'h, const OUTER: u8>(
         &'h self,
@@ -79,6 +89,8 @@ struct Registry {
     images: Vec<(StoreId, ObjectId)>,
     /// Objects with something to do.
     chores: VecDeque<u32>,
+    /// Pages that were copied from an object, and so may be hidden there now.
+    copied: VecDeque<(u32, PageIndex)>,
 }
 
 /// All objects.
@@ -95,7 +107,9 @@ impl Objects {
         blocks.try_reserve_exact(count).map_err(|_| VmError::NoMemory)?;
         blocks.resize_with(count, Once::new);
         let (vacant, images, chores) = (Vec::new(), Vec::new(), VecDeque::new());
-        let registry = Registry { vacant, used: 0, live: 0, images, chores };
+        let mut copied = VecDeque::new();
+        copied.try_reserve_exact(MAX_COPIED).map_err(|_| VmError::NoMemory)?;
+        let registry = Registry { vacant, used: 0, live: 0, images, chores, copied };
         Ok(Self { blocks: blocks.into_boxed_slice(), registry: Ranked::new(registry) })
     }
 
@@ -131,6 +145,7 @@ impl Objects {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Slot, VmError> {
         let before = state.slots.set(page, slot)?;
+        state.gains = state.gains.wrapping_add(1);
         if state.blocked_at == page.number() {
             self.chore(state.id.index, held);
         }
@@ -142,7 +157,8 @@ impl Objects {
         if !state.slots.exchange(&mut other.slots, offset) {
             return false;
         }
-        for one in [&*state, &*other] {
+        for one in [state, other] {
+            one.gains = one.gains.wrapping_add(1);
             if let Some(object) = self.at(one.slots.storage()) {
                 object.home.store(one.id.index, Relaxed);
             }
@@ -171,6 +187,7 @@ impl Objects {
             objects.extend((number..number + OBJECT_BLOCK).map(|n| Object {
                 lock: RankedRw::new(State::vacant(n)),
                 queued: AtomicBool::new(false),
+                prune: AtomicBool::new(false),
                 home: AtomicU32::new(n),
             }));
             Ok::<_, VmError>(objects.into_boxed_slice())
@@ -206,9 +223,48 @@ impl Objects {
         Some(number)
     }
 
-    /// How many are on the list.
-    pub(crate) fn chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
-        self.registry.lock(held).0.chores.len()
+    /// How many are on the list, and how many copied pages are to be looked at.
+    pub(crate) fn chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (usize, usize) {
+        let (registry, _held) = self.registry.lock(held);
+        (registry.chores.len(), registry.copied.len())
+    }
+
+    /// Has an object looked at for pages that nobody sees any more.
+    pub(crate) fn ask_prune<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) {
+        if let Some(object) = self.at(number) {
+            object.prune.store(true, Relaxed);
+            self.chore(number, held);
+        }
+    }
+
+    /// Whether that was asked since the last call.
+    pub(super) fn take_prune(&self, number: u32) -> bool {
+        self.at(number).is_some_and(|object| object.prune.swap(false, Relaxed))
+    }
+
+    /// Remembers that a page was copied away from an object; if there are too many to remember, the whole
+    /// object is looked at.
+    pub(crate) fn note_copied<const OUTER: u8>(
+        &self,
+        number: u32,
+        page: PageIndex,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        {
+            let (mut registry, _held) = self.registry.lock(held);
+            if registry.copied.len() < MAX_COPIED {
+                return registry.copied.push_back((number, page));
+            }
+        }
+        self.ask_prune(number, held);
+    }
+
+    /// The next such page.
+    pub(super) fn next_copied<const OUTER: u8>(
+        &self,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<(u32, PageIndex)> {
+        self.registry.lock(held).0.copied.pop_front()
     }
 
     /// The object of a store, if there is one; makes room for another identity.

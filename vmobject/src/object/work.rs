@@ -3,7 +3,7 @@
 //! Freeing the pages of an object that died, merging one into its only shadow, passing over one that is
 //! hidden: each can be long, none is urgent, and every intermediate state is a correct one. An object with
 //! something to do is on a list; a step takes it off, does a part, and puts it back if there is more.
-//! Called by whoever has time, and by a fault that finds no memory. Calls `collapse`.
+//! Called by whoever has time, and by a fault that finds no memory. Calls `collapse` and `prune`.
 
 use super::{Life, Pager, State};
 use crate::Vm;
@@ -27,7 +27,18 @@ impl<M: Machine> Vm<M> {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
         let mut blocked = 0;
-        while left > 0 && self.objects.chores(held) > blocked {
+        while left > 0 {
+            if let Some((number, page)) = self.objects.next_copied(held) {
+                left -= 1;
+                match self.prune_page(number, page, &mut left, held) {
+                    Progress::Done => {}
+                    Progress::More | Progress::Blocked => self.objects.ask_prune(number, held),
+                }
+                continue;
+            }
+            if self.objects.chores(held).0 <= blocked {
+                return false;
+            }
             let Some(number) = self.objects.next_chore(held) else { return false };
             left -= 1; // looking costs, too
             match self.work_on(number, &mut left, held) {
@@ -39,26 +50,39 @@ impl<M: Machine> Vm<M> {
                 }
             }
         }
-        self.objects.chores(held) > blocked
+        let (chores, copied) = self.objects.chores(held);
+        chores > blocked || copied > 0
     }
 
     fn work_on(&self, number: u32, left: &mut u32, held: &mut Held<'_, CALLER>) -> Progress {
         let Some(object) = self.objects.at(number) else { return Progress::Done };
-        let (below, progress) = {
+        let dying = {
             let (mut state, mut held) = object.write(held);
             match state.life {
                 Life::Vacant => return Progress::Done,
-                Life::Live => return self.collapse(&mut state, left, &mut held),
-                Life::Dying => {}
+                Life::Live => {
+                    let progress = self.collapse(&mut state, left, &mut held);
+                    if !matches!(progress, Progress::Done) || !self.objects.take_prune(number) {
+                        return progress;
+                    }
+                    None
+                }
+                // First of all what is below is let go, so that others may have it for themselves.
+                Life::Dying => {
+                    let below = state.shadow.take().map(|shadow| shadow.object);
+                    Some((below, self.empty(&mut state, left, &mut held)))
+                }
             }
-            // First of all what is below is let go, so that others may have it for themselves.
-            let below = state.shadow.take().map(|shadow| shadow.object);
-            (below, self.empty(&mut state, left, &mut held))
         };
-        if let Some(below) = below {
-            self.unreference(below, held);
+        match dying {
+            None => self.prune(number, left, held),
+            Some((below, progress)) => {
+                if let Some(below) = below {
+                    self.unreference(below, held);
+                }
+                progress
+            }
         }
-        progress
     }
 
     /// Frees the pages of a dying object, and its place when all are gone.

@@ -148,6 +148,9 @@ impl Rig {
         let sight = self.vm.survey(entry, at.page(), &mut held);
         let machine = self.vm.machine();
         Some(match (sight.slot, sight.store) {
+            (Slot::Resident(frame), Some((store, page))) if self.vm.frames.page(frame).is_busy() => {
+                machine.store.page(store, page.number().into())[at.offset_in_page()]
+            }
             (Slot::Resident(frame), _) => {
                 let mut byte = [0];
                 machine.memory.read(frame, at.offset_in_page(), &mut byte);
