@@ -4,9 +4,9 @@
 //! deepest rank that a call chain holds; trap entry makes the first one, of rank 0. Locking needs a
 //! `&mut` to it and gives back a deeper one, so a rank can be taken only under smaller ranks, once.
 //!
-//! Two doors lead past that, both narrow. [`Descent`] goes down a shadow chain hand over hand: objects
+//! Two doors lead past that, both narrow. `Descent` goes down a shadow chain hand over hand: objects
 //! have one rank, and a shadow comes before what it shadows, so there is an order although the type
-//! does not show it. [`RankedRw::write_below`] is the same for a single step.
+//! does not show it. `RankedRw::write_below` is the same for a single step.
 //!
 //! ```compile_fail
 //! use vmobject::lock::{self, Held, Ranked};

@@ -40,7 +40,8 @@ fn boot(name: &'static str, test: impl FnOnce(&'static str) -> Result<()> + Send
 }
 
 pub(super) fn trials() -> Vec<Trial> {
-    let mut trials: Vec<Trial> = ["hello"].into_iter().map(tiny).collect();
+    let tiny_guests = ["hello", "touch", "smp", "irq", "wfi", "mmio", "wild", "gicfuzz", "asid", "fpstate"];
+    let mut trials: Vec<Trial> = tiny_guests.into_iter().map(tiny).collect();
     let linux: &[(&str, &[&str])] = &[
         ("linux_6_12_on_neoverse_n1", &["--cpu", "neoverse-n1", "--host-cpus", "2"]),
         ("linux_6_1_on_cortex_a53", &["--kernel", "6.1", "--cpu", "cortex-a53", "--host-cpus", "1"]),
@@ -62,7 +63,7 @@ fn tiny(name: &'static str) -> Trial {
         fs::create_dir_all(logs(name))?;
         fs::write(&file, image)?;
         let file = file.display().to_string();
-        let mut session = start(name, &["--batch", "--timeout", "60", "--kernel", &file])?;
+        let mut session = start(name, &["--batch", "--timeout", "60", "--vcpus", "2", "--kernel", &file])?;
         session.finish()?;
         let ok = format!("guest {name}: ok");
         ensure!(session.text().contains(&ok), "the guest did not say \"{ok}\"");
