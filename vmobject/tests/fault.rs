@@ -188,10 +188,15 @@ fn the_last_reference_to_a_page_moves_instead_of_being_copied_d17() {
     let rig = Rig::new(1024);
     let object = rig.anonymous(400);
     rig.vm.reference(object, &mut Held::root()).unwrap();
-    let (a, b) = (rig.map(), rig.map());
+    rig.vm.reference(object, &mut Held::root()).unwrap();
+    let (first, a, b) = (rig.map(), rig.map(), rig.map());
+    // A page of the shared object itself, written before anybody shares it.
+    rig.put(&first, 0, 400, object, 0, Prot::ALL, Share::Shared).unwrap();
+    rig.store(&first, at(3, 0), 9).unwrap();
+    rig.vm.destroy_map(first, &mut Held::root());
     rig.put(&a, 0, 400, object, 0, Prot::ALL, Share::Copy).unwrap();
     rig.put(&b, 0, 400, object, 0, Prot::ALL, Share::Copy).unwrap();
-    rig.load(&a, at(3, 0)).unwrap(); // a page of zeros in the shared object
+    assert_eq!(rig.load(&a, at(3, 0)), Ok(9));
     rig.store(&a, at(0, 0), 1).unwrap(); // a has a shadow now
     for page in 0..300 {
         rig.store(&b, at(page, 0), 1).unwrap();
