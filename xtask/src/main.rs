@@ -26,7 +26,7 @@ use std::process::{Command, ExitCode};
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Builds, runs and tests the hypervisor")]
 enum Cli {
-    /// Boot the hypervisor and one Linux guest, console attached; Ctrl-T opens the monitor
+    /// Boot the hypervisor and one Linux guest, console attached
     Run(run::Run),
     /// Every test: tidy, host, boot
     Test(test::Test),

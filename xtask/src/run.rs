@@ -97,8 +97,8 @@ impl Run {
 
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
-        let batch = self.batch || self.until.is_some() || self.script.is_some();
-        let mut disk = Disk::new(batch);
+        // Without a monitor to leave by, the machine ends with its last guest.
+        let mut disk = Disk::new(true);
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
@@ -186,7 +186,7 @@ impl Run {
         let mut machine = self.machine(&dir);
         machine.socket.get_or_insert_with(default_socket);
         eprintln!(
-            "xtask: starting; Ctrl-T opens the monitor ('shutdown' there ends it); the hypervisor's log is target/run/hv.log"
+            "xtask: starting; `poweroff -f` in the guest ends it; the hypervisor's log is target/run/hv.log"
         );
         let status = qemu::command(&machine, &hypervisor, &disk).status().context("starting QEMU")?;
         ensure!(
