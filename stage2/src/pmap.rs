@@ -169,7 +169,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         }
     }
 
-    /// Edits every valid leaf of a range; a block only partly in the range is left to the caller by `whole`.
+    /// Edits every valid leaf of a range. A block in it is edited whole: who must not have that trims it first.
     fn edit(
         &self,
         range: IpaRange,
@@ -214,7 +214,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         }
     }
 
-    /// Compare-and-swap until it holds: the hardware may set flags in between.
+    /// Puts `new` in place of a leaf: one swap, since the hardware may set flags after `old` was read.
     fn exchange(&self, table: Pfn, index: usize, at: Ipa, new: Descriptor, old: Descriptor, sink: Sink<'_>) {
         // Flags that `new` drops come out with the swapped value; flags set since `old` was read do too.
         let before = self.swap(table, index, new);

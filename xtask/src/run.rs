@@ -8,6 +8,7 @@ use crate::{apt, build, images};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 /// Options of `run`.
@@ -97,15 +98,13 @@ impl Run {
 
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
-        // Without a monitor to leave by, the machine ends with its last guest.
-        let mut disk = Disk::new(true);
+        let mut disk = Disk::default();
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
         let mut linux = false;
         if let Some(file) = &self.bios {
-            let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
-            bios = Some(disk.add("bios", bytes));
+            bios = Some(disk.add("bios", read(file)?));
         } else if let Some(file) = self.kernel.as_ref().filter(|k| !is_version(k)) {
             kernel = Some(disk.add("kernel", images::plain_image(file)?));
             linux = self.initrd.is_some();
@@ -121,8 +120,7 @@ impl Run {
             kernel = Some(disk.add("kernel", build::guest(toolchain, "hello")?));
         }
         if let Some(file) = &self.initrd {
-            let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
-            initrd = Some(disk.add("initrd", bytes));
+            initrd = Some(disk.add("initrd", read(file)?));
         } else if linux {
             initrd = Some(disk.add("initrd", std::fs::read(images::initramfs()?)?));
         }
@@ -158,15 +156,20 @@ impl Run {
         }
     }
 
-    /// Builds everything and starts a watched machine, its files in `dir`.
-    pub(crate) fn session(&self, dir: &Path, echo: bool) -> Result<Session> {
+    /// Builds everything; the command that starts `machine`, its files in `dir`.
+    fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Command> {
         std::fs::create_dir_all(dir)?;
         qemu::provide()?;
         let toolchain = Toolchain::provide()?;
         let hypervisor = build::hypervisor(&toolchain)?;
         let disk = dir.join("images.img");
         self.disk(&toolchain)?.write(&disk)?;
-        let command = qemu::command(&self.machine(dir), &hypervisor, &disk);
+        Ok(qemu::command(machine, &hypervisor, &disk))
+    }
+
+    /// Builds everything and starts a watched machine, its files in `dir`.
+    pub(crate) fn session(&self, dir: &Path, echo: bool) -> Result<Session> {
+        let command = self.prepare(&self.machine(dir), dir)?;
         let limit = if self.timeout == 0 { u64::from(u32::MAX) } else { self.timeout };
         Session::start(command, &dir.join("console.log"), Duration::from_secs(limit), echo)
     }
@@ -177,18 +180,13 @@ impl Run {
         if self.batch || self.until.is_some() || self.script.is_some() {
             return self.watched(&dir);
         }
-        std::fs::create_dir_all(&dir)?;
-        qemu::provide()?;
-        let toolchain = Toolchain::provide()?;
-        let hypervisor = build::hypervisor(&toolchain)?;
-        let disk = dir.join("images.img");
-        self.disk(&toolchain)?.write(&disk)?;
         let mut machine = self.machine(&dir);
         machine.socket.get_or_insert_with(default_socket);
+        let mut command = self.prepare(&machine, &dir)?;
         eprintln!(
             "xtask: starting; `poweroff -f` in the guest ends it; the hypervisor's log is target/run/hv.log"
         );
-        let status = qemu::command(&machine, &hypervisor, &disk).status().context("starting QEMU")?;
+        let status = command.status().context("starting QEMU")?;
         ensure!(
             status.success(),
             "the hypervisor did not end well ({status}); see {}",
@@ -217,6 +215,10 @@ impl Run {
             None => session.finish(),
         }
     }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    std::fs::read(file).with_context(|| format!("reading {}", file.display()))
 }
 
 fn is_version(kernel: &Path) -> bool {

@@ -6,21 +6,13 @@ use crate::session::Session;
 use crate::toolchain::Toolchain;
 use crate::{build, images};
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
 use libtest_mimic::Trial;
 use std::fs;
 use std::path::PathBuf;
 
-#[derive(Parser)]
-struct Options {
-    #[command(flatten)]
-    run: Run,
-}
-
 /// `run` with these words; the machine's files and logs are kept under the test's name.
 fn start(name: &str, words: &[&str]) -> Result<Session> {
-    let options = Options::try_parse_from(std::iter::once("run").chain(words.iter().copied()))?;
-    options.run.session(&logs(name), false)
+    Run::from_words(words)?.session(&logs(name), false)
 }
 
 fn logs(name: &str) -> PathBuf {

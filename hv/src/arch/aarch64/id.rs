@@ -1,7 +1,8 @@
 //! Identification registers, read once more each time: they are constant, and reads are cheap.
 
 use super::sysreg::read_sysreg;
-use crate::arch::context::{IdRegisters, id_field};
+use crate::arch::context::IdRegisters;
+use stage2::geometry::Features;
 
 /// The registers of this CPU. Those newer than the CPU read as zero, as the architecture promises.
 pub fn read() -> IdRegisters {
@@ -34,14 +35,7 @@ pub fn read() -> IdRegisters {
 
 /// Bits of physical address that the CPU has, 52 taken as 48: we use the 4 KiB granule without LPA2.
 pub fn pa_bits() -> u32 {
-    match id_field(read_sysreg!("s3_0_c0_c7_0"), 0) {
-        0 => 32,
-        1 => 36,
-        2 => 40,
-        3 => 42,
-        4 => 44,
-        _ => 48,
-    }
+    Features::from_id_registers(read_sysreg!("s3_0_c0_c7_0"), 0).pa_bits()
 }
 
 /// The AArch32 registers, whose encodings have no names for the newest.
