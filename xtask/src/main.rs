@@ -15,6 +15,7 @@ mod progress;
 mod qemu;
 mod run;
 mod session;
+mod symbols;
 mod test;
 mod toolchain;
 

@@ -21,6 +21,8 @@ pub(crate) struct Machine {
     pub(crate) memory_mib: u64,
     /// Count instructions instead of time.
     pub(crate) icount: bool,
+    /// The hypervisor's own command line.
+    pub(crate) append: String,
     /// Where the hypervisor's own log goes.
     pub(crate) log: PathBuf,
     /// The control socket, if any.
@@ -71,6 +73,9 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
         .args(["-device", "virtio-blk-device,drive=images"])
         .arg("-kernel")
         .arg(hypervisor);
+    if !machine.append.is_empty() {
+        command.args(["-append", &machine.append]);
+    }
     if machine.icount {
         command.args(["-icount", "shift=0,sleep=off"]);
     }

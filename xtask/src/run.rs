@@ -3,6 +3,7 @@
 use crate::disk::{Disk, Guest};
 use crate::qemu::{self, Machine};
 use crate::session::Session;
+use crate::symbols::Log;
 use crate::toolchain::Toolchain;
 use crate::{apt, build, images};
 use anyhow::{Context, Result, bail, ensure};
@@ -62,6 +63,9 @@ pub(crate) struct Run {
     /// Control socket
     #[arg(long)]
     pub(crate) socket: Option<PathBuf>,
+    /// The hypervisor's own command line, for tests: `selftest=NAME`
+    #[arg(long, default_value = "", hide = true)]
+    pub(crate) host_append: String,
     /// Wait for gdb on this port
     #[arg(skip)]
     pub(crate) gdb: Option<u16>,
@@ -150,28 +154,30 @@ impl Run {
             cpus: self.host_cpus,
             memory_mib: self.host_memory,
             icount: self.icount,
+            append: self.host_append.clone(),
             log: dir.join("hv.log"),
             socket: self.socket.clone(),
             gdb: self.gdb,
         }
     }
 
-    /// Builds everything; the command that starts `machine`, its files in `dir`.
-    fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Command> {
+    /// Builds everything; the command that starts `machine`, its files in `dir`, and what it will say.
+    fn prepare(&self, machine: &Machine, dir: &Path) -> Result<(Command, Log)> {
         std::fs::create_dir_all(dir)?;
         qemu::provide()?;
         let toolchain = Toolchain::provide()?;
         let hypervisor = build::hypervisor(&toolchain)?;
         let disk = dir.join("images.img");
         self.disk(&toolchain)?.write(&disk)?;
-        Ok(qemu::command(machine, &hypervisor, &disk))
+        let command = qemu::command(machine, &hypervisor, &disk);
+        Ok((command, Log { file: machine.log.clone(), elf: hypervisor }))
     }
 
     /// Builds everything and starts a watched machine, its files in `dir`.
     pub(crate) fn session(&self, dir: &Path, echo: bool) -> Result<Session> {
-        let command = self.prepare(&self.machine(dir), dir)?;
+        let (command, log) = self.prepare(&self.machine(dir), dir)?;
         let limit = if self.timeout == 0 { u64::from(u32::MAX) } else { self.timeout };
-        Session::start(command, &dir.join("console.log"), Duration::from_secs(limit), echo)
+        Session::start(command, log, &dir.join("console.log"), Duration::from_secs(limit), echo)
     }
 
     /// Does what was asked.
@@ -182,15 +188,16 @@ impl Run {
         }
         let mut machine = self.machine(&dir);
         machine.socket.get_or_insert_with(default_socket);
-        let mut command = self.prepare(&machine, &dir)?;
+        let (mut command, log) = self.prepare(&machine, &dir)?;
         eprintln!(
             "xtask: starting; `poweroff -f` in the guest ends it; the hypervisor's log is target/run/hv.log"
         );
         let status = command.status().context("starting QEMU")?;
         ensure!(
             status.success(),
-            "the hypervisor did not end well ({status}); see {}",
-            machine.log.display()
+            "the hypervisor did not end well ({status}); its log is {}\n{}",
+            log.file.display(),
+            log.panic().unwrap_or_default()
         );
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! One QEMU run, watched: console lines in, typed text out, a bound on time, a log of everything.
 
+use crate::symbols::Log;
 use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -18,14 +19,23 @@ pub(crate) struct Session {
     mark: usize,
     deadline: Instant,
     limit: Duration,
-    log: File,
+    console: File,
+    /// The hypervisor's own log, for the end.
+    log: Log,
     echo: bool,
 }
 
 impl Session {
-    /// Starts QEMU. Everything the console says goes to `log`, and with `echo` to our standard output.
-    pub(crate) fn start(mut command: Command, log: &Path, limit: Duration, echo: bool) -> Result<Self> {
-        if let Some(dir) = log.parent() {
+    /// Starts QEMU, which writes the hypervisor's words to `log`. Everything the console says goes to `console`,
+    /// and with `echo` to our standard output.
+    pub(crate) fn start(
+        mut command: Command,
+        log: Log,
+        console: &Path,
+        limit: Duration,
+        echo: bool,
+    ) -> Result<Self> {
+        if let Some(dir) = console.parent() {
             std::fs::create_dir_all(dir)?;
         }
         let mut child = command
@@ -51,9 +61,9 @@ impl Session {
                 }
             });
         }
-        let log = File::create(log).with_context(|| format!("creating {}", log.display()))?;
+        let console = File::create(console).with_context(|| format!("creating {}", console.display()))?;
         let deadline = Instant::now() + limit;
-        Ok(Self { child, input, output, seen: Vec::new(), mark: 0, deadline, limit, log, echo })
+        Ok(Self { child, input, output, seen: Vec::new(), mark: 0, deadline, limit, console, log, echo })
     }
 
     /// Takes what has arrived; false when QEMU has closed its output.
@@ -65,7 +75,7 @@ impl Session {
         }
         match self.output.recv_timeout(left) {
             Ok(bytes) => {
-                self.log.write_all(&bytes)?;
+                self.console.write_all(&bytes)?;
                 if self.echo {
                     std::io::stdout().write_all(&bytes)?;
                     std::io::stdout().flush()?;
@@ -120,11 +130,15 @@ impl Session {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
-    /// The last lines.
+    /// The last lines, and what the hypervisor says of a panic.
     fn tail(&self) -> String {
         let text = self.text();
         let lines: Vec<&str> = text.lines().collect();
-        lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n")
+        let mut tail = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n");
+        if let Some(panic) = self.log.panic() {
+            tail += &format!("\n{panic}");
+        }
+        tail
     }
 
     /// Ends QEMU now.

@@ -1,6 +1,6 @@
 //! The end: prints what is wrong and how we got there, and makes QEMU exit with status 1.
 //!
-//! Addresses in the backtrace are the image's own (EL2 runs on an identity map), so `xtask` can name them.
+//! Addresses in the backtrace are the image's own (EL2 runs on an identity map), so `xtask` names them.
 
 use super::log;
 use crate::arch::{entry, percpu, power};

@@ -5,7 +5,7 @@ use crate::run::Run;
 use crate::session::Session;
 use crate::toolchain::Toolchain;
 use crate::{build, images};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use std::fs;
 use std::path::PathBuf;
@@ -31,6 +31,41 @@ fn boot(name: &'static str, test: impl FnOnce(&'static str) -> Result<()> + Send
     })
 }
 
+/// What EL2 does wrong on purpose, and what it must tell of it beside the function's name: the syndrome in ESR_EL2 is
+/// a write or a read where nothing is mapped, a write to what is read-only, a fetch from what is not executable.
+const SELF_TESTS: [(&str, &str, &str, &str); 5] = [
+    (
+        "a_panic_at_el2_ends_the_machine_and_names_the_function",
+        "panic",
+        "panic on CPU 0: as asked",
+        "hv::boot::selftest::panic",
+    ),
+    (
+        "a_stack_that_overflows_at_el2_hits_its_guard_page",
+        "last-overflow",
+        "panic on CPU 1: synchronous exception at EL2: ESR 0x96000047",
+        "selftest::overflow::deeper",
+    ),
+    (
+        "a_guard_page_of_el2_cannot_be_read",
+        "guard",
+        "panic on CPU 0: synchronous exception at EL2: ESR 0x96000007",
+        "hv::boot::selftest::guard",
+    ),
+    (
+        "el2_cannot_write_its_own_code",
+        "write-text",
+        "panic on CPU 0: synchronous exception at EL2: ESR 0x9600004f",
+        "hv::boot::selftest::write_text",
+    ),
+    (
+        "el2_cannot_execute_its_data",
+        "run-data",
+        "panic on CPU 0: synchronous exception at EL2: ESR 0x8600000f",
+        "hv::boot::selftest::run_data",
+    ),
+];
+
 pub(super) fn trials() -> Vec<Trial> {
     let tiny_guests = ["hello", "touch", "smp", "irq", "wfi", "mmio", "wild", "gicfuzz", "asid", "fpstate"];
     let mut trials: Vec<Trial> = tiny_guests.into_iter().map(tiny).collect();
@@ -42,6 +77,9 @@ pub(super) fn trials() -> Vec<Trial> {
     ];
     for (name, words) in linux {
         trials.push(boot(name, move |name| boots_to_a_shell(name, words)));
+    }
+    for (name, what, story, function) in SELF_TESTS {
+        trials.push(boot(name, move |name| stops(name, what, story, function)));
     }
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
     trials
@@ -86,5 +124,23 @@ fn u_boot_answers(name: &'static str) -> Result<()> {
     session.send("version\n")?;
     session.wait("U-Boot 20")?;
     session.stop();
+    Ok(())
+}
+
+/// EL2 does wrong on purpose: QEMU must end with status 1, and the error must tell the story, with registers where an
+/// exception has some, and name the function.
+fn stops(name: &str, what: &str, story: &str, function: &str) -> Result<()> {
+    let image = logs(name).join("empty.bin");
+    fs::create_dir_all(logs(name))?;
+    fs::write(&image, [0; 64])?;
+    let image = image.display().to_string();
+    let append = format!("selftest={what}");
+    let words = ["--batch", "--timeout", "60", "--kernel", &image, "--host-append", &append];
+    let Err(told) = start(name, &words)?.finish() else { bail!("the machine ended as if all were well") };
+    let told = format!("{told:#}");
+    for word in ["(exit status: 1)", story, "backtrace 0: 0x", function] {
+        ensure!(told.contains(word), "nothing says \"{word}\":\n{told}");
+    }
+    ensure!(!story.contains("exception") || told.contains("x30 "), "no registers:\n{told}");
     Ok(())
 }

@@ -65,6 +65,9 @@ pub fn secondary_entry() -> u64 {
     secondary_start as *const () as u64
 }
 
+/// ESR_EL2.EC of an instruction abort from EL2 itself.
+const INSTRUCTION_ABORT: u64 = 0x21;
+
 /// What an exception at EL2 found.
 #[repr(C, align(16))]
 struct Frame {
@@ -110,14 +113,17 @@ impl fmt::Display for Frame {
 /// An exception at EL2 is a bug of ours: vectors.S comes here, on the emergency stack.
 extern "C" fn el2_died(frame: &Frame) -> ! {
     if let Some((fp, pc)) = DIED_AT.get(super::percpu::cpu()) {
+        // Where nothing can be executed, x30 still says which call went there.
+        let nowhere = (read_sysreg!("esr_el2") >> 26) & 0x3f == INSTRUCTION_ABORT;
+        let place = if nowhere { frame.x[30].wrapping_sub(4) } else { frame.pc };
         fp.store(frame.x[29], Ordering::Relaxed);
-        pc.store(frame.pc, Ordering::Relaxed);
+        pc.store(place, Ordering::Relaxed);
     }
     panic!("{frame}");
 }
 
-/// Calls `each` with the return addresses of this CPU's call chain, innermost first; at most 48. After an
-/// exception at EL2 that is the chain that the exception stopped.
+/// Calls `each` with the addresses of the calls that led here, on this CPU, innermost first; at most 48. After an
+/// exception at EL2 they start with the instruction that it stopped, or with the call that jumped to nowhere.
 pub fn backtrace(mut each: impl FnMut(u64)) {
     let (mut fp, pc) = DIED_AT
         .get(super::percpu::cpu())
@@ -142,7 +148,8 @@ pub fn backtrace(mut each: impl FnMut(u64)) {
         if pc == 0 {
             return;
         }
-        each(pc);
+        // A return address is that of the instruction after the call.
+        each(pc.wrapping_sub(4));
         last = fp;
         fp = next;
     }
