@@ -5,6 +5,7 @@
 //!
 //! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
+//! * [`vdev`] - the devices that a guest sees, as pure logic: values in, values out.
 //! * [`loader`] - what kind of program an image is, what is where in a new guest, its device tree.
 //! * [`guest`] - a guest's vCPUs and devices, and what happens when one of them stops.
 //! * [`sched`] - who runs when, on which CPU.

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::on_path;
 use crate::progress::step;
-use crate::toolchain::on_path;
 
 /// True where `apt-get install` can work: a Debian machine, and we are root.
 pub(crate) fn can_install() -> bool {

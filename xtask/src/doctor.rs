@@ -1,6 +1,7 @@
 //! `cargo xtask doctor`: what this machine has and lacks, for each command.
 
-use crate::toolchain::{Toolchain, on_path};
+use crate::on_path;
+use crate::toolchain::Toolchain;
 use crate::{apt, qemu};
 
 /// Prints it.

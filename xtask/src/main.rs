@@ -1,8 +1,12 @@
 //! Everything a person types: `cargo xtask COMMAND`.
 //!
-//! `toolchain`, `apt`, `qemu` each see that what they stand for is there, or provide it; `images`, `disk` and
-//! `build` make what the machine runs; `session` watches one run; `run`, `test`, `bench`, `ctl`, `doctor` are
-//! commands.
+//! Read in this order, which is also who may use whom: a module uses only those before it.
+//!
+//! * `progress` - what takes longer than a moment says so.
+//! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
+//! * `build`, `images`, `disk` - what the machine runs, and the disk that brings it there.
+//! * `symbols`, `session` - one run, watched; names for the addresses that it leaves.
+//! * `ctl`, `run`, `test`, `bench`, `doctor` - the commands.
 
 mod apt;
 mod bench;
@@ -64,12 +68,14 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
+/// A program on the path.
+fn on_path(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|p| p.is_file())
+}
+
 fn debug(mut options: run::Run) -> Result<()> {
     const PORT: u16 = 3117;
-    ensure!(
-        toolchain::on_path("gdb-multiarch").is_some(),
-        "gdb-multiarch is not here: apt-get install gdb-multiarch"
-    );
+    ensure!(on_path("gdb-multiarch").is_some(), "gdb-multiarch is not here: apt-get install gdb-multiarch");
     options.gdb = Some(PORT);
     options.timeout = 0;
     let elf = build::hypervisor(&toolchain::Toolchain::provide()?)?;

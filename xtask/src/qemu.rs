@@ -1,7 +1,7 @@
 //! QEMU's arguments; no other file knows them.
 
 use crate::apt;
-use crate::toolchain::on_path;
+use crate::on_path;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -4,6 +4,7 @@
 //! test leaves its console and the hypervisor's log under `target/test-logs`.
 
 mod boot;
+mod modules;
 mod tidy;
 
 use crate::toolchain::Toolchain;

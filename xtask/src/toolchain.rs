@@ -4,7 +4,7 @@
 //! `cargo-web` and `rust-web-src`: its `core` is built from source. First the toolchain that runs us is looked
 //! at, then Debian's, then (as root) Debian's is installed.
 
-use crate::apt;
+use crate::{apt, on_path};
 use anyhow::{Context, Result, bail};
 use std::env;
 use std::path::{Path, PathBuf};
@@ -139,9 +139,4 @@ fn find_lld() -> Option<PathBuf> {
             hosts.flatten().map(|h| h.path().join("bin/rust-lld")).find(|p| p.is_file())
         })
     })
-}
-
-/// A program on the path.
-pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?).map(|dir| dir.join(name)).find(|p| p.is_file())
 }

@@ -1,6 +1,6 @@
 //! What no compiler checks, and the compilers' own checks as named tests.
 
-use super::{cargo, passes, trial, violations};
+use super::{cargo, modules, passes, trial, violations};
 use crate::toolchain::Toolchain;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
@@ -19,6 +19,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("hv-guests", &["hv-abi"]),
     ("xtask", &["hv-abi"]),
 ];
+
+/// Rule 2: the crate roots that list their modules in order.
+const ORDERED: &[&str] =
+    &["vmobject/src/lib.rs", "stage2/src/lib.rs", "board/src/lib.rs", "hv/src/lib.rs", "xtask/src/main.rs"];
 
 /// Folders in which assembly may be written.
 const ASSEMBLY: &[&str] = &["hv/src/arch/aarch64", "hv/guests"];
@@ -54,6 +58,13 @@ pub(super) fn trials() -> Vec<Trial> {
             passes(cargo(&["doc", "--quiet", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
         }),
         trial("tidy::packages_import_only_what_the_layout_allows", imports),
+        trial("tidy::modules_use_only_those_before_them", || {
+            let sources = sources()?;
+            violations(
+                &ORDERED.iter().flat_map(|root| modules::against_order(&sources, root)).collect::<Vec<_>>(),
+            )
+        }),
+        trial("tidy::every_file_belongs_to_a_crate", || violations(&modules::unreached(&sources()?))),
         trial("tidy::every_file_says_why_it_exists_and_stays_short", files),
         trial("tidy::assembly_and_unsafe_stay_where_they_belong", places),
     ]
@@ -82,8 +93,8 @@ fn imports() -> Result<()> {
     violations(&found)
 }
 
-fn sources() -> Result<Vec<(String, String)>> {
-    let mut found = Vec::new();
+fn sources() -> Result<modules::Sources> {
+    let mut found = modules::Sources::new();
     let mut dirs: Vec<PathBuf> =
         ["vmobject", "stage2", "board", "hv", "xtask"].iter().map(|d| crate::root().join(d)).collect();
     while let Some(dir) = dirs.pop() {
@@ -93,7 +104,7 @@ fn sources() -> Result<Vec<(String, String)>> {
                 dirs.push(path);
             } else if path.extension().is_some_and(|e| e == "rs" || e == "S") {
                 let name = path.strip_prefix(crate::root()).unwrap_or(&path).display().to_string();
-                found.push((name, fs::read_to_string(&path)?));
+                found.insert(name, fs::read_to_string(&path)?);
             }
         }
     }
