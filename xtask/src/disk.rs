@@ -32,6 +32,8 @@ pub(crate) struct Disk {
     images: Vec<(String, Vec<u8>)>,
     /// The guests to start.
     pub(crate) guests: Vec<Guest>,
+    /// The machine stays when its last guest has ended, until the monitor is told `shutdown`.
+    pub(crate) stays: bool,
 }
 
 impl Disk {
@@ -63,8 +65,7 @@ impl Disk {
             .collect();
         let images: Vec<Value> =
             self.images.iter().map(|(name, b)| json!({"partition": name, "bytes": b.len()})).collect();
-        // Without a monitor to leave by, the machine ends with its last guest.
-        json!({"version": 1, "batch": true, "images": images, "guests": guests}).to_string()
+        json!({"version": 1, "batch": !self.stays, "images": images, "guests": guests}).to_string()
     }
 
     /// Writes the disk.

@@ -103,6 +103,7 @@ impl Run {
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
         let mut disk = Disk::default();
+        disk.stays = self.script.is_some() && !self.batch;
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
@@ -216,6 +217,9 @@ impl Run {
                 act(&mut session, line, options.socket.as_deref())
                     .with_context(|| format!("{} line {}: {line}", script.display(), number + 1))?;
             }
+            if !self.batch && self.until.is_none() && !text.lines().any(|line| line.trim() == "shutdown") {
+                act(&mut session, "shutdown", options.socket.as_deref())?;
+            }
         }
         match &self.until {
             Some(text) => session.wait(text).map(|_| ()),
@@ -238,10 +242,11 @@ fn act(session: &mut Session, line: &str, socket: Option<&Path>) -> Result<()> {
     if line.is_empty() || line.starts_with('#') {
         return Ok(());
     }
-    if let Some(rest) = line.strip_prefix("wait ") {
+    // With a guest's name behind it, either is a command of the monitor.
+    if let Some(rest) = line.strip_prefix("wait ").filter(|rest| rest.trim().starts_with('"')) {
         return session.wait(&quoted(rest)).map(|_| ());
     }
-    if let Some(rest) = line.strip_prefix("send ") {
+    if let Some(rest) = line.strip_prefix("send ").filter(|rest| rest.trim().starts_with('"')) {
         return session.send(&format!("{}\n", quoted(rest)));
     }
     let reply = crate::ctl::ask(socket.unwrap_or(&default_socket()), line)?;

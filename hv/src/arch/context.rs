@@ -63,6 +63,17 @@ pub enum Trap {
     },
 }
 
+impl Trap {
+    /// ESR_EL2; all ones for what has none.
+    #[inline]
+    pub const fn syndrome(&self) -> u64 {
+        match *self {
+            Self::Sync { esr, .. } | Self::SError { esr } => esr,
+            Self::Irq | Self::Fiq => u64::MAX,
+        }
+    }
+}
+
 /// Declares [`El1Context`] and keeps its fields, their resets and their documentation in one list.
 macro_rules! el1_context {
     ($($(#[$doc:meta])* $field:ident = $reset:expr;)*) => {

@@ -1,4 +1,4 @@
-//! Which virtio slots hold a disk, and what partitions those have.
+//! Which virtio slots hold a disk or the control port, and what partitions the disks have.
 //!
 //! Called once, on the first CPU. A device that cannot be used is told of and left out.
 
@@ -6,8 +6,9 @@ use crate::mm::store::Disks;
 use alloc::alloc::{Layout, alloc, dealloc};
 use board::platform::{Device, Platform};
 use board::virtio::blk::Blk;
+use board::virtio::console::Console;
 use board::virtio::hal::{self, PageSource};
-use board::virtio::{Kind, probe};
+use board::virtio::{Kind, Mmio, probe};
 use log::{info, warn};
 use vmobject::addr::{PAGE_SIZE, PhysAddr};
 
@@ -51,7 +52,8 @@ fn look(slot: &Device, disks: &mut Disks) {
     // SAFETY: the tree names the slot, the map has it as device memory, and nobody else has it.
     let transport = match unsafe { probe(slot) } {
         Ok(Some((Kind::Disk, transport))) => transport,
-        Ok(Some((Kind::Console | Kind::Other, _)) | None) => return,
+        Ok(Some((Kind::Console, transport))) => return listen(slot, transport),
+        Ok(Some((Kind::Other, _)) | None) => return,
         Err(error) => return warn!("virtio slot {at:#x}: {error:?}"),
     };
     match Blk::new(transport) {
@@ -63,5 +65,19 @@ fn look(slot: &Device, disks: &mut Disks) {
             }
         }
         Err(error) => warn!("disk at {at:#x}: {error:?}"),
+    }
+}
+
+fn listen(slot: &Device, transport: Mmio) {
+    let at = slot.region.base.bits();
+    match Console::new(transport) {
+        Ok(console) => {
+            if super::control::set(console, slot.interrupt) {
+                info!("control port at {at:#x}");
+            } else {
+                warn!("console at {at:#x}: there is a control port already");
+            }
+        }
+        Err(error) => warn!("console at {at:#x}: {error:?}"),
     }
 }

@@ -4,13 +4,14 @@
 //! left out; in batch mode that is a failure of the whole.
 
 use super::machine::Machine;
-use crate::arch::{id, percpu, timer};
+use crate::arch::{id, timer};
 use crate::guest::{self, create, table};
 use crate::loader::image::HEAD;
 use crate::loader::plan::Blob;
 use crate::loader::{GuestConfig, Manifest, manifest};
 use crate::mm;
-use crate::sched::{self, Outside as _};
+use crate::monitor::host;
+use crate::sched;
 use ::log::{error, info, warn};
 use alloc::string::ToString;
 use alloc::vec;
@@ -29,7 +30,12 @@ pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut H
         warn!("there is no manifest on any disk: nothing to run");
         return;
     };
-    machine.set_batch(manifest.batch);
+    if manifest.batch {
+        host::leave_with_the_last_guest();
+    }
+    if let Some(first) = manifest.guests.first() {
+        host::set_model(first);
+    }
     create::set_images(images(&manifest));
     let mut failed = false;
     for config in manifest.guests {
@@ -44,15 +50,14 @@ pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut H
 /// Makes and starts one guest; the first is attached to the console.
 fn launch(config: GuestConfig, machine: &'static Machine, held: &mut Held<'_, 0>) -> bool {
     let (id, name) = (table::next_id(), config.name.clone());
-    let poll = |held: &mut Held<'_, 0>| machine.look_around(percpu::cpu(), held);
+    let poll = |held: &mut Held<'_, 0>| sched::Outside::poll(machine, held);
     match create::create(id, config, None, &poll, held) {
         Ok(guest) => {
             info!("guest {id} \"{name}\": {} vCPUs, {} MiB", guest.vcpus.len(), guest.config.memory >> 20);
             if guest::console::attached().is_none() {
                 guest::console::attach(Some(id));
             }
-            sched::launch(guest, held);
-            true
+            sched::launch(guest, held)
         }
         Err(error) => {
             error!("guest {id} \"{name}\": {error}");

@@ -1,17 +1,21 @@
 //! The machine's devices as the scheduler meets them: who gets an interrupt, and what ends the machine.
 //!
-//! One [`Machine`], made on the first CPU before any guest runs. Interrupts of the console become typed
-//! bytes of the attached guest; those of disks become completions for the memory manager, and wake-ups.
+//! One [`Machine`], made on the first CPU before any guest runs. Interrupts of the console become typed bytes of
+//! the attached guest or the monitor, those of the control port lines for it, those of disks completions for
+//! the memory manager, and wake-ups.
 
-use super::{console, with_gic};
+use super::{console, control, with_gic};
 use crate::arch::percpu;
 use crate::arch::percpu::MAX_CPUS;
 use crate::guest::{self, rank, table};
 use crate::mm;
+use crate::monitor::desk::{self, Front};
+use crate::monitor::host;
 use crate::sched::{self, Outside};
 use ::log::warn;
 use board::gic::Private;
 use board::platform::{Interrupt, Platform};
+use core::fmt::Write as _;
 use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Once;
 use vmobject::lock::Held;
@@ -26,8 +30,9 @@ static MACHINE: Once<Machine> = Once::new();
 /// What the scheduler calls.
 pub(super) struct Machine {
     console: Option<Interrupt>,
-    /// Leave when the last guest has ended.
-    batch: AtomicBool,
+    control: Option<Interrupt>,
+    /// The last guest has ended, and nobody has been told yet.
+    deserted: AtomicBool,
 }
 
 /// Each CPU's redistributor.
@@ -35,15 +40,24 @@ static PRIVATE: [Once<Private>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
 
 /// Makes the machine and turns its devices' interrupts on, at this CPU.
 pub(super) fn init(platform: &Platform) -> &'static Machine {
-    let machine = Machine { console: console::init(platform), batch: AtomicBool::new(false) };
+    let machine = Machine {
+        console: console::init(platform),
+        control: control::interrupt(),
+        deserted: AtomicBool::new(false),
+    };
     let mpidr = percpu::own_mpidr();
-    for interrupt in machine.console.into_iter().chain(mm::disks().interrupts()) {
+    let doors = machine.console.into_iter().chain(machine.control);
+    for interrupt in doors.chain(mm::disks().interrupts()) {
         if let Err(error) = with_gic(|gic| gic.enable_shared(interrupt, mpidr)) {
             warn!("interrupt {interrupt:?} cannot be enabled: {error:?}");
         }
     }
     guest::console::set_wire(&console::Serial);
-    MACHINE.call_once(|| machine)
+    let machine = MACHINE.call_once(|| machine);
+    // A line that rose before its interrupt was enabled does not rise again until it is acknowledged.
+    control::acknowledge();
+    machine.listen(&mut Held::root());
+    machine
 }
 
 /// The machine; `None` before [`init`].
@@ -60,23 +74,55 @@ pub(super) fn init_cpu() {
 }
 
 impl Machine {
-    /// Says whether the machine ends with the last guest.
-    pub(super) fn set_batch(&self, batch: bool) {
-        self.batch.store(batch, Ordering::Relaxed);
-    }
-
-    /// Types what arrived into the attached guest.
+    /// Takes typed bytes in: for the monitor, or into the attached guest.
     fn typed<const R: u8>(&self, held: &mut Held<'_, R>) {
         const { assert!(R < rank::GUESTS) };
         console::acknowledge();
         for _ in 0..MAX_TYPED {
             let Some(byte) = console::read() else { return };
+            let Some(byte) = desk::typed(byte, &mut console::Serial, held) else { continue };
             let attached = guest::console::attached().and_then(|id| table::get(id, held));
             if let Some(guest) = attached {
                 let kicks = guest.type_in(&[byte], held);
                 sched::wake_many(&guest, kicks, held);
             }
         }
+    }
+
+    /// Takes control lines in, as long as the monitor has room for them.
+    fn listen<const R: u8>(&self, held: &mut Held<'_, R>) {
+        const { assert!(R < rank::GUESTS) };
+        let mut bytes = [0; control::CHUNK];
+        while desk::has_room(held) {
+            match control::read(&mut bytes) {
+                0 => return,
+                count => desk::arrived(&bytes[..count], held),
+            }
+        }
+    }
+}
+
+impl Front for Machine {
+    fn show(&self, text: &str) {
+        // A serial port does not fail.
+        let _ = console::Serial.write_str(text);
+    }
+
+    fn send(&self, bytes: &[u8]) -> usize {
+        control::write(bytes)
+    }
+
+    fn more(&self, held: &mut Held<'_, 0>) {
+        self.listen(held);
+    }
+
+    fn poll(&self, held: &mut Held<'_, 0>) {
+        complete(held);
+    }
+
+    fn leave(&self) -> ! {
+        ::log::info!("the last guest has ended");
+        crate::arch::power::exit(0)
     }
 }
 
@@ -91,17 +137,22 @@ fn complete<const R: u8>(held: &mut Held<'_, R>) {
 
 impl Outside for Machine {
     fn interrupt(&self, intid: u32, held: &mut Held<'_, { rank::VCPU }>) {
-        if self.console.is_some_and(|console| console.intid == intid) {
+        let is = |door: Option<Interrupt>| door.is_some_and(|door| door.intid == intid);
+        if is(self.console) {
             self.typed(held);
+        } else if is(self.control) {
+            control::acknowledge();
+            self.listen(held);
         } else {
             complete(held);
         }
     }
 
     fn last_guest_ended(&self) {
-        if self.batch.load(Ordering::Relaxed) {
-            ::log::info!("the last guest has ended");
-            crate::arch::power::exit(0);
+        if !host::is_leaving() {
+            self.deserted.store(true, Ordering::SeqCst);
+        } else if !desk::is_busy() {
+            self.leave();
         }
     }
 
@@ -112,7 +163,16 @@ impl Outside for Machine {
         }
     }
 
-    fn look_around(&self, _cpu: usize, held: &mut Held<'_, 0>) {
+    fn look_around(&self, held: &mut Held<'_, 0>) {
+        complete(held);
+        desk::serve(self, held);
+        if self.deserted.load(Ordering::Relaxed) && self.deserted.swap(false, Ordering::SeqCst) {
+            self.show("\r\nthe last guest has ended; 'create' makes another, 'shutdown' leaves\r\n");
+            desk::open(&mut console::Serial, held);
+        }
+    }
+
+    fn poll(&self, held: &mut Held<'_, 0>) {
         complete(held);
     }
 }

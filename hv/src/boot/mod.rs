@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "this is where memory gets its meaning")]
 
 mod console;
+mod control;
 mod disks;
 mod guests;
 pub mod log;

@@ -59,6 +59,8 @@ struct Ring {
     next: usize,
     /// Bytes ever printed.
     total: u64,
+    /// What was printed before is not looked at by [`Log::seek`].
+    mark: u64,
 }
 
 impl Default for Log {
@@ -70,7 +72,7 @@ impl Default for Log {
 impl Log {
     /// Nothing yet. The ring grows up to its bound as it is used.
     pub const fn new() -> Self {
-        Self(Ranked::new(Ring { bytes: Vec::new(), next: 0, total: 0 }))
+        Self(Ranked::new(Ring { bytes: Vec::new(), next: 0, total: 0, mark: 0 }))
     }
 
     /// Adds a byte of guest `from`.
@@ -88,14 +90,42 @@ impl Log {
 
     /// Everything that is kept, oldest first; `None` when there is no memory for a copy.
     pub fn read<const R: u8>(&self, held: &mut Held<'_, R>) -> Option<Vec<u8>> {
+        self.since(0, held)
+    }
+
+    /// What is kept of what was printed after the first `start` bytes; `None` when there is no memory for a copy.
+    pub fn since<const R: u8>(&self, start: u64, held: &mut Held<'_, R>) -> Option<Vec<u8>> {
         const { assert!(R < rank::CONSOLE) };
         let (ring, _held) = self.0.lock(held);
+        let kept = ring.bytes.len();
+        let wanted = usize::try_from(ring.total.saturating_sub(start)).unwrap_or(kept).min(kept);
         let mut out = Vec::new();
-        out.try_reserve_exact(ring.bytes.len()).ok()?;
-        let (new, old) = ring.bytes.split_at(ring.next.min(ring.bytes.len()));
-        out.extend_from_slice(old);
-        out.extend_from_slice(new);
+        out.try_reserve_exact(wanted).ok()?;
+        out.extend(ring.iter().skip(kept - wanted));
         Some(out)
+    }
+
+    /// True when the text was printed since the mark, which then moves behind it.
+    pub fn seek<const R: u8>(&self, text: &[u8], held: &mut Held<'_, R>) -> bool {
+        const { assert!(R < rank::CONSOLE) };
+        let (mut ring, _held) = self.0.lock(held);
+        let oldest = ring.total - ring.bytes.len() as u64;
+        let skip = usize::try_from(ring.mark.saturating_sub(oldest)).unwrap_or(0);
+        let mut fresh = Vec::new();
+        if text.is_empty() || fresh.try_reserve_exact(ring.bytes.len().saturating_sub(skip)).is_err() {
+            return false;
+        }
+        fresh.extend(ring.iter().skip(skip));
+        let Some(at) = fresh.windows(text.len()).position(|window| window == text) else { return false };
+        ring.mark = oldest + (skip + at + text.len()) as u64;
+        true
+    }
+
+    /// Moves the mark behind everything that was printed.
+    pub fn mark<const R: u8>(&self, held: &mut Held<'_, R>) {
+        const { assert!(R < rank::CONSOLE) };
+        let (mut ring, _held) = self.0.lock(held);
+        ring.mark = ring.total;
     }
 
     /// Bytes ever printed.
@@ -106,6 +136,12 @@ impl Log {
 }
 
 impl Ring {
+    /// Everything that is kept, oldest first.
+    fn iter(&self) -> impl Iterator<Item = u8> {
+        let (new, old) = self.bytes.split_at(self.next.min(self.bytes.len()));
+        old.iter().chain(new).copied()
+    }
+
     fn put(&mut self, byte: u8) {
         self.total = self.total.wrapping_add(1);
         if self.bytes.len() < LOG_BYTES {
@@ -138,5 +174,22 @@ mod tests {
         assert_eq!(kept[0], 3);
         assert_eq!(usize::from(*kept.last().unwrap()), (LOG_BYTES + 2) % 251);
         assert_eq!(log.total(&mut held), LOG_BYTES as u64 + 3);
+    }
+
+    #[test]
+    fn text_is_found_once_and_only_behind_the_mark() {
+        let log = Log::new();
+        let mut held = Held::root();
+        let say =
+            |text: &str, held: &mut Held<'_, 0>| text.bytes().for_each(|b| log.put(GuestId(1), b, held));
+        say("ready ready", &mut held);
+        assert!(log.seek(b"ready", &mut held));
+        assert!(log.seek(b"ready", &mut held));
+        assert!(!log.seek(b"ready", &mut held));
+        say(" again: rea", &mut held);
+        log.mark(&mut held);
+        say("dy", &mut held);
+        assert!(!log.seek(b"ready", &mut held), "it began before the mark");
+        assert_eq!(log.since(11, &mut held).unwrap(), b" again: ready");
     }
 }

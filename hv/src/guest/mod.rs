@@ -27,7 +27,7 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{self, timer};
@@ -57,6 +57,8 @@ pub mod rank {
     pub const RANDOM: u8 = 5;
     /// One guest's console output.
     pub const CONSOLE: u8 = 6;
+    /// What is typed and what waits at the monitor: never held together with a guest's console.
+    pub const MONITOR: u8 = 6;
     /// vCPUs that wait for transfers.
     pub const WAITERS: u8 = 7;
     /// A run queue.
@@ -145,6 +147,8 @@ pub struct Guest {
     pub last_ran: [AtomicUsize; MAX_CPUS],
     life: AtomicU8,
     ending: AtomicU8,
+    /// One CPU has taken it upon itself to bury it.
+    claimed: AtomicBool,
     complaints: AtomicU32,
 }
 
@@ -164,6 +168,7 @@ impl Guest {
             last_ran: [const { AtomicUsize::new(usize::MAX) }; MAX_CPUS],
             life: AtomicU8::new(Life::Running as u8),
             ending: AtomicU8::new(Ending::Off as u8),
+            claimed: AtomicBool::new(false),
             complaints: AtomicU32::new(0),
         }
     }
@@ -197,6 +202,11 @@ impl Guest {
         if self.move_life(Life::Running, Life::Ending) || self.move_life(Life::Paused, Life::Ending) {
             self.ending.store(ending as u8, Ordering::SeqCst);
         }
+    }
+
+    /// True for the first caller: it alone buries the guest.
+    pub fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::SeqCst)
     }
 
     /// Why it ended.

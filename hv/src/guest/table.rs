@@ -60,12 +60,28 @@ pub fn all<const R: u8>(held: &mut Held<'_, R>) -> Vec<Arc<Guest>> {
     list
 }
 
-/// Takes out one guest that has ended and that no CPU holds any more.
-pub fn take_ended<const R: u8>(held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+/// One guest that has ended, that no CPU holds any more and that nobody else buries. It stays in the list, so
+/// that a guest that begins again is never missing from it.
+pub fn claim_ended<const R: u8>(held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let (guests, _held) = GUESTS.lock(held);
+    let ended = |guest: &&Arc<Guest>| guest.life() == Life::Ending && is_quiet(guest) && guest.claim();
+    guests.iter().find(ended).cloned()
+}
+
+/// Puts a guest into the place of the one with its number.
+pub fn replace<const R: u8>(guest: Arc<Guest>, held: &mut Held<'_, R>) {
     const { assert!(R < rank::GUESTS) };
     let (mut guests, _held) = GUESTS.lock(held);
-    let place = guests.iter().position(|guest| guest.life() == Life::Ending && is_quiet(guest))?;
-    Some(guests.swap_remove(place))
+    if let Some(place) = guests.iter_mut().find(|other| other.id == guest.id) {
+        *place = guest;
+    }
+}
+
+/// Takes a guest out of the list.
+pub fn remove<const R: u8>(id: GuestId, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::GUESTS) };
+    GUESTS.lock(held).0.retain(|guest| guest.id != id);
 }
 
 /// True when there is no guest.

@@ -140,10 +140,45 @@ pub struct Counts {
     pub loads: AtomicU64,
 }
 
-/// Adds one, with a plain load and store: only the running CPU writes.
+/// Adds one, with a plain load and store: only the running CPU writes. What it was before.
 #[inline]
-pub fn count(counter: &AtomicU64) {
-    counter.store(counter.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+pub fn count(counter: &AtomicU64) -> u64 {
+    let before = counter.load(Ordering::Relaxed);
+    counter.store(before.wrapping_add(1), Ordering::Relaxed);
+    before
+}
+
+/// The last exits of one vCPU, by the number of the exit; written by the CPU that runs it.
+#[derive(Debug)]
+pub struct Trace([[AtomicU64; 2]; Self::LENGTH]);
+
+impl Trace {
+    /// How many are kept; a power of two.
+    pub const LENGTH: usize = 16;
+    /// What stands for the syndrome when an interrupt ended the run.
+    pub const INTERRUPT: u64 = u64::MAX;
+
+    const fn new() -> Self {
+        Self([const { [const { AtomicU64::new(0) }; 2] }; Self::LENGTH])
+    }
+
+    /// Notes exit `number`: its syndrome (ESR_EL2) and where the guest was.
+    #[inline]
+    pub fn note(&self, number: u64, esr: u64, pc: u64) {
+        // The remainder is less than LENGTH.
+        let [syndrome, at] = &self.0[usize::try_from(number % Self::LENGTH as u64).unwrap_or(0)];
+        syndrome.store(esr, Ordering::Relaxed);
+        at.store(pc, Ordering::Relaxed);
+    }
+
+    /// The exits before `number`, oldest first: number, syndrome, address. One that is being written meanwhile
+    /// may show parts of two.
+    pub fn before(&self, number: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+        (number.saturating_sub(Self::LENGTH as u64)..number).map(|number| {
+            let [syndrome, at] = &self.0[usize::try_from(number % Self::LENGTH as u64).unwrap_or(0)];
+            (number, syndrome.load(Ordering::Relaxed), at.load(Ordering::Relaxed))
+        })
+    }
 }
 
 /// A virtual CPU.
@@ -158,6 +193,8 @@ pub struct Vcpu {
     pub power: Ranked<{ rank::POWER }, Power>,
     /// Its counters.
     pub counts: Counts,
+    /// Its last exits.
+    pub trace: Trace,
     state: AtomicU8,
     woken: AtomicBool,
     /// The CPU whose run queue it uses.
@@ -178,6 +215,7 @@ impl Vcpu {
             context: Ranked::new(Context::reset(mpidr)),
             power: Ranked::new(Power::Off),
             counts: Counts::default(),
+            trace: Trace::new(),
             state: AtomicU8::new(State::Off as u8),
             woken: AtomicBool::new(false),
             home: AtomicUsize::new(0),
@@ -264,6 +302,16 @@ mod tests {
         vcpu.set_state(State::Blocked);
         assert!(vcpu.move_state(State::Blocked, State::Ready));
         assert!(!vcpu.move_state(State::Blocked, State::Ready));
+    }
+
+    #[test]
+    fn the_trace_keeps_the_last_exits_in_order() {
+        let trace = Trace::new();
+        assert_eq!(trace.before(0).count(), 0);
+        (0..100).for_each(|n| trace.note(n, n + 1000, n * 4));
+        let kept: alloc::vec::Vec<_> = trace.before(100).collect();
+        assert_eq!(kept.len(), Trace::LENGTH);
+        assert_eq!((kept[0], kept[15]), ((84, 1084, 336), (99, 1099, 396)));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What each command answers: one JSON value, and the same as text for a person.
 //!
 //! [`Host`] is what the rest of the hypervisor gives the monitor. It answers in values, so the commands
-//! are tested here with a host that is a list.
+//! are tested here with a host that is a list. A command that has to wait for a guest answers
+//! [`Outcome::Later`]; who runs it asks again with [`resume`] until the answer is there.
 
 use alloc::borrow::ToOwned;
 use alloc::format;
@@ -10,7 +11,7 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 use serde_json::{Value, json};
 
-use super::parse::{COMMANDS, Command, parse, usage};
+use super::parse::{COMMANDS, Command, Until, parse, usage};
 
 /// The hypervisor as the monitor sees it. An `Err` is a sentence for the person who asked.
 pub trait Host {
@@ -46,6 +47,28 @@ pub trait Host {
     fn check(&mut self) -> Result<Value, String>;
     /// Ends everything.
     fn shutdown(&mut self) -> Result<(), String>;
+    /// Whether what is waited for is so now.
+    fn reached(&mut self, id: u32, until: &Until) -> Result<bool, String>;
+}
+
+/// A command whose answer comes when something has happened to a guest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Later {
+    /// The guest.
+    pub id: u32,
+    /// What is waited for.
+    pub until: Until,
+    /// The answer then.
+    pub answer: Value,
+}
+
+/// What became of a line.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Answered.
+    Now(Reply),
+    /// Not yet.
+    Later(Later),
 }
 
 /// What a command answers.
@@ -67,30 +90,44 @@ impl Reply {
         }
         out
     }
-
-    /// The answer as one line for the control socket.
-    pub fn line(&self) -> String {
-        json!({"ok": self.ok, "reply": self.json}).to_string()
-    }
 }
 
 /// Parses and executes a line.
-pub fn run(line: &str, host: &mut dyn Host) -> Reply {
-    let result = parse(line).and_then(|command| execute(&command, host));
-    match result {
-        Ok(json) => Reply { ok: true, json },
-        Err(error) => Reply { ok: false, json: json!({"error": error}) },
+pub fn run(line: &str, host: &mut dyn Host) -> Outcome {
+    match parse(line).and_then(|command| execute(&command, host)) {
+        Ok(Answer::Now(json)) => Outcome::Now(Reply { ok: true, json }),
+        Ok(Answer::Later(later)) => resume(later, host),
+        Err(error) => Outcome::Now(refusal(&error)),
     }
 }
 
+/// Looks whether a command that waits can be answered.
+pub fn resume(later: Later, host: &mut dyn Host) -> Outcome {
+    match host.reached(later.id, &later.until) {
+        Ok(true) => Outcome::Now(Reply { ok: true, json: later.answer }),
+        Ok(false) => Outcome::Later(later),
+        Err(error) => Outcome::Now(refusal(&error)),
+    }
+}
+
+/// The answer of a command that did not do what was asked.
+pub fn refusal(error: &str) -> Reply {
+    Reply { ok: false, json: json!({"error": error}) }
+}
+
+enum Answer {
+    Now(Value),
+    Later(Later),
+}
+
 /// Executes a command.
-pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> {
+fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
     let done = |word: &str, id: u32| json!({word: id});
     let optional = |host: &mut dyn Host, guest: &Option<String>| match guest {
         Some(guest) => host.find(guest).map(Some),
         None => Ok(None),
     };
-    match command {
+    let value = match command {
         Command::Attach(guest) => {
             host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id)))
         }
@@ -100,7 +137,7 @@ pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> 
         Command::Help(None) => Ok(Value::Array(
             COMMANDS
                 .iter()
-                .map(|c| json!({"command": format!("{} {}", c.name, c.usage), "does": c.does}))
+                .map(|c| json!({"command": format!("{} {}", c.name, c.usage).trim_end(), "does": c.does}))
                 .collect(),
         )),
         Command::Help(Some(name)) => COMMANDS
@@ -108,7 +145,11 @@ pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> 
             .find(|c| c.name == name)
             .map(|c| json!({"usage": usage(c), "does": c.does}))
             .ok_or_else(|| format!("no command '{name}'; 'help' lists them")),
-        Command::Kill(guest) => host.find(guest).and_then(|id| host.kill(id).map(|()| done("killed", id))),
+        Command::Kill(guest) => {
+            let id = host.find(guest)?;
+            host.kill(id)?;
+            return Ok(Answer::Later(Later { id, until: Until::Gone, answer: done("killed", id) }));
+        }
         Command::Log(guest) => host.find(guest).and_then(|id| host.log(id)).map(|text| json!({"log": text})),
         Command::Map(guest) => host.find(guest).and_then(|id| host.map(id)),
         Command::Memory => Ok(host.memory()),
@@ -125,7 +166,12 @@ pub fn execute(command: &Command, host: &mut dyn Host) -> Result<Value, String> 
         Command::Shutdown => host.shutdown().map(|()| json!({"shutdown": true})),
         Command::Stats(guest) => optional(host, guest).and_then(|id| host.stats(id)),
         Command::Trace(guest) => optional(host, guest).and_then(|id| host.trace(id)),
-    }
+        Command::Wait(guest, until) => {
+            let id = host.find(guest)?;
+            return Ok(Answer::Later(Later { id, until: until.clone(), answer: done("waited", id) }));
+        }
+    };
+    value.map(Answer::Now)
 }
 
 fn scalar(value: &Value) -> String {
@@ -166,6 +212,10 @@ fn render(value: &Value, indent: usize, out: &mut String) {
     }
 }
 
+/// Columns that come first in a table, in this order; the others follow by name.
+const FIRST: [&str; 10] =
+    ["id", "name", "state", "tree", "object", "start", "end", "command", "vcpu", "number"];
+
 fn table(rows: &[Value], indent: usize, out: &mut String) {
     let mut columns: Vec<(String, usize)> = Vec::new();
     for row in rows.iter().filter_map(Value::as_object) {
@@ -177,6 +227,7 @@ fn table(rows: &[Value], indent: usize, out: &mut String) {
             }
         }
     }
+    columns.sort_by_key(|(name, _)| FIRST.iter().position(|first| first == name).unwrap_or(FIRST.len()));
     let mut line = |cells: &dyn Fn(&str) -> String| {
         let mut text = String::new();
         for (name, width) in &columns {
@@ -252,6 +303,20 @@ mod tests {
         fn shutdown(&mut self) -> Result<(), String> {
             Ok(())
         }
+        fn reached(&mut self, _: u32, until: &Until) -> Result<bool, String> {
+            match until {
+                Until::Gone => Ok(self.said.iter().any(|said| said == "buried")),
+                Until::State(_) => Err("it is gone".into()),
+                Until::Text(text) => Ok(text == "hello"),
+            }
+        }
+    }
+
+    fn run(line: &str, host: &mut Fake) -> Reply {
+        match super::run(line, host) {
+            Outcome::Now(reply) => reply,
+            Outcome::Later(later) => panic!("{later:?}"),
+        }
     }
 
     #[test]
@@ -263,7 +328,7 @@ mod tests {
     #[test]
     fn a_refusal_is_not_ok_and_says_why() {
         let reply = run("resume one", &mut Fake::default());
-        assert_eq!(reply.line(), r#"{"ok":false,"reply":{"error":"it is not paused"}}"#);
+        assert_eq!(reply, refusal("it is not paused"));
         assert!(!run("kill two", &mut Fake::default()).ok);
         assert!(!run("gusts", &mut Fake::default()).ok);
     }
@@ -273,6 +338,22 @@ mod tests {
         let mut fake = Fake::default();
         assert!(run("send one echo hi", &mut fake).ok);
         assert_eq!(fake.said, [format!("send 1 {:?}", b"echo hi\r")]);
+    }
+
+    #[test]
+    fn a_kill_is_answered_when_the_guest_is_gone() {
+        let mut fake = Fake::default();
+        let Outcome::Later(later) = super::run("kill one", &mut fake) else { panic!("too early") };
+        let Outcome::Later(later) = resume(later, &mut fake) else { panic!("too early") };
+        fake.said.push("buried".into());
+        let Outcome::Now(reply) = resume(later, &mut fake) else { panic!("too late") };
+        assert_eq!(reply, Reply { ok: true, json: json!({"killed": 1}) });
+    }
+
+    #[test]
+    fn a_wait_answers_at_once_when_there_is_nothing_to_wait_for() {
+        assert!(run("wait one \"hello\"", &mut Fake::default()).ok);
+        assert!(!run("wait one paused", &mut Fake::default()).ok);
     }
 
     #[test]

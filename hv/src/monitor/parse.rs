@@ -43,7 +43,22 @@ pub const COMMANDS: &[Help] = &[
     help("shutdown", "", "kill every guest and leave"),
     help("stats", "[G]", "counters of exits, faults and the scheduler"),
     help("trace", "[G]", "the last exits of guest G's vCPUs"),
+    help("wait", "G STATE|\"TEXT\"", "answer when guest G is running, paused or gone, or has printed TEXT"),
 ];
+
+/// What a guest can be.
+pub const STATES: [&str; 4] = ["running", "paused", "ending", "gone"];
+
+/// What a command waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// The guest is gone and its memory given back.
+    Gone,
+    /// The guest is in this state of [`STATES`].
+    State(String),
+    /// The guest prints this: after what was last waited for, and after what was last sent.
+    Text(String),
+}
 
 /// A parsed command. Guests are named by number or by name; who executes looks them up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +95,8 @@ pub enum Command {
     Stats(Option<String>),
     /// Recent exits.
     Trace(Option<String>),
+    /// Answer when a guest is in a state, or has printed something.
+    Wait(String, Until),
 }
 
 /// The usage line of a command.
@@ -139,8 +156,18 @@ pub fn parse(line: &str) -> Result<Command, String> {
         "shutdown" => none(Command::Shutdown),
         "stats" => maybe().map(Command::Stats),
         "trace" => maybe().map(Command::Trace),
+        "wait" => match rest {
+            [guest, what] if !what.is_empty() => Ok(Command::Wait(guest.clone(), until(line, what))),
+            _ => Err(wrong()),
+        },
         other => Err(format!("'{other}' is listed but not parsed")),
     }
+}
+
+/// A state is a bare word of [`STATES`]; everything else is text, and so is a state in quotes.
+fn until(line: &str, what: &str) -> Until {
+    let bare = !line.trim_end().ends_with('"');
+    if bare && STATES.contains(&what) { Until::State(what.to_owned()) } else { Until::Text(what.to_owned()) }
 }
 
 /// Splits at spaces; double quotes hold a word together.
@@ -241,6 +268,18 @@ mod tests {
             Ok(Command::Create(alloc::vec![("append".into(), "a b".into()), ("name".into(), "x".into())]))
         );
         assert!(parse("send 1 \"x").is_err());
+    }
+
+    #[test]
+    fn a_state_in_quotes_is_text() {
+        let until = |line: &str| match parse(line) {
+            Ok(Command::Wait(_, until)) => until,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(until("wait 1 paused"), Until::State("paused".into()));
+        assert_eq!(until("wait 1 \"paused\""), Until::Text("paused".into()));
+        assert_eq!(until("wait 1 ready"), Until::Text("ready".into()));
+        assert!(parse("wait 1").is_err());
     }
 
     #[test]

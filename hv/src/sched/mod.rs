@@ -10,6 +10,7 @@
 mod daemon;
 mod idle;
 pub mod load;
+pub mod quiet;
 pub mod runqueue;
 pub mod slice;
 pub mod wait;
@@ -49,7 +50,9 @@ pub trait Outside: Sync {
     /// Makes the virtual timer's physical interrupt active or not, on this CPU.
     fn set_timer_active(&self, active: bool);
     /// This CPU looks around before it picks a vCPU: for work that no interrupt announces.
-    fn look_around(&self, cpu: usize, held: &mut Held<'_, 0>);
+    fn look_around(&self, held: &mut Held<'_, 0>);
+    /// Lets transfers finish, while something on this CPU waits for one.
+    fn poll(&self, held: &mut Held<'_, 0>);
 }
 
 /// Runs guests on this CPU, for ever.
@@ -63,7 +66,8 @@ pub fn main_loop(outside: &dyn Outside) -> ! {
 
 /// One turn of the main loop: a chore, a slice or a sleep.
 pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
-    outside.look_around(cpu.id, held);
+    quiet::stand_by(held);
+    outside.look_around(held);
     if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() == Life::Ending) {
         cpu.unload(outside, held);
     }
@@ -157,15 +161,28 @@ pub fn start<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
     }
 }
 
-/// Lets a new guest run: into the list, and its first vCPU into a queue.
-pub fn launch(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
+/// Lets a new guest run: into the list, and its first vCPU into a queue. False when the list is full: then
+/// the guest is gone.
+pub fn launch(guest: Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
     if let Err(guest) = table::add(guest.clone(), held) {
         log::error!("guest {}: there are too many guests", guest.id);
         create::destroy(guest, held);
-        return;
+        return false;
     }
+    start_all(&guest, held);
+    true
+}
+
+/// Lets a guest run in the place of the one with its number.
+fn launch_again(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
+    table::replace(guest.clone(), held);
+    start_all(&guest, held);
+}
+
+/// Starts the vCPUs that are switched on.
+fn start_all(guest: &Arc<Guest>, held: &mut Held<'_, 0>) {
     for index in 0..guest.vcpus.len() {
-        if let Some(entry) = VcpuRef::new(&guest, index)
+        if let Some(entry) = VcpuRef::new(guest, index)
             && Cpu::is_starting(entry.vcpu(), held)
         {
             start(&entry, held);
@@ -231,6 +248,11 @@ pub fn call_daemon() {
     for cpu in (0..percpu::count()).filter(|&cpu| cpu != me) {
         irq::kick(cpu);
     }
+}
+
+/// Asks for another round of this CPU and of whichever has an interrupt next, without shaking any.
+pub fn call_daemon_here() {
+    CHORES.store(true, Ordering::SeqCst);
 }
 
 /// Stops a guest's vCPUs: each leaves its CPU at its next exit, which this brings about.

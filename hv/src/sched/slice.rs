@@ -115,7 +115,8 @@ fn go(
             }
         }
         let trap = switch::enter(&mut run.context.regs);
-        count(&vcpu.counts.exits);
+        let number = count(&vcpu.counts.exits);
+        vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
         let what = match trap {
             Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
             Trap::Irq | Trap::Fiq => {
@@ -299,7 +300,7 @@ fn interrupted(
         }
         arm(cpu, entry, held);
     }
-    if guest.life() != Life::Running || (seen.kicked && super::CHORES.load(Ordering::SeqCst)) {
+    if guest.life() != Life::Running || super::CHORES.load(Ordering::SeqCst) {
         return Some(Leaves::Ready);
     }
     None

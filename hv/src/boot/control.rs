@@ -1,0 +1,45 @@
+//! The control port: the first virtio console, behind which `xtask ctl` speaks.
+//!
+//! Bytes come in when its interrupt says so and the monitor has room for lines; what it has no room for stays in
+//! the device's buffers, and QEMU holds its end back. The lock is a leaf.
+
+use board::platform::Interrupt;
+use board::virtio::console::Console;
+use spin::Mutex;
+
+/// How much is taken at once.
+pub(super) const CHUNK: usize = 256;
+
+static PORT: Mutex<Option<(Console, Interrupt)>> = Mutex::new(None);
+
+/// Takes a port over; false when there is one already.
+pub(super) fn set(console: Console, interrupt: Interrupt) -> bool {
+    let mut port = PORT.lock();
+    let first = port.is_none();
+    if first {
+        *port = Some((console, interrupt));
+    }
+    first
+}
+
+/// Its interrupt, if there is a port.
+pub(super) fn interrupt() -> Option<Interrupt> {
+    PORT.lock().as_ref().map(|(_, interrupt)| *interrupt)
+}
+
+/// Clears its interrupt: before [`read`] until there is nothing.
+pub(super) fn acknowledge() {
+    if let Some((console, _)) = PORT.lock().as_mut() {
+        console.acknowledge();
+    }
+}
+
+/// Takes what has arrived; 0 when there is nothing.
+pub(super) fn read(into: &mut [u8; CHUNK]) -> usize {
+    PORT.lock().as_mut().map_or(0, |(console, _)| console.read(into))
+}
+
+/// Sends what there is room for, and says how much that was: all of it, where there is no port.
+pub(super) fn write(bytes: &[u8]) -> usize {
+    PORT.lock().as_mut().map_or(bytes.len(), |(console, _)| console.write(bytes))
+}

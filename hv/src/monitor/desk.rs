@@ -1,0 +1,433 @@
+//! The monitor's desk: typed bytes and control lines come in where an interrupt is handled, commands are
+//! carried out where a CPU goes round, and answers leave by the door that the question came through.
+//!
+//! Read [`typed`] and [`arrived`], which only note; then [`serve`], which does. One CPU serves at a time, so
+//! commands run one after the other, and one that makes a guest cannot be met by another in the middle.
+//! What waits is bounded: lines, commands that wait for a guest, and answers not yet taken by the control port.
+//! Called by `boot`, which owns the wires ([`Front`]). Calls `cmd` and `host`.
+
+use alloc::collections::VecDeque;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt::Write;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::{Value, json};
+use vmobject::lock::{Held, Ranked};
+
+use super::cmd::{self, Later, Outcome, Reply};
+use super::console::{Console, Routed};
+use super::host::Guests;
+use super::line::MAX_LINE;
+use crate::arch::timer;
+use crate::guest::{console, rank, table};
+use crate::sched;
+
+/// Lines that may wait to be carried out.
+const MAX_REQUESTS: usize = 16;
+/// Commands that may wait for a guest.
+const MAX_WAITING: usize = 16;
+/// Commands carried out before this CPU looks at its guests again (invariant I6).
+const MAX_SERVED: usize = 4;
+/// How long a command waits for a guest, in seconds.
+const PATIENCE_S: u64 = 600;
+/// How much of what the guest printed meanwhile is shown when the monitor closes.
+const REPLAY: usize = 4096;
+
+/// The wires, as the desk uses them.
+pub trait Front: Sync {
+    /// Shows text at the console.
+    fn show(&self, text: &str);
+    /// Sends bytes out of the control port; how many there was room for. All, where there is no port.
+    fn send(&self, bytes: &[u8]) -> usize;
+    /// There is room for control lines again.
+    fn more(&self, held: &mut Held<'_, 0>);
+    /// Lets transfers finish.
+    fn poll(&self, held: &mut Held<'_, 0>);
+    /// Ends the machine well.
+    fn leave(&self) -> !;
+}
+
+/// Where a line came from.
+#[derive(Clone, Debug, PartialEq)]
+enum Door {
+    Console,
+    /// The control port, with the asker's mark, which the answer repeats, and whether a person reads along.
+    Port {
+        id: Option<Value>,
+        text: bool,
+    },
+}
+
+struct Waiting {
+    door: Door,
+    later: Later,
+    deadline: u64,
+}
+
+struct Desk {
+    console: Console,
+    /// What the attached guest had printed when the monitor opened.
+    seen: u64,
+    requests: VecDeque<(Door, String)>,
+    waiting: Vec<Waiting>,
+    /// A control line that is not complete, and whether it is too long already.
+    input: Vec<u8>,
+    overlong: bool,
+    /// Answers that the control port has not taken yet.
+    output: VecDeque<u8>,
+}
+
+static DESK: Ranked<{ rank::MONITOR }, Desk> = Ranked::new(Desk {
+    console: Console::new(),
+    seen: 0,
+    requests: VecDeque::new(),
+    waiting: Vec::new(),
+    input: Vec::new(),
+    overlong: false,
+    output: VecDeque::new(),
+});
+/// There is something for [`serve`]. Written under the desk's lock.
+static WORK: AtomicBool = AtomicBool::new(false);
+/// A CPU serves.
+static SERVING: AtomicBool = AtomicBool::new(false);
+
+impl Desk {
+    fn note(&self) {
+        let work = !self.requests.is_empty() || !self.waiting.is_empty() || !self.output.is_empty();
+        WORK.store(work, Ordering::SeqCst);
+    }
+
+    /// The next line that can be answered: those of the port wait until it has taken the last answer.
+    fn next(&mut self) -> Option<(Door, String)> {
+        let blocked = !self.output.is_empty();
+        let place = self.requests.iter().position(|(door, _)| !blocked || *door == Door::Console)?;
+        self.requests.remove(place)
+    }
+
+    fn take_line(&mut self) {
+        let line = core::mem::take(&mut self.input);
+        let (door, line) = addressed(&String::from_utf8_lossy(&line));
+        let line = if core::mem::take(&mut self.overlong) { OVERLONG.to_string() } else { line };
+        if !line.trim().is_empty() {
+            self.requests.push_back((door, line));
+        }
+    }
+}
+
+/// Parses as no command; its answer says what was wrong.
+const OVERLONG: &str = "a-line-that-is-too-long";
+
+/// A control line is words, or `{"id": ANYTHING, "command": WORDS, "text": BOOL}`: then the answer repeats the
+/// id, and with `text` it has the words for a person beside the value.
+fn addressed(line: &str) -> (Door, String) {
+    let Ok(Value::Object(mut fields)) = serde_json::from_str::<Value>(line) else {
+        return (Door::Port { id: None, text: false }, line.trim().to_string());
+    };
+    let words = fields.get("command").and_then(Value::as_str).unwrap_or_default().to_string();
+    let text = fields.get("text").and_then(Value::as_bool).unwrap_or_default();
+    (Door::Port { id: fields.remove("id"), text }, words)
+}
+
+/// Takes a byte typed at the console; what comes back is for the attached guest. `out` shows the echo.
+pub fn typed<const R: u8>(byte: u8, out: &mut dyn Write, held: &mut Held<'_, R>) -> Option<u8> {
+    const { assert!(R < rank::GUESTS) };
+    let printed = match console::attached().and_then(|id| table::get(id, held)) {
+        Some(guest) => guest.log.total(held),
+        None => 0,
+    };
+    let (mut desk, _held) = DESK.lock(held);
+    let was_open = desk.console.is_open();
+    if was_open && desk.requests.iter().filter(|(door, _)| *door == Door::Console).count() >= MAX_REQUESTS {
+        // Bell: what is typed faster than it is carried out is lost, and heard to be.
+        let _ = out.write_char('\x07');
+        return None;
+    }
+    let routed = desk.console.feed(byte, out);
+    if desk.console.is_open() != was_open {
+        if was_open {
+            // Nothing to do but to show what the guest printed meanwhile.
+            desk.requests.push_back((Door::Console, String::new()));
+        } else {
+            desk.seen = printed;
+            console::hold_back(true);
+        }
+    }
+    let passed = match routed {
+        Routed::Taken => None,
+        Routed::Guest(byte) => Some(byte),
+        Routed::Command(line) => {
+            desk.requests.push_back((Door::Console, line));
+            None
+        }
+    };
+    desk.note();
+    if WORK.load(Ordering::SeqCst) {
+        sched::call_daemon();
+    }
+    passed
+}
+
+/// Opens the monitor, because there is no guest to type into.
+pub fn open(out: &mut dyn Write, held: &mut Held<'_, 0>) {
+    let (mut desk, _held) = DESK.lock(held);
+    if !desk.console.is_open() {
+        let _ = desk.console.feed(super::console::ESCAPE, out);
+    }
+}
+
+/// True when somebody waits for an answer.
+pub fn is_busy() -> bool {
+    WORK.load(Ordering::SeqCst)
+}
+
+/// True when more control lines are welcome.
+pub fn has_room<const R: u8>(held: &mut Held<'_, R>) -> bool {
+    const { assert!(R < rank::MONITOR) };
+    DESK.lock(held).0.requests.len() < MAX_REQUESTS
+}
+
+/// Takes bytes from the control port.
+pub fn arrived<const R: u8>(bytes: &[u8], held: &mut Held<'_, R>) {
+    const { assert!(R < rank::MONITOR) };
+    let (mut desk, _held) = DESK.lock(held);
+    for &byte in bytes {
+        if byte == b'\n' {
+            desk.take_line();
+        } else if desk.input.len() < 2 * MAX_LINE {
+            desk.input.push(byte);
+        } else {
+            desk.overlong = true;
+        }
+    }
+    desk.note();
+    if WORK.load(Ordering::SeqCst) {
+        sched::call_daemon();
+    }
+}
+
+/// Carries out what waits, a bounded part of it.
+pub fn serve(front: &dyn Front, held: &mut Held<'_, 0>) {
+    if !WORK.load(Ordering::Relaxed) || SERVING.swap(true, Ordering::SeqCst) {
+        return;
+    }
+    flush(front, held);
+    for _ in 0..MAX_SERVED {
+        let Some((door, line)) = DESK.lock(held).0.next() else { break };
+        if line.is_empty() {
+            replay(front, held);
+            continue;
+        }
+        let poll = |held: &mut Held<'_, 0>| front.poll(held);
+        let outcome = cmd::run(&line, &mut Guests::new(&poll, held));
+        settle(door, &line, outcome, front, held);
+    }
+    ask_again(front, held);
+    flush(front, held);
+    let waiting = {
+        let (desk, _held) = DESK.lock(held);
+        desk.note();
+        !desk.waiting.is_empty()
+    };
+    SERVING.store(false, Ordering::SeqCst);
+    if has_room(held) {
+        front.more(held);
+    }
+    if waiting {
+        // So that running guests let their CPUs go round now and then.
+        sched::call_daemon_here();
+    }
+    if super::host::is_leaving() && table::is_empty(held) && DESK.lock(held).0.output.is_empty() {
+        front.leave();
+    }
+}
+
+/// Answers, or puts the command with those that wait.
+fn settle(door: Door, line: &str, outcome: Outcome, front: &dyn Front, held: &mut Held<'_, 0>) {
+    match outcome {
+        Outcome::Now(reply) => {
+            let attached = door == Door::Console && reply.ok && reply.json.get("attached").is_some();
+            answer(door, &reply, front, held);
+            if attached {
+                close(front, held);
+            }
+        }
+        Outcome::Later(later) => {
+            let patience = timer::freq().saturating_mul(PATIENCE_S);
+            let waiting = Waiting { door, later, deadline: timer::now().saturating_add(patience) };
+            let refused = {
+                let (mut desk, _held) = DESK.lock(held);
+                if desk.waiting.len() < MAX_WAITING {
+                    desk.waiting.push(waiting);
+                    None
+                } else {
+                    Some(waiting.door)
+                }
+            };
+            if let Some(door) = refused {
+                let error = format!("{MAX_WAITING} commands wait for guests already; not done: {line}");
+                answer(door, &cmd::refusal(&error), front, held);
+            }
+        }
+    }
+}
+
+/// Looks whether commands that wait can be answered.
+fn ask_again(front: &dyn Front, held: &mut Held<'_, 0>) {
+    let waiting = core::mem::take(&mut DESK.lock(held).0.waiting);
+    for waiting in waiting {
+        let Waiting { door, later, deadline } = waiting;
+        let poll = |held: &mut Held<'_, 0>| front.poll(held);
+        match cmd::resume(later, &mut Guests::new(&poll, held)) {
+            Outcome::Now(reply) => answer(door, &reply, front, held),
+            Outcome::Later(_) if timer::now() > deadline => {
+                let error = format!("it did not happen within {PATIENCE_S} s");
+                answer(door, &cmd::refusal(&error), front, held);
+            }
+            Outcome::Later(later) => DESK.lock(held).0.waiting.push(Waiting { door, later, deadline }),
+        }
+    }
+}
+
+fn answer(door: Door, reply: &Reply, front: &dyn Front, held: &mut Held<'_, 0>) {
+    match door {
+        Door::Console => {
+            let mut text = reply.text().replace('\n', "\r\n");
+            DESK.lock(held).0.console.prompt(&mut text);
+            front.show(&text);
+        }
+        Door::Port { id, text } => {
+            let mut value = json!({"ok": reply.ok, "reply": reply.json});
+            if let Some(id) = id {
+                value["id"] = id;
+            }
+            if text {
+                value["text"] = json!(reply.text());
+            }
+            let mut line = value.to_string();
+            line.push('\n');
+            DESK.lock(held).0.output.extend(line.as_bytes());
+            flush(front, held);
+        }
+    }
+}
+
+/// Gives the control port what it has room for.
+fn flush(front: &dyn Front, held: &mut Held<'_, 0>) {
+    let (mut desk, _held) = DESK.lock(held);
+    while !desk.output.is_empty() {
+        let sent = front.send(desk.output.as_slices().0);
+        desk.output.drain(..sent);
+        if sent == 0 {
+            return;
+        }
+    }
+}
+
+/// Goes back to the guest.
+fn close(front: &dyn Front, held: &mut Held<'_, 0>) {
+    let mut text = String::new();
+    {
+        let (mut desk, _held) = DESK.lock(held);
+        desk.console.close(&mut text);
+        desk.seen = u64::MAX;
+    }
+    front.show(&text);
+    replay(front, held);
+}
+
+/// Shows who is attached, and the end of what it printed while the monitor was open; all of its end, if it is
+/// attached just now.
+fn replay(front: &dyn Front, held: &mut Held<'_, 0>) {
+    let Some(guest) = console::attached().and_then(|id| table::get(id, held)) else {
+        front.show("[no guest is attached]\r\n");
+        return console::hold_back(false);
+    };
+    let total = guest.log.total(held);
+    let seen = core::mem::replace(&mut DESK.lock(held).0.seen, total);
+    let seen = if seen == u64::MAX { 0 } else { seen };
+    front.show(&format!("[guest {} \"{}\"]\r\n", guest.id, guest.name()));
+    let start = seen.max(total.saturating_sub(REPLAY as u64));
+    if let Some(bytes) = guest.log.since(start, held) {
+        front.show(&String::from_utf8_lossy(&bytes));
+    }
+    console::hold_back(DESK.lock(held).0.console.is_open());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_repeats_the_id_of_its_question() {
+        let plain = || Door::Port { id: None, text: false };
+        assert_eq!(addressed("guests"), (plain(), "guests".into()));
+        let (door, line) = addressed(r#"{"id": [7, "x"], "command": "kill 3", "text": true}"#);
+        assert_eq!((door, line.as_str()), (Door::Port { id: Some(json!([7, "x"])), text: true }, "kill 3"));
+        assert_eq!(addressed("{}"), (plain(), String::new()));
+    }
+
+    /// A control port with little room, and a console.
+    #[derive(Default)]
+    struct Wires {
+        shown: spin::Mutex<String>,
+        sent: spin::Mutex<Vec<u8>>,
+    }
+
+    impl Front for Wires {
+        fn show(&self, text: &str) {
+            self.shown.lock().push_str(text);
+        }
+        fn send(&self, bytes: &[u8]) -> usize {
+            let count = bytes.len().min(7);
+            self.sent.lock().extend_from_slice(&bytes[..count]);
+            count
+        }
+        fn more(&self, _: &mut Held<'_, 0>) {}
+        fn poll(&self, _: &mut Held<'_, 0>) {}
+        fn leave(&self) -> ! {
+            panic!("nobody asked for that")
+        }
+    }
+
+    /// One test, because the desk is one.
+    #[test]
+    fn lines_of_both_doors_are_answered_where_they_came_from() {
+        let (wires, mut held, mut echo) = (Wires::default(), Held::root(), String::new());
+        for byte in *b"x\x14help help\r" {
+            let passed = typed(byte, &mut echo, &mut held);
+            assert_eq!(passed, (byte == b'x').then_some(byte));
+        }
+        arrived(b"{\"id\": 9, \"command\": \"help che", &mut held);
+        serve(&wires, &mut held);
+        assert!(wires.shown.lock().contains("usage: help [CMD]"), "{}", wires.shown.lock());
+        assert!(wires.shown.lock().ends_with("hv> "));
+        assert!(wires.sent.lock().is_empty());
+
+        arrived(b"ck\"}\n", &mut held);
+        arrived(&[b'a'; 4000], &mut held);
+        arrived(b"\n\n", &mut held);
+        serve(&wires, &mut held);
+        let sent = String::from_utf8(wires.sent.lock().clone()).unwrap();
+        let answers: Vec<Value> = sent.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(answers.len(), 2);
+        assert_eq!((&answers[0]["id"], &answers[0]["ok"]), (&json!(9), &json!(true)));
+        assert_eq!(answers[1]["ok"], json!(false));
+
+        for _ in 0..100 {
+            arrived(b"help check\n", &mut held);
+            if !has_room(&mut held) {
+                break;
+            }
+        }
+        assert!(!has_room(&mut held), "lines that wait are bounded");
+        for _ in 0..100 {
+            serve(&wires, &mut held);
+        }
+        assert!(has_room(&mut held));
+        assert_eq!(typed(0x14, &mut echo, &mut held), Some(0x14));
+        serve(&wires, &mut held);
+        assert!(wires.shown.lock().ends_with("[no guest is attached]\r\n"));
+    }
+}
