@@ -5,6 +5,7 @@
 //! in the modules' headers and in the design's list (I1, I3).
 
 use alloc::sync::{Arc, Weak};
+use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::Vm;
@@ -33,6 +34,8 @@ pub struct Audit {
     pub entries: u32,
     /// Valid leaves.
     pub leaves: u64,
+    /// Swap slots.
+    pub swap_slots: u32,
 }
 
 /// What is not as it must be.
@@ -60,6 +63,7 @@ impl<M: Machine> Vm<M> {
     pub fn check<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Result<Audit, Violation> {
         let mut audit = Audit::default();
         let mut wanted = Vec::new();
+        self.check_swap(&mut audit, held)?;
         self.check_objects(&mut audit, &mut wanted, held)?;
         for map in self.live_maps(held) {
             audit.maps += 1;
@@ -141,6 +145,37 @@ impl<M: Machine> Vm<M> {
         Ok(())
     }
 
+    /// W1: each slot of the swap store that is in use has one owner.
+    fn check_swap<const OUTER: u8>(
+        &self,
+        audit: &mut Audit,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), Violation> {
+        let info = self.swap_info(held);
+        let mut owned = vec![false; info.slots as usize];
+        for number in 0..self.objects.used(held) {
+            let Some(object) = self.objects.at(number) else { continue };
+            let (state, mut held) = object.read(held);
+            for (_, place, slot) in state.slots.iter() {
+                let known = match slot {
+                    Slot::Swapped(slot) => Some(slot),
+                    Slot::Resident(frame) => self.frames.page(frame).clean_slot(),
+                    Slot::Absent | Slot::Zero => None,
+                };
+                let Some(slot) = known else { continue };
+                let taken = self.swap.holds(slot, &mut held);
+                if !taken || core::mem::replace(&mut owned[slot as usize], true) {
+                    return broken("W1", "a swap slot is free or has two owners", number, place.number());
+                }
+                audit.swap_slots += 1;
+            }
+        }
+        if audit.swap_slots != info.in_use {
+            return broken("W1", "swap slots are lost", audit.swap_slots, info.in_use);
+        }
+        Ok(())
+    }
+
     /// M1, M2, M3 and, leaf by leaf, I1 and I3.
     fn check_map<const OUTER: u8>(
         &self,
@@ -149,6 +184,7 @@ impl<M: Machine> Vm<M> {
         wanted: &mut [u32],
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), Violation> {
+        let in_hand = self.page_in_hand();
         let (entries, mut held) = map.entries.write(held);
         let mut end = Ipa::new(0);
         for entry in entries.iter() {
@@ -185,6 +221,13 @@ impl<M: Machine> Vm<M> {
                 audit.leaves += 1;
                 let sight = self.survey(entry, at, &mut held);
                 Self::check_leaf(entry, at, leaf, sight.slot, sight.shared)?;
+                let page = self.frames.page(leaf.frame);
+                if page.is_unmapped() && in_hand != Some(leaf.frame) {
+                    return broken("P4", "a page marked unmapped is mapped", at.bits(), leaf.frame.number());
+                }
+                if page.clean_slot().is_some() && leaf.prot.allows(Prot::WRITE) {
+                    return broken("P5", "a page is writable and has a slot", at.bits(), leaf.frame.number());
+                }
             }
         }
         Ok(())
@@ -240,6 +283,7 @@ impl<M: Machine> Vm<M> {
                 Owner::Free => page.queue() == Queue::Free,
                 Owner::Table => page.queue() == Queue::None,
                 Owner::Object(storage, place) => self.owns(storage, place, frame, held),
+                Owner::Orphan => page.is_wired() && page.queue() == Queue::None,
                 Owner::Absent => false,
             };
             if !fits {

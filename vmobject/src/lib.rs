@@ -8,7 +8,7 @@
 //!
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
 //! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `map` `fault`
-//! `describe` `check` `testing`.
+//! `pageout` `describe` `check` `testing`.
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -24,6 +24,7 @@ pub mod lock;
 pub mod map;
 pub mod object;
 pub mod page;
+pub mod pageout;
 pub mod pager;
 pub mod pmap;
 pub mod prot;
@@ -41,7 +42,9 @@ use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
 use map::Map;
 use object::{ObjectId, Objects, Pager};
 use page::Frames;
+use pageout::Pageout;
 use pager::Transfers;
+use pager::swap::Swap;
 use rmap::Links;
 use stats::{Counts, Stats};
 use store::{Machine, PageStore as _, PhysMemory as _, StoreId};
@@ -80,6 +83,8 @@ pub struct Vm<M: Machine> {
     objects: Objects,
     links: RankedRw<LINKS, Links<Weak<Map<M>>>>,
     transfers: Transfers,
+    swap: Swap,
+    pageout: Pageout,
     maps: Ranked<REGISTRY, Maps<M>>,
     stats: Stats,
 }
@@ -87,12 +92,15 @@ pub struct Vm<M: Machine> {
 impl<M: Machine> Vm<M> {
     /// Takes over these frames.
     pub fn new(machine: M, frames: &[Range<Pfn>]) -> Result<Self, VmError> {
+        let frames = Frames::new(frames)?;
         Ok(Self {
             machine,
-            frames: Frames::new(frames)?,
+            pageout: Pageout::new(frames.total(), frames.reserve()),
+            frames,
             objects: Objects::new()?,
             links: RankedRw::new(Links::new()),
-            transfers: Transfers::new(),
+            transfers: Transfers::new()?,
+            swap: Swap::new(),
             maps: Ranked::new(Maps { list: Vec::new(), next: 0 }),
             stats: Stats::new(),
         })

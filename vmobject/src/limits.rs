@@ -17,6 +17,10 @@ pub const CLUSTER_PAGES: u32 = 16;
 pub const AROUND_PAGES: u32 = 16;
 /// Transfers in flight.
 pub const MAX_IO: u32 = 1024;
+/// Transfers out in flight.
+pub const MAX_PUTS: u32 = 32;
+/// Pages of a swap store that are used: 64 GiB.
+pub const MAX_SWAP: u32 = 1 << 24;
 /// How often one fault starts again before its vCPU is sent back to try its instruction once more.
 pub const MAX_RESTARTS: u32 = 64;
 /// Free frames that guests' pages leave to tables and pagers: a 256th of memory, within these bounds.
@@ -27,3 +31,5 @@ pub const MAX_RESERVE: u32 = 2048;
 pub const MAX_SIBLINGS: u32 = 8;
 /// Copied pages that are remembered to see whether they were the last.
 pub const MAX_COPIED: usize = 256;
+/// How often the walk to a page's leaves begins again before the page is left alone.
+pub const MAX_SWEEPS: u32 = 4;

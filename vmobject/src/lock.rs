@@ -45,6 +45,8 @@ pub const PMAP: u8 = 30;
 pub const REGISTRY: u8 = 40;
 /// Transfers in flight.
 pub const IO: u8 = 45;
+/// The swap store's slots.
+pub const SWAP: u8 = 47;
 /// The page queues, the free list among them.
 pub const QUEUES: u8 = 50;
 /// A backing store's own state.
@@ -101,6 +103,22 @@ impl<const RANK: u8, T> Ranked<RANK, T> {
     /// The value, without locking: nobody else can have it.
     pub fn get_mut(&mut self) -> &mut T {
         self.0.get_mut()
+    }
+}
+
+/// State of a chore that one CPU does at a time: who comes second does not wait but goes away, so it can be in
+/// no deadlock and has no rank.
+pub struct Alone<T>(SpinMutex<T>);
+
+impl<T> Alone<T> {
+    /// Wraps a value.
+    pub const fn new(value: T) -> Self {
+        Self(SpinMutex::new(value))
+    }
+
+    /// The value, unless somebody has it.
+    pub fn enter(&self) -> Option<Guard<'_, T>> {
+        self.0.try_lock()
     }
 }
 

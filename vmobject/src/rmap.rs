@@ -68,12 +68,21 @@ pub struct Mapping<H> {
     prev: u32,
 }
 
+impl<H> Mapping<H> {
+    /// Where a page of the object is seen, if it is.
+    fn address(&self, page: PageIndex) -> Option<Ipa> {
+        let inside = page.checked_sub(self.first.number()).filter(|inside| inside.number() < self.pages)?;
+        self.at.checked_add(inside.byte_offset())
+    }
+}
+
 /// Who shadows and who maps each object.
 pub struct Links<H> {
     nodes: Vec<Node>,
     mappings: Vec<Option<Mapping<H>>>,
     vacant: Vec<u32>,
     version: u64,
+    unhung: u64,
 }
 
 impl<H> Default for Links<H> {
@@ -85,7 +94,7 @@ impl<H> Default for Links<H> {
 impl<H> Links<H> {
     /// Nobody.
     pub const fn new() -> Self {
-        Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new(), version: 0 }
+        Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new(), version: 0, unhung: 0 }
     }
 
     /// Makes room for an object of this number.
@@ -170,6 +179,32 @@ impl<H> Links<H> {
         self.version
     }
 
+    /// Changes whenever a walk that is under way could miss something: when an object gains or loses a
+    /// shadow, or loses a mapping. A mapping that is new has no leaves yet.
+    pub const fn stamp(&self) -> (u64, u64) {
+        (self.version, self.unhung)
+    }
+
+    /// The mapping of an object after this one, or the first, that has a page of it; the page's address.
+    pub fn next_mapping(
+        &self,
+        object: u32,
+        after: Option<MappingId>,
+        page: PageIndex,
+    ) -> Option<(MappingId, &Mapping<H>, Ipa)> {
+        let mut place = match after {
+            Some(MappingId(place)) => self.mappings.get(place as usize)?.as_ref()?.next,
+            None => self.nodes.get(object as usize)?.first_mapping,
+        };
+        while let Some(mapping) = self.mappings.get(place as usize).and_then(Option::as_ref) {
+            if let Some(at) = mapping.address(page) {
+                return Some((MappingId(place), mapping, at));
+            }
+            place = mapping.next;
+        }
+        None
+    }
+
     /// How many shadows and how many mappings an object has.
     pub fn counts(&self, object: u32) -> (u32, u32) {
         self.nodes.get(object as usize).map_or((0, 0), |node| (node.children, node.mappings))
@@ -231,6 +266,7 @@ impl<H> Links<H> {
             self.mapping_mut(next).prev = prev;
         }
         self.node_mut(object).mappings -= 1;
+        self.unhung += 1;
     }
 
     /// The entry names another object now, from another page on.
@@ -303,14 +339,10 @@ impl<H> Links<H> {
     }
 
     fn show(&self, object: u32, page: u32, each: &mut impl FnMut(&Mapping<H>, Ipa)) {
-        let mut place = self.node(object).first_mapping;
-        while let Some(mapping) = self.mappings.get(place as usize).and_then(Option::as_ref) {
-            let inside = page.checked_sub(mapping.first.number()).filter(|&n| n < mapping.pages);
-            let at = inside.and_then(|n| mapping.at.checked_add(PageIndex::new(n).byte_offset()));
-            if let Some(at) = at {
-                each(mapping, at);
-            }
-            place = mapping.next;
+        let mut place = None;
+        while let Some((id, mapping, at)) = self.next_mapping(object, place, PageIndex::new(page)) {
+            each(mapping, at);
+            place = Some(id);
         }
     }
 }

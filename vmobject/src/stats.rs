@@ -77,6 +77,24 @@ events! {
     PageIn page_in;
     /// Transfers that failed.
     PageInFailed page_in_failed;
+    /// Transfers started to write pages to swap.
+    PageOut page_out;
+    /// Those that failed; their pages stay.
+    PageOutFailed page_out_failed;
+    /// Frames taken from pages that a store has.
+    Evicted evicted;
+    /// Pages found to be zero when they were to be written.
+    EvictedZero evicted_zero;
+    /// Pages that were looked at for use since the last look.
+    Aged aged;
+    /// Pages that were to go and turned out to be in use.
+    Reactivated reactivated;
+    /// Pages that had to stay because there was no swap slot for them.
+    SwapFull swap_full;
+    /// Leaves that were found and visited, to age or to remove them.
+    LeafVisited leaf_visited;
+    /// Swap slots that are not used any more because they failed.
+    SlotSpoiled slot_spoiled;
     /// Completions for transfers that are not in flight.
     StaleCompletion stale_completion;
 }

@@ -17,6 +17,32 @@ pub trait PhysMemory: Sync {
     fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]);
     /// Makes a frame that a device has just filled ready for guests: cleaned, and I-cache coherent.
     fn publish(&self, frame: Pfn);
+    /// Shows a frame to `each`, eight bytes at a time from its start, as long as that says true. What a
+    /// guest wrote uncached is seen (I2).
+    fn look(&self, frame: Pfn, each: impl FnMut(u64) -> bool);
+
+    /// True if every byte is zero.
+    fn is_zero(&self, frame: Pfn) -> bool {
+        let mut zero = true;
+        self.look(frame, |word| {
+            zero = word == 0;
+            zero
+        });
+        zero
+    }
+
+    /// A sum of the bytes that depends on `key`: two frames that differ, or two keys, have the same one by
+    /// chance only. Against a store that is mistaken, not one that means harm.
+    fn sum(&self, frame: Pfn, key: u64) -> u32 {
+        const ODD: u64 = 0x9e37_79b9_7f4a_7c15; // 2^64 over the golden ratio
+        let mut sum = key.wrapping_mul(ODD);
+        self.look(frame, |word| {
+            sum = (sum.rotate_left(23) ^ word).wrapping_mul(ODD);
+            true
+        });
+        let [a, b] = [sum >> 32, sum & 0xffff_ffff].map(|half| u32::try_from(half).unwrap_or(0));
+        a ^ b
+    }
 }
 
 /// Names one backing store: a partition of a disk.
@@ -39,6 +65,8 @@ pub enum StoreError {
     Refused,
     /// The device is gone.
     Gone,
+    /// What came back is not what was written.
+    Corrupt,
 }
 
 /// Which way a transfer goes.

@@ -85,6 +85,21 @@ impl PhysMemory for Direct {
         cache::clean(to, bytes.len());
     }
 
+    fn look(&self, frame: Pfn, mut each: impl FnMut(u64) -> bool) {
+        let from = self.pointer(frame);
+        // SAFETY: the frame is the VM's and the direct map covers it; cleaning changes nothing in it.
+        unsafe { page::clean_invalidate(from) };
+        for word in 0..PAGE / size_of::<u64>() {
+            let at = from.cast::<u64>().wrapping_add(word);
+            // SAFETY: the word lies in the frame, aligned as the page is; no Rust reference is involved, and a
+            // guest that writes it meanwhile races with itself.
+            let value = unsafe { at.read_volatile() };
+            if !each(value) {
+                return;
+            }
+        }
+    }
+
     fn publish(&self, frame: Pfn) {
         let at = self.pointer(frame);
         // SAFETY: the frame is the VM's and the direct map covers it.

@@ -20,8 +20,9 @@ use crate::store::Machine;
 
 /// Where the page was found, and so where its neighbours are.
 pub(super) enum Around<'s> {
-    /// In the top object.
-    Own(&'s State),
+    /// In the top object, mapped like this: writable neighbours along with a writable page, those that have
+    /// a swap slot to keep along with one that has one.
+    Own(&'s State, Prot),
     /// In an object that must not change.
     Shared(&'s State),
     /// Right below the top object, at this index; a page that the top has hides its neighbour.
@@ -46,7 +47,7 @@ impl Around<'_> {
             Some(_) | None => Slot::Absent,
         };
         match self {
-            Self::Own(state) | Self::Shared(state) => of(state, place.index),
+            Self::Own(state, _) | Self::Shared(state) => of(state, place.index),
             Self::Below { top, owner, index } => match of(top, place.index) {
                 Slot::Absent => of(owner, *index),
                 Slot::Zero | Slot::Resident(_) | Slot::Swapped(_) => Slot::Absent,
@@ -77,7 +78,7 @@ impl<M: Machine> Vm<M> {
                 (_, _) => continue,
             };
             if let Slot::Resident(frame) = slot
-                && !self.frames.page(frame).is_busy()
+                && self.may_come_along(frame, place, around)
             {
                 *out = Some(frame);
                 any = true;
@@ -87,7 +88,7 @@ impl<M: Machine> Vm<M> {
             return;
         }
         let prot = match around {
-            Around::Own(_) => place.entry.prot,
+            Around::Own(_, prot) => *prot,
             Around::Shared(_) | Around::Below { .. } => place.entry.prot.without(Prot::WRITE),
         };
         let pages = usize::try_from(range.pages()).map_or(0, |pages| pages.min(frames.len()));
@@ -96,5 +97,16 @@ impl<M: Machine> Vm<M> {
         if let Ok(entered) = pmap.enter_around(range.start(), &frames[..pages], prot) {
             map.stats.add(Event::Around, u64::from(entered));
         }
+    }
+
+    /// Not what a transfer has, nor what pageout has in hand: this is no use of it.
+    fn may_come_along(&self, frame: Pfn, place: Place<'_>, around: &Around<'_>) -> bool {
+        let page = self.frames.page(frame);
+        let alike = match around {
+            Around::Own(_, prot) if *prot != place.entry.prot => page.clean_slot().is_some(),
+            Around::Own(_, prot) => page.clean_slot().is_none() || !prot.allows(Prot::WRITE),
+            Around::Shared(_) | Around::Below { .. } => true,
+        };
+        alike && !page.is_busy() && !page.is_unmapped()
     }
 }

@@ -10,7 +10,7 @@ use crate::lock::{Descent, Held, OBJECT};
 use crate::map::Entry;
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
-use crate::store::{IoToken, Machine, StoreId};
+use crate::store::{Machine, StoreId};
 
 /// A page in an object of the chain.
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +32,8 @@ pub(super) struct Page {
 pub(super) enum Found {
     /// It is there.
     Page(Page),
-    /// It is there, but a transfer has it.
-    Busy(IoToken),
+    /// A transfer is bringing it into this frame.
+    Busy(Pfn),
     /// This object's pager has it.
     PageIn(ObjectId, PageIndex),
     /// Nobody has anything: it is zero.
@@ -49,9 +49,8 @@ impl<M: Machine> Vm<M> {
             sole &= state.is_sole_anonymous();
             match state.slots.get(index) {
                 Slot::Resident(frame) => {
-                    let page = self.frames.page(frame);
-                    if page.is_busy() {
-                        return Found::Busy(page.transfer());
+                    if self.frames.page(frame).is_filling() {
+                        return Found::Busy(frame);
                     }
                     return Found::Page(Page { frame, index, depth, sole, family: None });
                 }

@@ -91,7 +91,8 @@ impl<M: Machine> Vm<M> {
             Some(Err(_)) | None => return Step::Again,
         }
         map.stats.count(Event::FaultMove);
-        self.finish(map, place, purpose, page.frame, place.entry.prot, held)
+        self.drop_clean_slot(page.frame, held);
+        self.finish_found(map, place, purpose, page.frame, place.entry.prot, held)
     }
 
     /// Makes `owner`'s page the top's; `None` if it is not what it was.

@@ -17,6 +17,7 @@
 mod around;
 mod chain;
 mod cow;
+mod wire;
 
 use crate::addr::{Ipa, PageIndex, Pfn};
 use crate::limits::MAX_RESTARTS;
@@ -31,6 +32,8 @@ use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::{Machine, PhysMemory as _, StoreError};
 use crate::{PROMPT, Vm, VmError};
+pub use wire::{Wired, Wiring};
+
 use around::Around;
 use chain::Found;
 
@@ -76,6 +79,8 @@ enum Purpose<'b> {
     Read(usize, &'b mut [u8]),
     /// To write bytes from this offset on.
     Write(usize, &'b [u8]),
+    /// To be kept in its frame, which goes here.
+    Wire(&'b mut Option<Pfn>),
 }
 
 /// What one attempt came to.
@@ -280,13 +285,20 @@ impl<M: Machine> Vm<M> {
             Slot::Swapped(_) => Step::PageIn(top.id(), place.index),
             Slot::Resident(frame) => {
                 let page = self.frames.page(frame);
-                if page.is_busy() {
-                    return Step::Wait(WaitFor::Io(page.transfer()));
+                if page.is_filling() || (page.is_busy() && place.writes()) {
+                    return self.await_page(frame);
+                }
+                let mut prot = place.entry.prot;
+                match page.clean_slot() {
+                    Some(_) if place.writes() => self.drop_clean_slot(frame, &mut held),
+                    // The first write is to be noticed (P5).
+                    Some(_) => prot = prot.without(Prot::WRITE),
+                    None => {}
                 }
                 map.stats.count(Event::FaultResident);
-                let step = self.finish(map, place, purpose, frame, place.entry.prot, &mut held);
+                let step = self.finish_found(map, place, purpose, frame, prot, &mut held);
                 if matches!((&step, &purpose), (Step::Done, Purpose::Enter)) {
-                    self.enter_neighbours(map, place, &Around::Own(&top), &mut held);
+                    self.enter_neighbours(map, place, &Around::Own(&top, prot), &mut held);
                 }
                 step
             }
@@ -307,7 +319,7 @@ impl<M: Machine> Vm<M> {
         };
         let mut chain = self.objects.get(object).descend(held);
         match self.look(&mut chain, index) {
-            Found::Busy(token) => Step::Wait(WaitFor::Io(token)),
+            Found::Busy(frame) => self.await_page(frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             Found::Nothing => {
                 drop(chain);
@@ -320,6 +332,9 @@ impl<M: Machine> Vm<M> {
                     page.family = version.filter(|_| self.is_last_to_see(top, below, page.index, held));
                 }
                 if page.sole || page.family.is_some() {
+                    if self.frames.page(page.frame).is_busy() {
+                        return self.await_page(page.frame);
+                    }
                     drop(chain);
                     self.move_up(map, place, purpose, top, page, held)
                 } else {
@@ -340,7 +355,7 @@ impl<M: Machine> Vm<M> {
                 map.stats.count(Event::FaultShared);
                 let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
-                let step = self.finish(map, place, purpose, page.frame, prot, held);
+                let step = self.finish_found(map, place, purpose, page.frame, prot, held);
                 if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
                     let around = Around::Below { top, owner, index: page.index };
                     self.enter_neighbours(map, place, &around, held);
@@ -360,7 +375,7 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let mut chain = self.objects.get(place.entry.object).descend(held);
         match self.look(&mut chain, place.index) {
-            Found::Busy(token) => Step::Wait(WaitFor::Io(token)),
+            Found::Busy(frame) => self.await_page(frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             // A page of zeros in the shared object would outlive this guest's interest in it.
             Found::Nothing => Step::Shadow,
@@ -368,13 +383,19 @@ impl<M: Machine> Vm<M> {
                 map.stats.count(Event::FaultShared);
                 let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
-                let step = self.finish(map, place, purpose, page.frame, prot, held);
+                let step = self.finish_found(map, place, purpose, page.frame, prot, held);
                 if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
                     self.enter_neighbours(map, place, &Around::Shared(owner), held);
                 }
                 step
             }
         }
+    }
+
+    /// A transfer has the page.
+    #[cold]
+    fn await_page(&self, frame: Pfn) -> Step {
+        Step::Wait(WaitFor::Io(self.frames.page(frame).transfer()))
     }
 
     /// A page of zeros in the top object.
@@ -393,6 +414,24 @@ impl<M: Machine> Vm<M> {
         self.machine.memory().zero(frame);
         map.stats.count(Event::FaultZero);
         self.finish(map, place, purpose, frame, place.entry.prot, held)
+    }
+
+    /// The same with a page that was there before: pageout may have it in hand.
+    #[inline]
+    fn finish_found(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        frame: Pfn,
+        prot: Prot,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        match purpose {
+            Purpose::Enter => self.frames.page(frame).map(),
+            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => self.frames.page(frame).touch(),
+        }
+        self.finish(map, place, purpose, frame, prot, held)
     }
 
     /// The page is there: serves the purpose with it. The owner's lock is held.
@@ -420,6 +459,13 @@ impl<M: Machine> Vm<M> {
             }
             Purpose::Write(offset, bytes) => {
                 self.machine.memory().write(frame, *offset, bytes);
+                Step::Done
+            }
+            Purpose::Wire(wired) => {
+                if !self.frames.wire(frame, held) {
+                    return Step::Wait(WaitFor::Memory);
+                }
+                **wired = Some(frame);
                 Step::Done
             }
         }

@@ -21,7 +21,7 @@ pub enum Slot {
     Zero,
     /// In this frame.
     Resident(Pfn),
-    /// In this slot of the swap store.
+    /// In this slot of the swap store, and nowhere else.
     Swapped(u32),
 }
 

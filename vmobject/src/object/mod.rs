@@ -110,8 +110,9 @@ pub struct State {
     pub pager: Pager,
     /// Transfers in flight.
     pub paging: u32,
-    /// A page whose last transfer failed, until somebody was told.
-    pub failed: Option<(PageIndex, StoreError)>,
+    /// A page whose last transfer in failed, until somebody was told; without an error it is to be tried
+    /// alone first.
+    pub failed: Option<(PageIndex, Option<StoreError>)>,
     /// The page that we would have to have for the object below to be bypassed; all before it are hidden
     /// or absent there.
     blocked_at: u32,

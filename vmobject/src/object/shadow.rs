@@ -117,8 +117,8 @@ impl<M: Machine> Vm<M> {
         self.objects.chore(state.id.index, held);
     }
 
-    /// A frame for a page of an object, entered in its slot; what was there must own nothing. Its bytes
-    /// are garbage. `None` for want of memory.
+    /// A frame for a page of an object, entered in its slot; a swap slot that was there is the caller's. Its
+    /// bytes are garbage. `None` for want of memory.
     #[inline]
     pub(crate) fn give_frame(
         &self,
@@ -131,7 +131,7 @@ impl<M: Machine> Vm<M> {
         let frame = self.frames.allocate(state.slots.storage(), place, queue, held)?;
         match self.objects.gain(state, page, Slot::Resident(frame), held) {
             Ok(before) => {
-                debug_assert!(matches!(before, Slot::Absent | Slot::Zero));
+                debug_assert!(!matches!(before, Slot::Resident(_)));
                 Some(frame)
             }
             Err(_) => {
@@ -148,13 +148,16 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// Frees what a slot of a dying or hidden page owns. False if a transfer has it.
+    /// Frees what a slot of a dying or hidden page owns, frame and swap slot (D11). False if a transfer has it.
     pub(super) fn free_slot(&self, slot: Slot, held: &mut Held<'_, OBJECT>) -> bool {
         match slot {
             Slot::Resident(frame) if self.frames.page(frame).is_busy() => return false,
-            Slot::Resident(frame) => self.frames.free(frame, held),
+            Slot::Resident(frame) => {
+                self.drop_clean_slot(frame, held);
+                self.frames.free(frame, held);
+            }
             Slot::Absent | Slot::Zero => {}
-            Slot::Swapped(_) => unreachable!("nothing writes to a swap store yet"),
+            Slot::Swapped(slot) => self.swap.give(slot, held),
         }
         true
     }

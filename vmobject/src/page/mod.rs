@@ -8,8 +8,12 @@
 //!
 //! # Invariants
 //! P1. A frame is on the free list exactly when nobody owns it.
-//! P2. A busy page is on no queue, and only whoever made it busy touches its bytes.
+//! P2. A busy page is on no queue. While it is filled only whoever made it busy touches its bytes; while it
+//!     is written out nobody changes them.
 //! P3. A resident page's owner has a slot for it that says so, and no other slot names it.
+//! P4. A page marked unmapped has no leaf: whoever enters one clears the mark, under the owner's lock.
+//! P5. A page with a clean swap slot is mapped nowhere writable.
+//! P6. A wired page is on no queue. If its owner gives it up, it is free when it is unwired (D22).
 
 mod queues;
 
@@ -18,14 +22,14 @@ pub use queues::{Queue, QueueLengths};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
 use crate::VmError;
 use crate::addr::{PageIndex, Pfn};
 use crate::limits::{MAX_FRAME, MAX_RESERVE, MIN_RESERVE};
 use crate::lock::{Held, QUEUES, Ranked};
 use crate::pmap::Harvest;
-use crate::store::IoToken;
+use crate::store::{Direction, IoToken};
 use queues::Queues;
 
 /// Owner of a frame that nobody owns.
@@ -34,17 +38,21 @@ const NOBODY: u32 = u32::MAX;
 const TABLE: u32 = u32::MAX - 1;
 /// Owner of a frame number without memory.
 const ABSENT: u32 = u32::MAX - 2;
+/// Owner of a frame that its owner gave up while it was wired.
+const ORPHAN: u32 = u32::MAX - 3;
 /// No link.
 const NIL: u32 = u32::MAX;
 
-/// The queue's number, in [`VmPage::state`].
-const QUEUE_MASK: u32 = 0x7;
-/// Being read in or written out, or otherwise somebody's alone.
-const BUSY: u32 = 1 << 3;
+/// Being read in or written out.
+const BUSY: u8 = 1;
+/// Busy, and its bytes are not there yet.
+const FILLING: u8 = 1 << 1;
 /// Written since it was last read in or written out.
-const DIRTY: u32 = 1 << 4;
+const DIRTY: u8 = 1 << 2;
 /// Used since the last look.
-const ACCESSED: u32 = 1 << 5;
+const ACCESSED: u8 = 1 << 3;
+/// No leaf reaches it.
+const UNMAPPED: u8 = 1 << 4;
 
 /// Whose a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +63,8 @@ pub enum Owner {
     Table,
     /// There is no memory at that number.
     Absent,
+    /// Nobody's any more, but wired.
+    Orphan,
     /// An object's page: the number of the object's storage, and the place in its index.
     Object(u32, PageIndex),
 }
@@ -67,8 +77,10 @@ pub struct VmPage {
     index: AtomicU32, // (o)
     next: AtomicU32,  // (q); (o) while busy: the transfer's number
     prev: AtomicU32,  // (q); (o) while busy: the transfer's generation
-    state: AtomicU32, // queue (q), busy (o), dirty and accessed (a)
     clean: AtomicU32, // (o) swap slot with the same contents, plus one
+    queue: AtomicU8,  // (q)
+    flags: AtomicU8,  // busy, filling, unmapped (o); dirty and accessed (a)
+    wired: AtomicU16, // (q)
 }
 
 impl VmPage {
@@ -78,8 +90,10 @@ impl VmPage {
             index: AtomicU32::new(0),
             next: AtomicU32::new(NIL),
             prev: AtomicU32::new(NIL),
-            state: AtomicU32::new(Queue::None as u32),
             clean: AtomicU32::new(0),
+            queue: AtomicU8::new(Queue::None as u8),
+            flags: AtomicU8::new(0),
+            wired: AtomicU16::new(0),
         }
     }
 
@@ -89,13 +103,26 @@ impl VmPage {
             NOBODY => Owner::Free,
             TABLE => Owner::Table,
             ABSENT => Owner::Absent,
+            ORPHAN => Owner::Orphan,
             object => Owner::Object(object, PageIndex::new(self.index.load(Relaxed))),
         }
     }
 
-    /// True while a transfer or a copy has it.
+    #[inline]
+    fn has(&self, flag: u8) -> bool {
+        self.flags.load(Relaxed) & flag != 0
+    }
+
+    /// True while a transfer has it.
+    #[inline]
     pub fn is_busy(&self) -> bool {
-        self.state.load(Relaxed) & BUSY != 0
+        self.has(BUSY)
+    }
+
+    /// True while a transfer brings its bytes: they are not there yet.
+    #[inline]
+    pub fn is_filling(&self) -> bool {
+        self.has(FILLING)
     }
 
     /// The transfer that made it busy.
@@ -104,25 +131,68 @@ impl VmPage {
         IoToken(u64::from(self.prev.load(Relaxed)) << 32 | u64::from(self.next.load(Relaxed)))
     }
 
-    /// Makes it busy with a transfer. The page is on no queue; the caller has the owner's lock.
-    pub fn set_busy(&self, token: IoToken) {
+    /// Makes it busy with a transfer that fills it or writes it out. The page is on no queue; the caller has
+    /// the owner's lock.
+    pub fn set_busy(&self, token: IoToken, way: Direction) {
         debug_assert_eq!(self.queue(), Queue::None);
         let (low, high) = (token.0 & 0xffff_ffff, token.0 >> 32);
         self.next.store(u32::try_from(low).unwrap_or(NIL), Relaxed);
         self.prev.store(u32::try_from(high).unwrap_or(NIL), Relaxed);
-        self.state.fetch_or(BUSY, Relaxed);
+        let busy = match way {
+            Direction::In => BUSY | FILLING,
+            Direction::Out => BUSY,
+        };
+        self.flags.fetch_or(busy, Relaxed);
     }
 
     /// Ends what [`Self::set_busy`] began.
     pub fn clear_busy(&self) {
-        self.state.fetch_and(!BUSY, Relaxed);
+        self.flags.fetch_and(!(BUSY | FILLING), Relaxed);
         self.next.store(NIL, Relaxed);
         self.prev.store(NIL, Relaxed);
     }
 
     /// True if it was written since it was last clean.
     pub fn is_dirty(&self) -> bool {
-        self.state.load(Relaxed) & DIRTY != 0
+        self.has(DIRTY)
+    }
+
+    /// True if no leaf reaches it.
+    #[inline]
+    pub fn is_unmapped(&self) -> bool {
+        self.has(UNMAPPED)
+    }
+
+    /// Says that no leaf reaches it, or that one may.
+    pub(crate) fn set_unmapped(&self, unmapped: bool) {
+        if unmapped {
+            self.flags.fetch_or(UNMAPPED, Relaxed);
+        } else {
+            self.flags.fetch_and(!UNMAPPED, Relaxed);
+        }
+    }
+
+    /// A leaf is about to reach it.
+    #[inline]
+    pub(crate) fn map(&self) {
+        if self.is_unmapped() {
+            self.set_unmapped(false);
+        }
+    }
+
+    /// It is in use.
+    pub(crate) fn touch(&self) {
+        self.flags.fetch_or(ACCESSED, Relaxed);
+    }
+
+    /// Whether it was used since the last call.
+    pub(crate) fn take_accessed(&self) -> bool {
+        self.flags.fetch_and(!ACCESSED, Relaxed) & ACCESSED != 0
+    }
+
+    /// True if its frame may not change and it may not be evicted.
+    pub fn is_wired(&self) -> bool {
+        self.wired.load(Relaxed) != 0
     }
 
     /// The swap slot that holds the same contents, if one does.
@@ -137,12 +207,11 @@ impl VmPage {
 
     /// Which queue it is on.
     pub fn queue(&self) -> Queue {
-        Queue::from_bits(self.state.load(Relaxed) & QUEUE_MASK)
+        Queue::from_bits(self.queue.load(Relaxed))
     }
 
     fn set_queue(&self, queue: Queue) {
-        let kept = self.state.load(Relaxed) & !QUEUE_MASK;
-        self.state.store(kept | queue as u32, Relaxed);
+        self.queue.store(queue as u8, Relaxed);
     }
 
     /// The page of another owner, or at another place of the same.
@@ -261,19 +330,63 @@ impl Frames {
         let page = self.page(frame);
         assert!(matches!(page.owner(), Owner::Object(..)), "{frame:?} is no object's");
         assert!(!page.is_busy(), "{frame:?} is busy");
+        assert_eq!(page.clean_slot(), None, "{frame:?} has a swap slot");
         queues.unlink(&self.pages, self.place32(frame));
-        page.owner.store(NOBODY, Relaxed);
-        page.state.store(Queue::None as u32, Relaxed);
-        page.clean.store(0, Relaxed);
-        queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+        page.flags.store(0, Relaxed);
+        if page.is_wired() {
+            page.owner.store(ORPHAN, Relaxed);
+        } else {
+            page.owner.store(NOBODY, Relaxed);
+            queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+        }
     }
 
-    /// Moves a page to the end of a queue.
+    /// Moves a page to the end of a queue; a wired one stays on none.
     pub fn enqueue<const OUTER: u8>(&self, frame: Pfn, queue: Queue, held: &mut Held<'_, OUTER>) {
         debug_assert!(queue != Queue::Free);
         let (mut queues, _held) = self.queues.lock(held);
         queues.unlink(&self.pages, self.place32(frame));
-        queues.push_back(&self.pages, queue, self.place32(frame));
+        if !self.page(frame).is_wired() {
+            queues.push_back(&self.pages, queue, self.place32(frame));
+        }
+    }
+
+    /// Moves the first page of a queue to its end, and says which that is.
+    pub(crate) fn rotate<const OUTER: u8>(&self, queue: Queue, held: &mut Held<'_, OUTER>) -> Option<Pfn> {
+        debug_assert!(queue != Queue::Free && queue != Queue::None);
+        let (mut queues, _held) = self.queues.lock(held);
+        let place = queues.pop_front(&self.pages, queue)?;
+        queues.push_back(&self.pages, queue, place);
+        Some(Pfn::new(self.base + place))
+    }
+
+    /// Keeps a page where it is, once more. The caller has the owner's lock. False if it is wired too often.
+    pub(crate) fn wire<const OUTER: u8>(&self, frame: Pfn, held: &mut Held<'_, OUTER>) -> bool {
+        let (mut queues, _held) = self.queues.lock(held);
+        let page = self.page(frame);
+        let Some(more) = page.wired.load(Relaxed).checked_add(1) else { return false };
+        queues.unlink(&self.pages, self.place32(frame));
+        page.wired.store(more, Relaxed);
+        true
+    }
+
+    /// Ends one [`Self::wire`]; a page that nobody owns any more is free after the last. True if it is.
+    pub(crate) fn unwire<const OUTER: u8>(&self, frame: Pfn, held: &mut Held<'_, OUTER>) -> bool {
+        let (mut queues, _held) = self.queues.lock(held);
+        let page = self.page(frame);
+        let Some(less) = page.wired.load(Relaxed).checked_sub(1) else { panic!("{frame:?} is not wired") };
+        page.wired.store(less, Relaxed);
+        if less > 0 {
+            return false;
+        }
+        let free = page.owner() == Owner::Orphan;
+        if free {
+            page.owner.store(NOBODY, Relaxed);
+            queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+        } else if !page.is_busy() {
+            queues.push_back(&self.pages, Queue::Active, self.place32(frame));
+        }
+        free
     }
 
     /// Keeps what a leaf remembered (I14).
@@ -288,7 +401,7 @@ impl Frames {
         if bits != 0
             && let Some(page) = self.find(harvest.frame)
         {
-            page.state.fetch_or(bits, Relaxed);
+            page.flags.fetch_or(bits, Relaxed);
         }
     }
 

@@ -9,7 +9,7 @@ use super::{NIL, Owner, VmPage};
 
 /// Which list a page is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
+#[repr(u8)]
 pub enum Queue {
     /// None: busy, wired, a table, or not memory.
     None = 0,
@@ -24,7 +24,7 @@ pub enum Queue {
 }
 
 impl Queue {
-    pub(super) const fn from_bits(bits: u32) -> Self {
+    pub(super) const fn from_bits(bits: u8) -> Self {
         match bits {
             1 => Self::Free,
             2 => Self::Active,

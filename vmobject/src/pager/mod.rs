@@ -1,21 +1,26 @@
 //! Pagers: where absent pages come from, and the transfers in flight.
 //!
-//! A transfer is a few neighbouring pages of one object. Its frames are in the object's index from the
-//! start, busy, so whoever comes by finds out what to wait for. The VM gives it a token; the store gives
+//! A transfer is a few neighbouring pages of one object, on their way in or out. Its frames are in the object's
+//! index all the time, busy, so whoever comes by finds out what to wait for. The VM gives it a token; the store gives
 //! the token back with the completion. A token has a generation, so a completion that comes late, twice
 //! or for something long gone is noticed and dropped.
-//! Called by `fault`. Calls `object`, `page` and the machine's stores. Locks: the object, then transfers.
+//! Some places are left to transfers out, so that want of places never stops what would free memory.
+//! Called by `fault` and `pageout`. Calls `object`, `page` and the machine's stores. Locks: the object, then
+//! transfers.
 
-pub mod image;
+mod image;
+pub mod slots;
+pub mod swap;
+mod transfer;
 
 use alloc::vec::Vec;
 
 use crate::VmError;
 use crate::addr::{PageIndex, Pfn};
-use crate::limits::{CLUSTER_PAGES, MAX_IO};
+use crate::limits::{CLUSTER_PAGES, MAX_IO, MAX_PUTS};
 use crate::lock::{Held, IO, Ranked};
 use crate::object::ObjectId;
-use crate::store::IoToken;
+use crate::store::{Direction, IoToken, StoreId};
 
 /// What a fault waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +31,23 @@ pub enum WaitFor {
     Memory,
 }
 
+/// Where a page's contents are when they are in no frame.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Home {
+    store: StoreId,
+    page: u32,
+}
+
 /// A transfer in flight.
 #[derive(Clone, Copy, Debug)]
 pub struct Transfer {
     /// For which object.
     pub object: ObjectId,
+    /// In or out.
+    pub way: Direction,
     /// Its first page.
     pub first: PageIndex,
-    /// The page that somebody asked for.
+    /// The page that it is about; the others come along.
     pub wanted: PageIndex,
     /// How many of `frames` take part.
     pub pages: u32,
@@ -62,10 +76,28 @@ struct Place {
 struct Table {
     places: Vec<Place>,
     vacant: Vec<u32>,
+    /// Transfers out, and the pages that they carry.
+    puts: u32,
+    leaving: u32,
 }
 
 /// The transfers in flight.
 pub struct Transfers(Ranked<IO, Table>);
+
+impl Table {
+    /// One more place.
+    fn grow(&mut self) -> Result<u32, VmError> {
+        let place = u32::try_from(self.places.len()).map_err(|_| VmError::Limit("transfers"))?;
+        if place >= MAX_IO {
+            return Err(VmError::Limit("transfers"));
+        }
+        self.places.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        let room = (place as usize + 1).saturating_sub(self.vacant.len());
+        self.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
+        self.places.push(Place { generation: 1, transfer: None });
+        Ok(place)
+    }
+}
 
 const fn token(place: u32, generation: u32) -> IoToken {
     IoToken((generation as u64) << 32 | place as u64)
@@ -77,9 +109,14 @@ fn parts(token: IoToken) -> Option<(usize, u32)> {
 }
 
 impl Transfers {
-    /// None.
-    pub const fn new() -> Self {
-        Self(Ranked::new(Table { places: Vec::new(), vacant: Vec::new() }))
+    /// None, and places for as many out as there may be.
+    pub fn new() -> Result<Self, VmError> {
+        let mut table = Table { places: Vec::new(), vacant: Vec::new(), puts: 0, leaving: 0 };
+        for _ in 0..MAX_PUTS {
+            let place = table.grow()?;
+            table.vacant.push(place);
+        }
+        Ok(Self(Ranked::new(table)))
     }
 
     /// Notes a transfer that is about to start.
@@ -89,20 +126,23 @@ impl Transfers {
         held: &mut Held<'_, OUTER>,
     ) -> Result<IoToken, VmError> {
         let (mut table, _held) = self.0.lock(held);
-        if let Some(place) = table.vacant.pop() {
-            let slot = &mut table.places[place as usize];
-            slot.transfer = Some(transfer);
-            return Ok(token(place, slot.generation));
+        let kept = match transfer.way {
+            Direction::In => MAX_PUTS - table.puts,
+            Direction::Out if table.puts == MAX_PUTS => return Err(VmError::Limit("transfers out")),
+            Direction::Out => 0,
+        };
+        let vacant = if table.vacant.len() > kept as usize { table.vacant.pop() } else { None };
+        let place = match vacant {
+            Some(place) => place,
+            None => table.grow()?,
+        };
+        if transfer.way == Direction::Out {
+            table.puts += 1;
+            table.leaving += transfer.pages;
         }
-        let place = u32::try_from(table.places.len()).map_err(|_| VmError::Limit("transfers"))?;
-        if place >= MAX_IO {
-            return Err(VmError::Limit("transfers"));
-        }
-        table.places.try_reserve(1).map_err(|_| VmError::NoMemory)?;
-        let room = (place as usize + 1).saturating_sub(table.vacant.len());
-        table.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
-        table.places.push(Place { generation: 1, transfer: Some(transfer) });
-        Ok(token(place, 1))
+        let slot = &mut table.places[place as usize];
+        slot.transfer = Some(transfer);
+        Ok(token(place, slot.generation))
     }
 
     /// The transfer that a token names, which is over now; `None` for a stale token.
@@ -116,6 +156,10 @@ impl Transfers {
             slot.generation = next;
             table.vacant.push(u32::try_from(place).ok()?);
         }
+        if transfer.way == Direction::Out {
+            table.puts -= 1;
+            table.leaving -= transfer.pages;
+        }
         Some(transfer)
     }
 
@@ -126,15 +170,15 @@ impl Transfers {
         table.places.get(place).is_some_and(|slot| slot.generation == generation && slot.transfer.is_some())
     }
 
+    /// Pages on their way out, and whether another transfer out could start.
+    pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (u32, bool) {
+        let (table, _held) = self.0.lock(held);
+        (table.leaving, table.puts < MAX_PUTS)
+    }
+
     /// How many there are.
     pub fn count<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
         let (table, _held) = self.0.lock(held);
         table.places.iter().filter(|slot| slot.transfer.is_some()).count()
-    }
-}
-
-impl Default for Transfers {
-    fn default() -> Self {
-        Self::new()
     }
 }

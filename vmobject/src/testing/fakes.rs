@@ -55,6 +55,11 @@ impl PhysMemory for FakeMemory {
     fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]) {
         self.with(frame, |page| page[offset..][..bytes.len()].copy_from_slice(bytes));
     }
+    fn look(&self, frame: Pfn, each: impl FnMut(u64) -> bool) {
+        let bytes = self.with(frame, |page| *page);
+        let words = bytes.as_chunks::<8>().0;
+        words.iter().copied().map(u64::from_le_bytes).all(each);
+    }
     fn publish(&self, _frame: Pfn) {
         self.published.fetch_add(1, Relaxed);
     }
@@ -84,6 +89,8 @@ pub struct FakeStore {
     pub refuse_next: SpinMutex<Option<StoreError>>,
     /// Transfers taken so far.
     pub started: AtomicU32,
+    /// Pages that were asked to be written so far.
+    pub written: AtomicU32,
 }
 
 impl FakeStore {
@@ -122,6 +129,11 @@ impl FakeStore {
         (nth < pending.len()).then(|| pending.remove(nth))
     }
 
+    /// The pending requests.
+    pub fn requests(&self) -> Vec<Request> {
+        self.pending.lock().clone()
+    }
+
     /// Requests not yet completed.
     pub fn pending(&self) -> usize {
         self.pending.lock().len()
@@ -148,6 +160,9 @@ impl PageStore for FakeStore {
             return Err(StoreError::Refused);
         }
         self.started.fetch_add(1, Relaxed);
+        if direction == Direction::Out {
+            self.written.fetch_add(u32::try_from(frames.len()).unwrap_or(0), Relaxed);
+        }
         self.pending.lock().push(Request { store, direction, first, frames: frames.to_vec(), token });
         Ok(())
     }
@@ -163,10 +178,28 @@ impl PageStore for FakeStore {
     }
 }
 
+/// A leaf, and what the CPU noted in it.
+#[derive(Clone, Copy)]
+struct FakeLeaf {
+    leaf: Leaf,
+    accessed: bool,
+    dirty: bool,
+}
+
+impl FakeLeaf {
+    const fn new(frame: Pfn, prot: Prot) -> Self {
+        Self { leaf: Leaf { frame, prot, block: false }, accessed: true, dirty: false }
+    }
+
+    const fn harvest(self, at: Ipa) -> Harvest {
+        Harvest { at, frame: self.leaf.frame, accessed: self.accessed, dirty: self.dirty }
+    }
+}
+
 /// Tables in memory, without a TLB: what they say is what a CPU does.
 #[derive(Default)]
 pub struct FakePmap {
-    leaves: BTreeMap<Ipa, Leaf>,
+    leaves: BTreeMap<Ipa, FakeLeaf>,
     /// No table can be had.
     pub out_of_tables: AtomicBool,
     /// Leaves entered by faults, neighbours not counted.
@@ -180,21 +213,24 @@ impl FakePmap {
 
     /// Every leaf.
     pub fn leaves(&self) -> impl Iterator<Item = (Ipa, Leaf)> + '_ {
-        self.leaves.iter().map(|(&at, &leaf)| (at, leaf))
+        self.leaves.iter().map(|(&at, leaf)| (at, leaf.leaf))
     }
-}
 
-const fn harvest(at: Ipa, leaf: Leaf) -> Harvest {
-    let dirty = leaf.prot.allows(Prot::WRITE);
-    Harvest { at, frame: leaf.frame, accessed: true, dirty }
+    /// A CPU uses a page: the frame, if its leaf allows that.
+    pub fn access(&mut self, at: Ipa, access: Prot) -> Option<Pfn> {
+        let leaf = self.leaves.get_mut(&at.page()).filter(|leaf| leaf.leaf.prot.allows(access))?;
+        leaf.accessed = true;
+        leaf.dirty |= access.allows(Prot::WRITE);
+        Some(leaf.leaf.frame)
+    }
 }
 
 impl Pmap for FakePmap {
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
         self.room()?;
         self.entered += 1;
-        if let Some(old) = self.leaves.insert(at.page(), Leaf { frame, prot, block: false }) {
-            sink(harvest(at.page(), old));
+        if let Some(old) = self.leaves.insert(at.page(), FakeLeaf::new(frame, prot)) {
+            sink(old.harvest(at.page()));
         }
         Ok(())
     }
@@ -206,7 +242,7 @@ impl Pmap for FakePmap {
             assert_eq!(at.chunk(), first.chunk(), "neighbours lie in one chunk");
             self.leaves.entry(at).or_insert_with(|| {
                 count += 1;
-                Leaf { frame, prot, block: false }
+                FakeLeaf::new(frame, prot)
             });
         }
         Ok(count)
@@ -222,29 +258,31 @@ impl Pmap for FakePmap {
         self.leaves.retain(|&at, &mut leaf| {
             let keep = !range.contains(at);
             if !keep {
-                sink(harvest(at, leaf));
+                sink(leaf.harvest(at));
             }
             keep
         });
     }
     fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>) {
         for (&at, leaf) in self.leaves.range_mut(range.as_range()) {
-            sink(harvest(at, *leaf));
-            leaf.prot = leaf.prot & keep;
+            sink(leaf.harvest(at));
+            (leaf.accessed, leaf.dirty) = (false, false);
+            leaf.leaf.prot = leaf.leaf.prot & keep;
         }
     }
     fn park(&mut self) {
         for leaf in self.leaves.values_mut() {
-            leaf.prot = leaf.prot.without(Prot::WRITE);
+            leaf.leaf.prot = leaf.leaf.prot.without(Prot::WRITE);
         }
     }
     fn age(&mut self, range: IpaRange, sink: Sink<'_>) {
-        for (&at, &leaf) in self.leaves.range(range.as_range()) {
-            sink(harvest(at, leaf));
+        for (&at, leaf) in self.leaves.range_mut(range.as_range()) {
+            sink(leaf.harvest(at));
+            (leaf.accessed, leaf.dirty) = (false, false);
         }
     }
     fn lookup(&self, at: Ipa) -> Option<Leaf> {
-        self.leaves.get(&at.page()).copied()
+        self.leaves.get(&at.page()).map(|leaf| leaf.leaf)
     }
     fn refresh(&mut self, _at: Ipa) {}
     fn tables(&self) -> u32 {

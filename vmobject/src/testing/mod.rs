@@ -17,13 +17,17 @@ use crate::lock::Held;
 use crate::map::{Map, Share};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
-use crate::pmap::Pmap as _;
 use crate::prot::Prot;
-use crate::store::{Direction, PhysMemory as _, StoreError};
+use crate::store::{Direction, PhysMemory as _, StoreError, StoreId};
 use crate::{Vm, VmError};
+
+const PAGE_SIZE_BYTES: usize = 1 << crate::addr::PAGE_SHIFT;
 
 /// Where the tests' guests have their memory.
 pub const RAM: Ipa = Ipa::new(0x4000_0000);
+
+/// The store that [`Rig::add_swap`] makes.
+pub const SWAP: StoreId = StoreId(77);
 
 /// A [`Vm`] on a fake machine.
 pub struct Rig {
@@ -131,10 +135,9 @@ impl Rig {
     /// What the tables say, after as many faults as that takes.
     fn translate(&self, map: &TestMap, at: Ipa, access: Prot) -> Result<Pfn, Refused> {
         for _ in 0..8 {
-            let leaf = map.with_pmap(&mut Held::root(), |pmap| pmap.lookup(at.page()));
-            match leaf {
-                Some(leaf) if leaf.prot.allows(access) => return Ok(leaf.frame),
-                Some(_) | None => self.fault(map, at, access)?,
+            match map.with_pmap(&mut Held::root(), |pmap| pmap.access(at, access)) {
+                Some(frame) => return Ok(frame),
+                None => self.fault(map, at, access)?,
             }
         }
         panic!("{at:?}: a fault that was served is not");
@@ -148,9 +151,12 @@ impl Rig {
         let sight = self.vm.survey(entry, at.page(), &mut held);
         let machine = self.vm.machine();
         Some(match (sight.slot, sight.store) {
-            (Slot::Resident(frame), Some((store, page))) if self.vm.frames.page(frame).is_busy() => {
-                machine.store.page(store, page.number().into())[at.offset_in_page()]
+            (Slot::Resident(frame), home) if self.vm.frames.page(frame).is_filling() => {
+                let swapped = self.vm.frames.page(frame).clean_slot().map(|slot| (SWAP, slot));
+                let (store, page) = swapped.or(home.map(|(store, page)| (store, page.number())))?;
+                machine.store.page(store, page.into())[at.offset_in_page()]
             }
+            (Slot::Swapped(slot), _) => machine.store.page(SWAP, slot.into())[at.offset_in_page()],
             (Slot::Resident(frame), _) => {
                 let mut byte = [0];
                 machine.memory.read(frame, at.offset_in_page(), &mut byte);
@@ -159,7 +165,7 @@ impl Rig {
             (Slot::Absent, Some((store, page))) => {
                 machine.store.page(store, page.number().into())[at.offset_in_page()]
             }
-            (Slot::Absent | Slot::Zero | Slot::Swapped(_), _) => 0,
+            (Slot::Absent | Slot::Zero, _) => 0,
         })
     }
 
@@ -218,6 +224,32 @@ impl Rig {
     pub fn destroy(&self, map: TestMap) {
         self.vm.destroy_map(map, &mut Held::root());
         self.settle();
+    }
+
+    /// Gives the machine a swap store of this many pages.
+    pub fn add_swap(&self, pages: u32) {
+        self.vm.machine().store.add(SWAP, alloc::vec![GARBAGE; pages as usize * PAGE_SIZE_BYTES]);
+        assert_eq!(self.vm.add_swap(SWAP, &mut Held::root()), Ok(pages));
+    }
+
+    /// One round of pageout that would free everything, without delivering what it starts; how many frames
+    /// became free.
+    pub fn page_out(&self) -> u32 {
+        self.vm.set_free_target(u32::MAX, u32::MAX);
+        let mut freed = 0;
+        loop {
+            let done = self.vm.pageout(1000, &mut Held::root());
+            freed += done.freed;
+            if !done.more {
+                self.vm.set_free_target(0, 0);
+                return freed;
+            }
+        }
+    }
+
+    /// Pages out everything that can go, delivering what that starts.
+    pub fn page_out_all(&self) {
+        while self.page_out() > 0 || self.deliver_all() > 0 {}
     }
 
     /// Does all chores that can be done.

@@ -1,0 +1,59 @@
+//! Wiring: a page that a device is about to use stays in its frame.
+//!
+//! It may change its owner, when a chain collapses, but never its frame, and it is not evicted. If nobody owns
+//! it any more, because its map is gone or something hides it, the frame is free when it is unwired (D22). A
+//! guest that shares the page with a clone since writes to another one: before a device writes, the page is
+//! wired anew (I4). Called by whoever lends guest memory to devices.
+
+use super::{Copied, FaultError, Purpose, WaitFor};
+use crate::Vm;
+use crate::addr::{Ipa, Pfn};
+use crate::lock::Held;
+use crate::map::Map;
+use crate::prot::Prot;
+use crate::store::Machine;
+
+/// A page that stays where it is until it is given to [`Vm::unwire`].
+#[derive(Debug)]
+#[must_use = "a wired page stays for ever unless it is unwired"]
+pub struct Wired(Pfn);
+
+impl Wired {
+    /// The frame.
+    pub const fn frame(&self) -> Pfn {
+        self.0
+    }
+}
+
+/// How an attempt to wire a page ended.
+#[derive(Debug)]
+pub enum Wiring {
+    /// It is wired.
+    Done(Wired),
+    /// Not yet: try again when this has happened.
+    Wait(WaitFor),
+}
+
+impl<M: Machine> Vm<M> {
+    /// Wires the page at an address for accesses of a kind, as the guest would see it.
+    pub fn wire<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        access: Prot,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Wiring, FaultError> {
+        let mut frame = None;
+        let copied = self.serve(map, at, access, &mut Purpose::Wire(&mut frame), &mut held.deepen())?;
+        Ok(match (copied, frame) {
+            (Copied::Done, Some(frame)) => Wiring::Done(Wired(frame)),
+            (Copied::Done, None) => Wiring::Wait(WaitFor::Memory),
+            (Copied::Wait(wait), _) => Wiring::Wait(wait),
+        })
+    }
+
+    /// Lets a page go; true if that freed its frame.
+    pub fn unwire<const OUTER: u8>(&self, wired: Wired, held: &mut Held<'_, OUTER>) -> bool {
+        self.frames.unwire(wired.0, held)
+    }
+}

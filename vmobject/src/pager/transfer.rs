@@ -1,0 +1,329 @@
+//! Transfers: starting one, and what its completion does.
+//!
+//! A page that is asked for brings along those neighbours in its aligned cluster that lie next to it in the
+//! store, too. The frames are in the index from the start, busy; one that does not get its contents goes
+//! back. If a transfer of several pages fails, the page that was wanted is tried alone: the store may have
+//! lost only its neighbour. What goes out stays in its frame, and may be read, until the store has it; if the
+//! store says no, it stays for good (D13, I12).
+//! Called by `fault`, `pageout` and whoever delivers completions. Locks: the object, then the rest.
+
+use super::{Home, Transfer, WaitFor, image};
+use crate::Vm;
+use crate::addr::{PageIndex, Pfn};
+use crate::limits::CLUSTER_PAGES;
+use crate::lock::{Held, OBJECT};
+use crate::object::index::Slot;
+use crate::object::{Life, ObjectId, State};
+use crate::page::Queue;
+use crate::stats::Event;
+use crate::store::{Direction, IoToken, Machine, PageStore as _, PhysMemory as _, StoreError};
+
+impl<M: Machine> Vm<M> {
+    /// Starts to bring in a page that was not there a moment ago. `None`: look again, it is under way or
+    /// has changed.
+    pub(crate) fn page_in<const OUTER: u8>(
+        &self,
+        id: ObjectId,
+        wanted: PageIndex,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Option<WaitFor>, StoreError> {
+        let (mut state, mut held) = self.objects.get(id).write(held);
+        if state.id() != id || state.life != Life::Live {
+            return Ok(None);
+        }
+        let Some(home) = self.home(&state, wanted, &mut held) else { return Ok(None) };
+        let failed = state.failed.take_if(|(page, _)| *page == wanted);
+        let alone = match failed {
+            Some((_, Some(error))) => return Err(error),
+            Some((_, None)) => true,
+            None => false,
+        };
+        let Some(transfer) = self.gather(&mut state, wanted, home, alone, &mut held) else {
+            return Ok(Some(WaitFor::Memory));
+        };
+        let start = Home { page: home.page - (wanted.number() - transfer.first.number()), ..home };
+        match self.start(&mut state, transfer, start, &mut held) {
+            Ok(()) => {
+                self.stats.count(Event::PageIn);
+                Ok(None)
+            }
+            Err(error) => {
+                self.scatter(&mut state, &transfer, &mut held);
+                match error {
+                    StoreError::Busy => Ok(Some(WaitFor::Memory)),
+                    StoreError::Io | StoreError::Refused | StoreError::Gone | StoreError::Corrupt => {
+                        Err(error)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Where the contents of a page are that is not in a frame, if they are in a store.
+    fn home(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Home> {
+        match state.slots.get(page) {
+            Slot::Absent => image::home(state, page),
+            Slot::Swapped(slot) => self.swap.store(held).map(|store| Home { store, page: slot }),
+            Slot::Zero | Slot::Resident(_) => None,
+        }
+    }
+
+    /// Makes the frames busy and starts; on failure they are as they were.
+    fn start(
+        &self,
+        state: &mut State,
+        transfer: Transfer,
+        home: Home,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Result<(), StoreError> {
+        let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
+        for &frame in transfer.frames() {
+            self.frames.page(frame).set_busy(token, transfer.way);
+        }
+        let (way, first) = (transfer.way, u64::from(home.page));
+        match self.machine.store().start(home.store, way, first, transfer.frames(), token) {
+            Ok(()) => {
+                state.paging += 1;
+                Ok(())
+            }
+            Err(error) => {
+                self.transfers.end(token, held);
+                for &frame in transfer.frames() {
+                    self.frames.page(frame).clear_busy();
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives frames to the wanted page, and to those neighbours that lie next to it in the store while there
+    /// are frames; `None` if not even the wanted page gets one.
+    fn gather(
+        &self,
+        state: &mut State,
+        wanted: PageIndex,
+        home: Home,
+        alone: bool,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Transfer> {
+        let wanted = wanted.number();
+        let base = wanted - wanted % CLUSTER_PAGES;
+        let end = base.saturating_add(CLUSTER_PAGES).min(state.pages);
+        let mut frames = [Pfn::default(); CLUSTER_PAGES as usize];
+        let mut give = |state: &mut State, number: u32, held: &mut Held<'_, OBJECT>| {
+            let page = PageIndex::new(number);
+            let found = self.home(state, page, held)?;
+            let near = i64::from(found.page) - i64::from(home.page) == i64::from(number) - i64::from(wanted);
+            if found.store != home.store || !near {
+                return None;
+            }
+            let before = state.slots.get(page);
+            let frame = self.give_frame(state, page, Queue::None, held)?;
+            if let Slot::Swapped(slot) = before {
+                self.frames.page(frame).set_clean_slot(Some(slot));
+            }
+            frames[(number - base) as usize] = frame;
+            Some(())
+        };
+        give(state, wanted, held)?;
+        let (mut first, mut last) = (wanted, wanted);
+        while !alone && last + 1 < end && give(state, last + 1, held).is_some() {
+            last += 1;
+        }
+        while !alone && first > base && give(state, first - 1, held).is_some() {
+            first -= 1;
+        }
+        frames.copy_within((first - base) as usize..=(last - base) as usize, 0);
+        Some(Transfer {
+            object: state.id(),
+            way: Direction::In,
+            first: PageIndex::new(first),
+            wanted: PageIndex::new(wanted),
+            pages: last - first + 1,
+            frames,
+        })
+    }
+
+    /// Takes back what [`Self::gather`] gave.
+    fn scatter(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
+        for (page, frame) in transfer.iter() {
+            self.send_back(state, page, frame, held);
+        }
+    }
+
+    /// A page that did not get its contents is where it was before.
+    fn send_back(&self, state: &mut State, page: PageIndex, frame: Pfn, held: &mut Held<'_, OBJECT>) {
+        let slot = self.frames.page(frame).clean_slot();
+        self.frames.page(frame).set_clean_slot(None);
+        let was = state.slots.set(page, slot.map_or(Slot::Absent, Slot::Swapped));
+        debug_assert_eq!(was, Ok(Slot::Resident(frame)));
+        self.frames.free(frame, held);
+    }
+
+    /// Starts writing neighbouring pages of an object, which nothing maps, to slots that were taken for them.
+    /// On failure they have no slots any more.
+    pub(crate) fn page_out(
+        &self,
+        state: &mut State,
+        first: PageIndex,
+        frames: &[Pfn],
+        slot: u32,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Result<(), StoreError> {
+        let mut transfer = Transfer {
+            object: state.id(),
+            way: Direction::Out,
+            first,
+            wanted: first,
+            pages: 0,
+            frames: [Pfn::default(); CLUSTER_PAGES as usize],
+        };
+        for ((to, &frame), slot) in transfer.frames.iter_mut().zip(frames).zip(slot..) {
+            *to = frame;
+            transfer.pages += 1;
+            self.frames.enqueue(frame, Queue::None, held);
+            self.frames.page(frame).set_clean_slot(Some(slot));
+            self.seal(slot, frame, held);
+        }
+        let store = self.swap.store(held).ok_or(StoreError::Gone);
+        let started = store.and_then(|store| self.start(state, transfer, Home { store, page: slot }, held));
+        match started {
+            Ok(()) => self.stats.count(Event::PageOut),
+            Err(_) => {
+                for &frame in transfer.frames() {
+                    self.drop_clean_slot(frame, held);
+                }
+            }
+        }
+        started
+    }
+
+    /// Delivers a completion; how many frames that freed. Whoever waits for the token may try again after
+    /// this, and so may who waits for memory. A token that is not in flight is counted and changes nothing.
+    pub fn complete<const OUTER: u8>(
+        &self,
+        token: IoToken,
+        result: Result<(), StoreError>,
+        held: &mut Held<'_, OUTER>,
+    ) -> u32 {
+        let Some(transfer) = self.transfers.end(token, held) else {
+            self.stats.count(Event::StaleCompletion);
+            return 0;
+        };
+        let (mut state, mut held) = self.objects.get(transfer.object).write(held);
+        assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
+        for (_, frame) in transfer.iter() {
+            self.frames.page(frame).clear_busy();
+        }
+        state.paging -= 1;
+        let freed = match (transfer.way, result) {
+            (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, &mut held),
+            (Direction::In, Err(error)) => {
+                self.scatter(&mut state, &transfer, &mut held);
+                state.failed = Some((transfer.wanted, (transfer.pages == 1).then_some(error)));
+                self.stats.count(Event::PageInFailed);
+                transfer.pages
+            }
+            (Direction::Out, Ok(())) => self.is_out(&mut state, &transfer, &mut held),
+            (Direction::Out, Err(_)) => {
+                self.stats.count(Event::PageOutFailed);
+                self.is_still_here(&mut state, &transfer, &mut held);
+                0
+            }
+        };
+        if state.life == Life::Dying && state.paging == 0 {
+            self.objects.chore(transfer.object.number(), &mut held);
+        }
+        freed
+    }
+
+    /// The bytes are there. Those that are not what was written go back, and fail whoever wanted them.
+    fn is_in(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
+        let tight = self.swap.is_tight(held);
+        let mut freed = 0;
+        for (page, frame) in transfer.iter() {
+            if let Some(slot) = self.frames.page(frame).clean_slot() {
+                if !self.is_genuine(slot, frame, held) {
+                    self.send_back(state, page, frame, held);
+                    self.stats.count(Event::PageInFailed);
+                    freed += 1;
+                    if page == transfer.wanted {
+                        state.failed = Some((page, Some(StoreError::Corrupt)));
+                    }
+                    continue;
+                }
+                if tight {
+                    self.drop_clean_slot(frame, held);
+                }
+            }
+            self.machine.memory().publish(frame);
+            if page == transfer.wanted {
+                self.frames.page(frame).touch();
+            }
+            self.frames.enqueue(frame, Queue::Active, held);
+        }
+        freed
+    }
+
+    /// The store has the pages: those that nobody came to use meanwhile leave their frames.
+    fn is_out(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
+        let mut freed = 0;
+        for (page, frame) in transfer.iter() {
+            if self.evict_clean(state, page, frame, held) {
+                freed += 1;
+            } else {
+                self.frames.enqueue(frame, Queue::Active, held);
+            }
+        }
+        freed
+    }
+
+    /// Frees the frame of a page that nothing maps and whose contents are in a store as well; false if it is
+    /// not such a page.
+    pub(crate) fn evict_clean(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        frame: Pfn,
+        held: &mut Held<'_, OBJECT>,
+    ) -> bool {
+        let resident = self.frames.page(frame);
+        if !resident.is_unmapped() || resident.is_wired() || resident.is_busy() {
+            return false;
+        }
+        match resident.clean_slot() {
+            Some(_) => {}
+            None if image::home(state, page).is_some() && !resident.is_dirty() => {}
+            None => return false,
+        }
+        self.send_back(state, page, frame, held);
+        self.stats.count(Event::Evicted);
+        true
+    }
+
+    /// The store did not take them: they stay. A slot is bad only if it failed alone; otherwise each page is
+    /// tried alone, in the same slot.
+    fn is_still_here(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
+        for (page, frame) in transfer.iter() {
+            let Some(slot) = self.frames.page(frame).clean_slot() else { continue };
+            if transfer.pages == 1 {
+                self.frames.page(frame).set_clean_slot(None);
+                self.swap.spoil(slot, held);
+                self.stats.count(Event::SlotSpoiled);
+                self.frames.enqueue(frame, Queue::Active, held);
+            } else if self.frames.page(frame).is_unmapped()
+                && self.page_out(state, page, &[frame], slot, held).is_ok()
+            {
+                continue;
+            } else {
+                self.drop_clean_slot(frame, held);
+                self.frames.enqueue(frame, Queue::Active, held);
+            }
+        }
+    }
+
+    /// True until the completion of a transfer was delivered.
+    pub fn in_flight<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> bool {
+        self.transfers.in_flight(token, held)
+    }
+}
