@@ -1,4 +1,7 @@
 //! Tables: 512 descriptors in a frame, lent by whoever owns the memory.
+//!
+//! The tables are not ours: frames come from the VM, which counts and charges them, and the bytes are seen
+//! through the owner's map of memory. So this crate needs no `unsafe`, and tests lend boxes.
 
 use core::sync::atomic::AtomicU64;
 use vmobject::addr::Pfn;
@@ -15,6 +18,13 @@ pub trait TableSource: Send {
     fn alloc(&self) -> Option<Pfn>;
     /// Takes a frame back. No walker can reach it any more.
     fn free(&self, frame: Pfn);
-    /// The table in a frame that [`TableSource::alloc`] gave.
+    /// The table in a frame that was given and not yet taken back.
     fn table(&self, frame: Pfn) -> &Table;
+
+    /// Zeroed frames side by side for the start of a tree, aligned to their number, which is a power of two
+    /// up to 16; each is taken back by [`TableSource::free`]. A source that has only single frames says so
+    /// by `None`, and serves every geometry that starts in one table.
+    fn alloc_root(&self, tables: u32) -> Option<Pfn> {
+        if tables == 1 { self.alloc() } else { None }
+    }
 }

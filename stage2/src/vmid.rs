@@ -1,5 +1,6 @@
 //! VMIDs: more guests than the hardware has names for.
 //!
+//! Its owner locks a [`VmidAllocator`], and loads what [`VmidAllocator::acquire`] gave before letting it go.
 //! A name belongs to a generation. When the names run out a new generation begins: one ALLE1IS, and the names
 //! that CPUs are running with are kept, since their entries come back at once (DESIGN, tests 3). A guest whose
 //! name is of an old generation gets a new one when it is next loaded.
@@ -26,6 +27,7 @@ pub struct VmidAllocator {
     generation: u64,
     /// One bit a VMID: taken in this generation. Number 0 is never given: it is what an idle CPU has loaded.
     taken: Vec<u64>,
+    names: usize,
     next: usize,
     /// What each CPU runs with now.
     running: Vec<Vmid>,
@@ -33,14 +35,21 @@ pub struct VmidAllocator {
 }
 
 impl VmidAllocator {
-    /// For `bits`-wide VMIDs and `cpus` CPUs.
+    /// For `bits`-wide VMIDs and `cpus` CPUs, of which there are fewer than names.
     pub fn new(bits: u32, cpus: usize) -> Self {
         let names = 1_usize << bits;
-        let mut taken = alloc::vec![0; names / 64];
+        let mut taken = alloc::vec![0; names.div_ceil(64)];
         if let Some(first) = taken.first_mut() {
             *first = 1;
         }
-        Self { generation: 1, taken, next: 1, running: alloc::vec![Vmid::default(); cpus], rollovers: 0 }
+        Self {
+            generation: 1,
+            taken,
+            names,
+            next: 1,
+            running: alloc::vec![Vmid::default(); cpus],
+            rollovers: 0,
+        }
     }
 
     /// The VMID for a guest that `cpu` is about to run, given the one it had. After it returns the caller loads
@@ -73,7 +82,7 @@ impl VmidAllocator {
     fn fresh<T: TlbOps>(&mut self, tlb: &T) -> Vmid {
         let number = self.free_from(self.next).unwrap_or_else(|| {
             self.roll_over(tlb);
-            // There are at least 255 names and fewer CPUs, so one is free.
+            // There are more names than CPUs, so one is free.
             self.free_from(1).unwrap_or(1)
         });
         if let Some(word) = self.taken.get_mut(number / 64) {
@@ -84,8 +93,7 @@ impl VmidAllocator {
     }
 
     fn free_from(&self, start: usize) -> Option<usize> {
-        (start..self.taken.len() * 64)
-            .find(|n| self.taken.get(n / 64).is_some_and(|w| w >> (n % 64) & 1 == 0))
+        (start..self.names).find(|n| self.taken.get(n / 64).is_some_and(|w| w >> (n % 64) & 1 == 0))
     }
 
     fn roll_over<T: TlbOps>(&mut self, tlb: &T) {

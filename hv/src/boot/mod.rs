@@ -69,7 +69,8 @@ extern "C" fn hv_start(x0: u64) -> ! {
 
     // SAFETY: the layout took the arena out of free memory and mapped it.
     unsafe { mm::heap::init(layout.heap.clone()) };
-    el2::set_vtcr(mm::machine::geometry().vtcr());
+    let geometry = mm::machine::geometry();
+    el2::set_stage2(geometry.vtcr(), geometry.hcr());
     el2::init_cpu();
     // SAFETY: the tree names the controller, the map has it as device memory, and nobody else has it.
     match unsafe { Gic::new(&platform.gic) } {

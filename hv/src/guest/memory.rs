@@ -44,7 +44,7 @@ pub fn data(
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Exit {
     if !is_ours(data.abort.fault) {
-        return passed_on(run, data.abort.fault, esr, far);
+        return not_ours(run, data.abort.fault, esr, far);
     }
     let write = data.is_write();
     let Some(at) = address(data.abort, write, far, hpfar) else { return Exit::Resume };
@@ -72,7 +72,7 @@ pub fn fetch(
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Exit {
     if !is_ours(abort.fault) {
-        return passed_on(run, abort.fault, esr, far);
+        return not_ours(run, abort.fault, esr, far);
     }
     let write = abort.walk && matches!(abort.fault, Fault::Permission);
     let Some(at) = address(abort, write, far, hpfar) else { return Exit::Resume };
@@ -94,7 +94,12 @@ const fn is_ours(fault: Fault) -> bool {
 }
 
 #[cold]
-fn passed_on(run: &mut Run<'_>, fault: Fault, esr: u64, far: u64) -> Exit {
+fn not_ours(run: &mut Run<'_>, fault: Fault, esr: u64, far: u64) -> Exit {
+    if matches!(fault, Fault::Conflict) {
+        // Either entry is right; both go, and the guest tries again.
+        arch::tlb::local_flush_guest();
+        return Exit::Resume;
+    }
     if run.guest.complain_once(Complaint::Abort) {
         log::warn!("guest {}: {fault:?}, esr {esr:#x} at {:#x}", run.guest.id, run.context.regs.pc);
     }

@@ -200,7 +200,10 @@ pub enum Fault {
     AddressSize,
     /// A device or memory refused; true when on a translation table walk.
     External(bool),
-    /// Anything else: alignment, TLB conflict, unsupported atomic.
+    /// Two entries of a translation cache match: a CPU that lets a block and a table replace each other in
+    /// place (FEAT_BBM) may find both.
+    Conflict,
+    /// Anything else: alignment, unsupported atomic.
     Other(u8),
 }
 
@@ -213,6 +216,7 @@ impl Fault {
             0x0c..=0x0f => Self::Permission,
             0x10 | 0x18 => Self::External(false),
             0x12..=0x17 | 0x1a..=0x1f => Self::External(true),
+            0x30 => Self::Conflict,
             other => Self::Other(other),
         }
     }

@@ -62,7 +62,8 @@ static VMIDS: Once<Mutex<VmidAllocator>> = Once::new();
 pub fn geometry() -> Geometry {
     *GEOMETRY.call_once(|| {
         let ids = id::read();
-        Geometry::new(Features::from_id_registers(ids.mmfr0, ids.mmfr1))
+        let features = Features::from_id_registers(ids.mmfr0, ids.mmfr1);
+        Geometry::new(features.with_mmfr2(ids.mmfr2).with_isar0(ids.isar0))
     })
 }
 

@@ -40,8 +40,9 @@ const HCR_TID5: u64 = 1 << 58;
 
 /// The part of HCR_EL2 that does not change once the CPU is known.
 static HCR_CONST: AtomicU64 = AtomicU64::new(HCR_BASE);
-/// VTCR_EL2: the same on every CPU, since every tree may run on every CPU.
+/// VTCR_EL2, and what HCR_EL2 says of stage 2: the same on every CPU, since every tree may run on every CPU.
 static VTCR: AtomicU64 = AtomicU64::new(1 << 31);
+static HCR_STAGE2: AtomicU64 = AtomicU64::new(0);
 /// The part that does, one word a CPU, only written by that CPU.
 static HCR_NOW: [AtomicU64; percpu::MAX_CPUS] = [const { AtomicU64::new(HCR_TWI) }; percpu::MAX_CPUS];
 
@@ -70,11 +71,10 @@ const MDCR: u64 = 1 << 5 // TPMCR: PMCR
     | 1 << 23 // HCCD: nor cycles
     | 1 << 27; // TDCC: the debug communication channel
 
-/// Says, before any CPU's [`init_cpu`] but the first's, what VTCR_EL2 is; takes effect on this CPU at once.
-pub fn set_vtcr(vtcr: u64) {
+/// Says, before any CPU's [`init_cpu`], how guests' tables are to be read: VTCR_EL2, and bits of HCR_EL2 (FWB).
+pub fn set_stage2(vtcr: u64, hcr: u64) {
     VTCR.store(vtcr, Ordering::Relaxed);
-    write_sysreg!("vtcr_el2", vtcr);
-    instruction!("isb");
+    HCR_STAGE2.store(hcr, Ordering::Relaxed);
 }
 
 /// Brings this CPU's EL2 control registers to the state that everything else counts on.
@@ -87,7 +87,7 @@ pub fn init_cpu() {
     let mmfr3 = read_sysreg!("s3_0_c0_c7_3");
     let ras = id_field(pfr0, 28) != 0;
 
-    let mut hcr = HCR_BASE;
+    let mut hcr = HCR_BASE | HCR_STAGE2.load(Ordering::Relaxed);
     if id_field(mmfr1, 16) != 0 {
         hcr |= HCR_TLOR;
     }

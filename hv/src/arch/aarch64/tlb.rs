@@ -1,7 +1,7 @@
 //! Translation caches: the instructions behind `stage2`'s promises.
 
 use super::sysreg::{instruction, read_sysreg, write_sysreg};
-use stage2::tlb::TlbOps;
+use stage2::tlb::{RangeOperand, TlbOps};
 use vmobject::addr::{Ipa, PAGE_SHIFT};
 
 /// The TLB of this machine.
@@ -15,6 +15,13 @@ pub fn local_flush_vmid() {
     instruction!("ic iallu");
     instruction!("dsb nsh");
     instruction!("isb");
+}
+
+/// Drops everything that this CPU caches for the VMID that is loaded, of both stages.
+pub fn local_flush_guest() {
+    HardwareTlb.vmalls12e1();
+    HardwareTlb.dsb_nsh();
+    HardwareTlb.isb();
 }
 
 impl TlbOps for HardwareTlb {
@@ -32,6 +39,10 @@ impl TlbOps for HardwareTlb {
     }
     fn ipas2e1is(&self, at: Ipa) {
         instruction!("tlbi ipas2e1is", at.bits() >> PAGE_SHIFT);
+    }
+    fn ripas2e1is(&self, range: RangeOperand) {
+        // TLBI RIPAS2E1IS, newer than the assembler's baseline.
+        instruction!("sys #4, c8, c0, #2", range.bits());
     }
     fn vmalle1is(&self) {
         instruction!("tlbi vmalle1is");

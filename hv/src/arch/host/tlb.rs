@@ -19,6 +19,11 @@ pub fn local_flush_vmid() {
     count();
 }
 
+/// Drops everything that this CPU caches for the VMID that is loaded, of both stages.
+pub fn local_flush_guest() {
+    count();
+}
+
 /// Invalidates issued by this thread.
 pub fn invalidates() -> u64 {
     INVALIDATES.get()

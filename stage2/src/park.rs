@@ -1,0 +1,113 @@
+//! Write-protecting a whole guest at once, and paying for it later.
+//!
+//! A table's descriptor carries no permissions in stage 2, so a clone cannot write-protect its source by
+//! editing a few entries; and editing every leaf would make the pause grow with the guest's memory. Instead
+//! [`Stage2::park_roots`] makes the top-level entries invalid and keeps their pointers: what is below is
+//! *parked*. Whoever then faults there comes through [`Stage2::way_to`], which lowers the parking by one
+//! level at a time: the entries of the one table on the way are parked or write-protected, unseen by any
+//! walker, and only then is the entry above valid again. So one fault costs two tables at most, and what
+//! nobody touches is never looked at. `walk` sees through all this.
+
+use crate::descriptor::Descriptor;
+use crate::geometry::{BLOCK, Geometry, LAST};
+use crate::table::{ENTRIES, TableSource};
+use crate::tlb::{Batch, TlbOps};
+use crate::tree::{Slot, Stage2};
+use vmobject::addr::{Ipa, Pfn};
+use vmobject::pmap::OutOfTables;
+use vmobject::prot::Prot;
+
+/// What lies in the way to a table.
+pub(crate) enum Way {
+    /// Nothing: this is the table.
+    Clear(Pfn),
+    /// A block, in this place.
+    Block(Slot),
+}
+
+impl<S: TableSource, T: TlbOps> Stage2<S, T> {
+    /// Parks everything. What leaves remember stays in them.
+    pub(crate) fn park_roots(&mut self) {
+        let mut parked = false;
+        for table in self.root_tables() {
+            for index in 0..ENTRIES {
+                let slot = Slot::new(table, index);
+                let entry = self.read(slot);
+                if entry.is_valid() {
+                    self.park_entry(slot, entry, self.geometry.start());
+                    parked = true;
+                }
+            }
+        }
+        if parked {
+            let mut batch = Batch::new();
+            batch.everything();
+            self.flush(batch);
+        }
+    }
+
+    /// Parks a table, write-protects a leaf. Nobody else edits; the hardware may still set a leaf's flags.
+    #[inline]
+    fn park_entry(&self, slot: Slot, entry: Descriptor, level: u32) {
+        if level < LAST && entry.is_table() {
+            self.swap(slot, Descriptor::parked(entry.frame()));
+        } else if entry.prot().allows(Prot::WRITE) {
+            self.update(slot, Descriptor::write_protected);
+        }
+    }
+
+    /// Makes a parked entry of `level` valid again, its table's entries parked or write-protected.
+    #[cold]
+    fn lower(&self, slot: Slot, level: u32, table: Pfn) {
+        for index in 0..ENTRIES {
+            let below = Slot::new(table, index);
+            let entry = self.read(below);
+            if entry.is_valid() {
+                self.park_entry(below, entry, level + 1);
+            }
+        }
+        self.tlb.dsb_ishst();
+        self.swap(slot, Descriptor::table(table));
+        // Seen by walkers at the latest when the leaf is put that this is for.
+    }
+
+    /// The table of `level` on the way to an address within reach, made if it is not there.
+    #[inline]
+    pub(crate) fn way_to(&mut self, at: Ipa, level: u32) -> Result<Way, OutOfTables> {
+        let mut table = self.root_table(at);
+        for above in self.geometry.start()..level {
+            let slot = Slot::new(table, Geometry::index(at, above));
+            let entry = self.read(slot);
+            table = if entry.is_table() {
+                entry.frame()
+            } else if entry.is_block() {
+                return Ok(Way::Block(slot));
+            } else {
+                self.open(slot, above, entry)?
+            };
+        }
+        Ok(Way::Clear(table))
+    }
+
+    /// Opens the way at an invalid entry.
+    #[cold]
+    fn open(&mut self, slot: Slot, level: u32, entry: Descriptor) -> Result<Pfn, OutOfTables> {
+        if entry.is_parked() {
+            self.lower(slot, level, entry.frame());
+            return Ok(entry.frame());
+        }
+        let table = self.alloc_table()?;
+        self.tlb.dsb_ishst(); // its zeros first
+        self.swap(slot, Descriptor::table(table));
+        Ok(table)
+    }
+
+    /// The same for the last level: a block in the way is broken.
+    #[inline]
+    pub(crate) fn page_table(&mut self, at: Ipa) -> Result<Pfn, OutOfTables> {
+        match self.way_to(at, LAST)? {
+            Way::Clear(table) => Ok(table),
+            Way::Block(slot) => self.break_block(slot, Geometry::entry(at, BLOCK), false),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! One guest's tables as a value, and the smallest steps on them.
+//!
+//! [`Stage2`] owns a root and everything below it. A [`Slot`] names one descriptor's place; reading and
+//! swapping one are the only ways to a descriptor in memory. What a swap means for the caches is not said
+//! here but in `edit`, whose neighbours are the only other callers.
+
+use crate::descriptor::{Descriptor, Style};
+use crate::geometry::Geometry;
+use crate::table::{ENTRIES, TableSource};
+use crate::tlb::{self, Batch, TlbOps};
+use core::sync::atomic::{AtomicU64, Ordering};
+use vmobject::addr::{Ipa, Pfn, PhysAddr};
+use vmobject::pmap::{Harvest, OutOfTables, Sink};
+
+/// Stage-2 tables of one guest. Guarded by its pmap lock: there is one editor at a time.
+///
+/// # Invariants
+/// T1. A table is pointed at by exactly one entry, or it is a root.
+/// T2. An entry of the last level is valid or [`Descriptor::NOTHING`]; above it, it may be parked too.
+/// T3. A freed table was unlinked, and then every cache was told, before it was freed.
+/// T4. A walker finds nothing through a parked entry, and caches hold nothing of what is below one.
+pub struct Stage2<S: TableSource, T: TlbOps> {
+    pub(crate) source: S,
+    pub(crate) tlb: T,
+    pub(crate) geometry: Geometry,
+    pub(crate) style: Style,
+    root: Pfn,
+    /// Its name in the caches; zero until it is first loaded, and then nothing of it can be cached.
+    vmid: u16,
+    tables: u32,
+}
+
+/// The place of one descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    table: Pfn,
+    index: usize,
+}
+
+impl Slot {
+    /// Entry `index` of a table, modulo its length.
+    pub(crate) const fn new(table: Pfn, index: usize) -> Self {
+        Self { table, index }
+    }
+}
+
+impl<S: TableSource, T: TlbOps> Stage2<S, T> {
+    /// Empty tables. The VMID is set when the guest is first loaded.
+    pub fn new(source: S, tlb: T, geometry: Geometry) -> Result<Self, OutOfTables> {
+        let tables = geometry.root_tables();
+        let root = source.alloc_root(tables).ok_or(OutOfTables)?;
+        Ok(Self { source, tlb, geometry, style: geometry.style(), root, vmid: 0, tables })
+    }
+
+    /// Where the root table is.
+    pub const fn root(&self) -> PhysAddr {
+        self.root.base()
+    }
+
+    /// The value to load into VTTBR_EL2.
+    pub const fn vttbr(&self) -> u64 {
+        tlb::vttbr(self.root.base(), self.vmid)
+    }
+
+    /// Sets the guest's name in the caches, given by [`crate::vmid::VmidAllocator`], before it is loaded.
+    pub const fn set_vmid(&mut self, vmid: u16) {
+        self.vmid = vmid;
+    }
+
+    /// The table that a walk for `at` starts in.
+    #[inline]
+    pub(crate) const fn root_table(&self, at: Ipa) -> Pfn {
+        // Roots side by side are aligned to their number, so this is an addition.
+        Pfn::new(self.root.number() | self.geometry.root_table(at))
+    }
+
+    /// The tables that walks start in.
+    pub(crate) fn root_tables(&self) -> impl Iterator<Item = Pfn> + use<S, T> {
+        let root = self.root.number();
+        (0..self.geometry.root_tables()).map(move |table| Pfn::new(root | table))
+    }
+
+    /// Frames in use as tables.
+    pub(crate) const fn table_count(&self) -> u32 {
+        self.tables
+    }
+
+    /// A fresh table, linked nowhere yet.
+    pub(crate) fn alloc_table(&mut self) -> Result<Pfn, OutOfTables> {
+        let table = self.source.alloc().ok_or(OutOfTables)?;
+        self.tables += 1;
+        Ok(table)
+    }
+
+    /// Gives back a table that T3 allows to free.
+    pub(crate) fn free_table(&mut self, table: Pfn) {
+        self.source.free(table);
+        self.tables -= 1;
+    }
+
+    #[inline]
+    fn entry(&self, slot: Slot) -> &AtomicU64 {
+        &self.source.table(slot.table)[slot.index % ENTRIES]
+    }
+
+    /// What is there.
+    #[inline]
+    pub(crate) fn read(&self, slot: Slot) -> Descriptor {
+        Descriptor::from_bits(self.entry(slot).load(Ordering::Relaxed))
+    }
+
+    /// Puts `new` there, and says what was there at that moment, flags and all (I14). What was written
+    /// before, a page's bytes or a table's entries, is seen by whoever sees `new`.
+    #[inline]
+    pub(crate) fn swap(&self, slot: Slot, new: Descriptor) -> Descriptor {
+        Descriptor::from_bits(self.entry(slot).swap(new.bits(), Ordering::AcqRel))
+    }
+
+    /// Changes what is there, as often as the hardware sets a flag meanwhile. Says what was there and what
+    /// is now; the same twice when `change` had nothing to do.
+    pub(crate) fn update(&self, slot: Slot, change: impl Fn(Descriptor) -> Descriptor) -> [Descriptor; 2] {
+        let entry = self.entry(slot);
+        let mut old = entry.load(Ordering::Relaxed);
+        loop {
+            let new = change(Descriptor::from_bits(old)).bits();
+            if new == old {
+                return [Descriptor::from_bits(old); 2];
+            }
+            match entry.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return [old, new].map(Descriptor::from_bits),
+                Err(now) => old = now,
+            }
+        }
+    }
+
+    /// Tells the caches.
+    pub(crate) fn flush(&self, batch: Batch) {
+        if self.vmid != 0 {
+            batch.flush(&self.tlb, self.vttbr(), self.geometry.features());
+        }
+    }
+
+    /// Tells this CPU's caches.
+    pub(crate) fn flush_local(&self) {
+        if self.vmid != 0 {
+            tlb::invalidate_local(&self.tlb, self.vttbr());
+        }
+    }
+}
+
+/// Tells the sink what a leaf remembered that was `old` and is `new` now, for each page it maps.
+pub(crate) fn harvest(at: Ipa, old: Descriptor, new: Descriptor, pages: u32, sink: Sink<'_>) {
+    let accessed = old.is_accessed() && !new.is_accessed();
+    let dirty = old.is_dirty();
+    if new.is_valid() && !accessed && !dirty {
+        return;
+    }
+    for page in 0..pages {
+        // A block's pages lie inside the address space.
+        let Some(at) = at.checked_add(u64::from(page) << vmobject::addr::PAGE_SHIFT) else {
+            return;
+        };
+        sink(Harvest { at, frame: old.frame_in_block(page), accessed, dirty });
+    }
+}
