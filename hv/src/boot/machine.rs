@@ -11,6 +11,7 @@ use crate::guest::{self, rank, table};
 use crate::mm;
 use crate::monitor::desk::{self, Front};
 use crate::monitor::host;
+use crate::sched::load::Cpu;
 use crate::sched::{self, Outside};
 use ::log::warn;
 use board::gic::Private;
@@ -116,10 +117,6 @@ impl Front for Machine {
         self.listen(held);
     }
 
-    fn poll(&self, held: &mut Held<'_, 0>) {
-        complete(held);
-    }
-
     fn leave(&self) -> ! {
         ::log::info!("the last guest has ended");
         crate::arch::power::exit(0)
@@ -163,9 +160,9 @@ impl Outside for Machine {
         }
     }
 
-    fn look_around(&self, held: &mut Held<'_, 0>) {
+    fn look_around(&self, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
         complete(held);
-        desk::serve(self, held);
+        desk::serve(self, cpu, held);
         if self.deserted.load(Ordering::Relaxed) && self.deserted.swap(false, Ordering::SeqCst) {
             self.show("\r\nthe last guest has ended; 'create' makes another, 'shutdown' leaves\r\n");
             desk::open(&mut console::Serial, held);

@@ -42,6 +42,8 @@ pub struct Parts {
     pub random: Generator,
     /// Its console output.
     pub log: Arc<Log>,
+    /// The host's counter when its own was zero.
+    pub offset: u64,
 }
 
 /// A partition that guests may be made from.
@@ -243,6 +245,7 @@ fn prepare(
         vcpus: vcpus.into_boxed_slice(),
         random,
         log: log.unwrap_or_default(),
+        offset: timer::now(),
     })
 }
 

@@ -31,7 +31,8 @@ pub struct Flushed {
     pub kicks: u64,
 }
 
-/// The devices of a guest.
+/// The devices of a guest: values, so that a snapshot keeps them by copying.
+#[derive(Clone)]
 pub struct Devices {
     /// The interrupt controller.
     pub vgic: Vgic,

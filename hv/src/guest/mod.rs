@@ -17,6 +17,7 @@ pub mod memory;
 pub mod mmio;
 pub mod psci;
 pub mod smccc;
+pub mod snapshot;
 pub mod syndrome;
 pub mod sysreg;
 pub mod table;
@@ -27,7 +28,7 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{self, timer};
@@ -39,7 +40,7 @@ use idregs::GuestIds;
 use spin::Once;
 use stage2::vmid::Vmid;
 use trng::Generator;
-use vcpu::Vcpu;
+use vcpu::{NOWHERE, State, Vcpu};
 use vmobject::lock::{Held, Ranked};
 
 /// The ranks of the guests' locks: all below the memory manager's, so that a handler may hold any of them
@@ -47,7 +48,7 @@ use vmobject::lock::{Held, Ranked};
 pub mod rank {
     /// A vCPU's registers: held by the CPU that runs it, for as long as it runs.
     pub const VCPU: u8 = 1;
-    /// The list of guests.
+    /// The list of guests; that of snapshots.
     pub const GUESTS: u8 = 2;
     /// Whether a vCPU is switched on.
     pub const POWER: u8 = 3;
@@ -141,14 +142,16 @@ pub struct Guest {
     pub random: Ranked<{ rank::RANDOM }, Generator>,
     /// What it printed lately, shared with the guest that takes its place after a reset.
     pub log: Arc<console::Log>,
-    /// The host's counter when this guest's counter was zero.
-    pub offset: u64,
+    /// The host's counter when this guest's counter was zero; moves only while it is kept still.
+    offset: AtomicU64,
     /// The vCPU that each CPU ran last.
     pub last_ran: [AtomicUsize; MAX_CPUS],
     life: AtomicU8,
     ending: AtomicU8,
     /// One CPU has taken it upon itself to bury it.
     claimed: AtomicBool,
+    /// One CPU keeps its vCPUs still, to copy or to change what they are.
+    still: AtomicBool,
     complaints: AtomicU32,
 }
 
@@ -164,11 +167,12 @@ impl Guest {
             vmid: Ranked::new(Vmid::default()),
             random: Ranked::new(parts.random),
             log: parts.log,
-            offset: timer::now(),
+            offset: AtomicU64::new(parts.offset),
             last_ran: [const { AtomicUsize::new(usize::MAX) }; MAX_CPUS],
             life: AtomicU8::new(Life::Running as u8),
             ending: AtomicU8::new(Ending::Off as u8),
             claimed: AtomicBool::new(false),
+            still: AtomicBool::new(false),
             complaints: AtomicU32::new(0),
         }
     }
@@ -178,9 +182,15 @@ impl Guest {
         &self.config.name
     }
 
+    /// The host's counter when this guest's counter was zero.
+    #[inline]
+    pub fn offset(&self) -> u64 {
+        self.offset.load(Ordering::Relaxed)
+    }
+
     /// What its counters say now.
     pub fn time(&self) -> u64 {
-        timer::now().wrapping_sub(self.offset)
+        timer::now().wrapping_sub(self.offset())
     }
 
     /// Whether its vCPUs may run.
@@ -207,6 +217,23 @@ impl Guest {
     /// True for the first caller: it alone buries the guest.
     pub fn claim(&self) -> bool {
         !self.claimed.swap(true, Ordering::SeqCst)
+    }
+
+    /// True when nobody else keeps it still; then the caller does, until [`Self::let_go`].
+    pub fn keep_still(&self) -> bool {
+        !self.still.swap(true, Ordering::SeqCst)
+    }
+
+    /// Ends what [`Self::keep_still`] began.
+    pub fn let_go(&self) {
+        self.still.store(false, Ordering::SeqCst);
+    }
+
+    /// True when no CPU runs any of its vCPUs or has their registers.
+    pub fn is_quiet(&self) -> bool {
+        self.vcpus
+            .iter()
+            .all(|vcpu| vcpu.state() != State::Running && vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE)
     }
 
     /// Why it ended.

@@ -8,7 +8,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::vcpu::{NOWHERE, State};
+use super::vcpu::State;
 use super::{Guest, GuestId, Life, rank};
 use vmobject::lock::{Held, Ranked};
 
@@ -65,7 +65,7 @@ pub fn all<const R: u8>(held: &mut Held<'_, R>) -> Vec<Arc<Guest>> {
 pub fn claim_ended<const R: u8>(held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
     const { assert!(R < rank::GUESTS) };
     let (guests, _held) = GUESTS.lock(held);
-    let ended = |guest: &&Arc<Guest>| guest.life() == Life::Ending && is_quiet(guest) && guest.claim();
+    let ended = |guest: &&Arc<Guest>| guest.life() == Life::Ending && is_over(guest) && guest.claim();
     guests.iter().find(ended).cloned()
 }
 
@@ -90,9 +90,6 @@ pub fn is_empty<const R: u8>(held: &mut Held<'_, R>) -> bool {
     GUESTS.lock(held).0.is_empty()
 }
 
-fn is_quiet(guest: &Guest) -> bool {
-    guest
-        .vcpus
-        .iter()
-        .all(|vcpu| vcpu.state() == State::Off && vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE)
+fn is_over(guest: &Guest) -> bool {
+    guest.is_quiet() && guest.vcpus.iter().all(|vcpu| vcpu.state() == State::Off)
 }

@@ -79,7 +79,8 @@ pub struct VgicContext {
     pub ap1r: [u32; 4],
 }
 
-/// Everything that the CPU holds while this vCPU runs.
+/// Everything that the CPU holds while this vCPU runs: what a switch moves, and what a snapshot keeps.
+#[derive(Clone)]
 pub struct Context {
     /// The general registers.
     pub regs: GuestRegs,
@@ -208,12 +209,16 @@ pub struct Vcpu {
 impl Vcpu {
     /// A vCPU that is off.
     pub fn new(index: usize) -> Self {
-        let mpidr = affinity(index);
+        Self::with(index, Context::reset(affinity(index)), Power::Off)
+    }
+
+    /// A vCPU with these registers; no CPU has it yet.
+    pub fn with(index: usize, context: Context, power: Power) -> Self {
         Self {
             index,
-            mpidr,
-            context: Ranked::new(Context::reset(mpidr)),
-            power: Ranked::new(Power::Off),
+            mpidr: affinity(index),
+            context: Ranked::new(context),
+            power: Ranked::new(power),
             counts: Counts::default(),
             trace: Trace::new(),
             state: AtomicU8::new(State::Off as u8),

@@ -18,6 +18,7 @@ use stage2::geometry::{Features, Geometry};
 use stage2::vmid::{Vmid, VmidAllocator};
 use vmobject::addr::Pfn;
 use vmobject::lock::Held;
+use vmobject::map::Snapshot;
 use vmobject::pmap::OutOfTables;
 use vmobject::store::Machine;
 use vmobject::{Vm, VmError};
@@ -91,6 +92,12 @@ pub fn disks() -> &'static Disks {
 pub fn new_map<const OUTER: u8>(held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
     let tables = Stage2::new(Tables, HardwareTlb, geometry()).map_err(|OutOfTables| VmError::NoFrames)?;
     vm().create_map(tables, held)
+}
+
+/// A map with tables of its own, and the memory of a snapshot.
+pub fn map_of<const OUTER: u8>(snapshot: &Snapshot, held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
+    let tables = Stage2::new(Tables, HardwareTlb, geometry()).map_err(|OutOfTables| VmError::NoFrames)?;
+    vm().map_snapshot(snapshot, tables, held)
 }
 
 /// Makes CPU `cpu`, which is this one, translate with a map's tables from the next guest run on, under a VMID

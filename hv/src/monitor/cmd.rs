@@ -21,6 +21,16 @@ pub trait Host {
     fn find(&mut self, guest: &str) -> Result<u32, String>;
     /// Creates and starts a guest; its number.
     fn create(&mut self, options: &[(String, String)]) -> Result<u32, String>;
+    /// Forks a guest; its children's numbers.
+    fn clone(&mut self, id: u32, count: u32, paused: bool) -> Result<Vec<u32>, String>;
+    /// Keeps a guest as it is now, under a name; the name.
+    fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String>;
+    /// The snapshots that are kept.
+    fn snapshots(&mut self) -> Value;
+    /// Forgets one.
+    fn delete(&mut self, name: &str) -> Result<(), String>;
+    /// Makes a guest again what it was in a snapshot; its name.
+    fn reset(&mut self, id: u32, name: Option<&str>) -> Result<String, String>;
     /// Stops a guest's vCPUs.
     fn pause(&mut self, id: u32) -> Result<(), String>;
     /// Lets them go on.
@@ -132,7 +142,12 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
             host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id)))
         }
         Command::Check => host.check(),
+        Command::Clone(guest, count, paused) => {
+            let id = host.find(guest)?;
+            host.clone(id, *count, *paused).map(|children| json!({"cloned": id, "children": children}))
+        }
         Command::Create(options) => host.create(options).map(|id| done("created", id)),
+        Command::Delete(name) => host.delete(name).map(|()| json!({"deleted": name})),
         Command::Guests => Ok(host.guests()),
         Command::Help(None) => Ok(Value::Array(
             COMMANDS
@@ -155,6 +170,10 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Memory => Ok(host.memory()),
         Command::Objects(guest) => optional(host, guest).and_then(|id| host.objects(id)),
         Command::Pause(guest) => host.find(guest).and_then(|id| host.pause(id).map(|()| done("paused", id))),
+        Command::Reset(guest, name) => {
+            let id = host.find(guest)?;
+            host.reset(id, name.as_deref()).map(|name| json!({"reset": id, "snapshot": name}))
+        }
         Command::Resume(guest) => {
             host.find(guest).and_then(|id| host.resume(id).map(|()| done("resumed", id)))
         }
@@ -164,6 +183,11 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
             host.find(guest).and_then(|id| host.send(id, &bytes).map(|()| done("sent", id)))
         }
         Command::Shutdown => host.shutdown().map(|()| json!({"shutdown": true})),
+        Command::Snapshot(guest, name) => {
+            let id = host.find(guest)?;
+            host.snapshot(id, name.as_deref()).map(|name| json!({"snapshot": name, "of": id}))
+        }
+        Command::Snapshots => Ok(host.snapshots()),
         Command::Stats(guest) => optional(host, guest).and_then(|id| host.stats(id)),
         Command::Trace(guest) => optional(host, guest).and_then(|id| host.trace(id)),
         Command::Wait(guest, until) => {
@@ -262,6 +286,22 @@ mod tests {
             self.said.push(format!("create {options:?}"));
             Ok(7)
         }
+        fn clone(&mut self, id: u32, count: u32, paused: bool) -> Result<Vec<u32>, String> {
+            self.said.push(format!("clone {id} {count} {paused}"));
+            Ok((2..2 + count).collect())
+        }
+        fn snapshot(&mut self, _: u32, name: Option<&str>) -> Result<String, String> {
+            Ok(name.unwrap_or("snap1").into())
+        }
+        fn snapshots(&mut self) -> Value {
+            json!([])
+        }
+        fn delete(&mut self, name: &str) -> Result<(), String> {
+            Err(format!("no snapshot '{name}'"))
+        }
+        fn reset(&mut self, _: u32, name: Option<&str>) -> Result<String, String> {
+            name.map(String::from).ok_or_else(|| "it came from none".into())
+        }
         fn pause(&mut self, id: u32) -> Result<(), String> {
             self.said.push(format!("pause {id}"));
             Ok(())
@@ -338,6 +378,12 @@ mod tests {
         let mut fake = Fake::default();
         assert!(run("send one echo hi", &mut fake).ok);
         assert_eq!(fake.said, [format!("send 1 {:?}", b"echo hi\r")]);
+    }
+
+    #[test]
+    fn a_clone_names_its_children() {
+        let reply = run("clone one -n 3", &mut Fake::default());
+        assert_eq!(reply.json, json!({"cloned": 1, "children": [2, 3, 4]}));
     }
 
     #[test]

@@ -22,7 +22,8 @@ use super::host::Guests;
 use super::line::MAX_LINE;
 use crate::arch::timer;
 use crate::guest::{console, rank, table};
-use crate::sched;
+use crate::sched::load::Cpu;
+use crate::sched::{self, Outside};
 
 /// Lines that may wait to be carried out.
 const MAX_REQUESTS: usize = 16;
@@ -36,15 +37,13 @@ const PATIENCE_S: u64 = 600;
 const REPLAY: usize = 4096;
 
 /// The wires, as the desk uses them.
-pub trait Front: Sync {
+pub trait Front: Outside {
     /// Shows text at the console.
     fn show(&self, text: &str);
     /// Sends bytes out of the control port; how many there was room for. All, where there is no port.
     fn send(&self, bytes: &[u8]) -> usize;
     /// There is room for control lines again.
     fn more(&self, held: &mut Held<'_, 0>);
-    /// Lets transfers finish.
-    fn poll(&self, held: &mut Held<'_, 0>);
     /// Ends the machine well.
     fn leave(&self) -> !;
 }
@@ -208,7 +207,7 @@ pub fn arrived<const R: u8>(bytes: &[u8], held: &mut Held<'_, R>) {
 }
 
 /// Carries out what waits, a bounded part of it.
-pub fn serve(front: &dyn Front, held: &mut Held<'_, 0>) {
+pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     if !WORK.load(Ordering::Relaxed) || SERVING.swap(true, Ordering::SeqCst) {
         return;
     }
@@ -219,11 +218,10 @@ pub fn serve(front: &dyn Front, held: &mut Held<'_, 0>) {
             replay(front, held);
             continue;
         }
-        let poll = |held: &mut Held<'_, 0>| front.poll(held);
-        let outcome = cmd::run(&line, &mut Guests::new(&poll, held));
+        let outcome = cmd::run(&line, &mut Guests::new(front, cpu, held));
         settle(door, &line, outcome, front, held);
     }
-    ask_again(front, held);
+    ask_again(front, cpu, held);
     flush(front, held);
     let waiting = {
         let (desk, _held) = DESK.lock(held);
@@ -274,12 +272,11 @@ fn settle(door: Door, line: &str, outcome: Outcome, front: &dyn Front, held: &mu
 }
 
 /// Looks whether commands that wait can be answered.
-fn ask_again(front: &dyn Front, held: &mut Held<'_, 0>) {
+fn ask_again(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     let waiting = core::mem::take(&mut DESK.lock(held).0.waiting);
     for waiting in waiting {
         let Waiting { door, later, deadline } = waiting;
-        let poll = |held: &mut Held<'_, 0>| front.poll(held);
-        match cmd::resume(later, &mut Guests::new(&poll, held)) {
+        match cmd::resume(later, &mut Guests::new(front, cpu, held)) {
             Outcome::Now(reply) => answer(door, &reply, front, held),
             Outcome::Later(_) if timer::now() > deadline => {
                 let error = format!("it did not happen within {PATIENCE_S} s");
@@ -385,22 +382,30 @@ mod tests {
             count
         }
         fn more(&self, _: &mut Held<'_, 0>) {}
-        fn poll(&self, _: &mut Held<'_, 0>) {}
         fn leave(&self) -> ! {
             panic!("nobody asked for that")
         }
+    }
+
+    impl Outside for Wires {
+        fn interrupt(&self, _: u32, _: &mut Held<'_, { rank::VCPU }>) {}
+        fn last_guest_ended(&self) {}
+        fn set_timer_active(&self, _: bool) {}
+        fn look_around(&self, _: &mut Cpu, _: &mut Held<'_, 0>) {}
+        fn poll(&self, _: &mut Held<'_, 0>) {}
     }
 
     /// One test, because the desk is one.
     #[test]
     fn lines_of_both_doors_are_answered_where_they_came_from() {
         let (wires, mut held, mut echo) = (Wires::default(), Held::root(), String::new());
+        let mut cpu = Cpu::new(0);
         for byte in *b"x\x14help help\r" {
             let passed = typed(byte, &mut echo, &mut held);
             assert_eq!(passed, (byte == b'x').then_some(byte));
         }
         arrived(b"{\"id\": 9, \"command\": \"help che", &mut held);
-        serve(&wires, &mut held);
+        serve(&wires, &mut cpu, &mut held);
         assert!(wires.shown.lock().contains("usage: help [CMD]"), "{}", wires.shown.lock());
         assert!(wires.shown.lock().ends_with("hv> "));
         assert!(wires.sent.lock().is_empty());
@@ -408,7 +413,7 @@ mod tests {
         arrived(b"ck\"}\n", &mut held);
         arrived(&[b'a'; 4000], &mut held);
         arrived(b"\n\n", &mut held);
-        serve(&wires, &mut held);
+        serve(&wires, &mut cpu, &mut held);
         let sent = String::from_utf8(wires.sent.lock().clone()).unwrap();
         let answers: Vec<Value> = sent.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(answers.len(), 2);
@@ -423,11 +428,11 @@ mod tests {
         }
         assert!(!has_room(&mut held), "lines that wait are bounded");
         for _ in 0..100 {
-            serve(&wires, &mut held);
+            serve(&wires, &mut cpu, &mut held);
         }
         assert!(has_room(&mut held));
         assert_eq!(typed(0x14, &mut echo, &mut held), Some(0x14));
-        serve(&wires, &mut held);
+        serve(&wires, &mut cpu, &mut held);
         assert!(wires.shown.lock().ends_with("[no guest is attached]\r\n"));
     }
 }

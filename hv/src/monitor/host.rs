@@ -17,11 +17,14 @@ use super::cmd::Host;
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::guest::exit::Ending;
+use crate::guest::snapshot::{self, SnapshotError};
 use crate::guest::vcpu::{Trace, Vcpu};
 use crate::guest::{Guest, GuestId, Life, console, create, table};
 use crate::loader::manifest::parse_guest;
 use crate::loader::{Boot, GuestConfig};
-use crate::{mm, sched};
+use crate::mm;
+use crate::sched::load::Cpu;
+use crate::sched::{self, Outside};
 
 /// What a guest is made like when `create` does not say.
 static MODEL: Once<GuestConfig> = Once::new();
@@ -43,21 +46,56 @@ pub fn leave_with_the_last_guest() {
     LEAVING.store(true, Ordering::SeqCst);
 }
 
-/// The guests, for one command.
+/// The guests, for one command, on the CPU that carries it out.
 pub struct Guests<'a, 'h> {
     held: &'a mut Held<'h, 0>,
-    poll: &'a dyn Fn(&mut Held<'_, 0>),
+    cpu: &'a mut Cpu,
+    outside: &'a dyn Outside,
 }
 
 impl<'a, 'h> Guests<'a, 'h> {
-    /// `poll` lets transfers finish while a guest is made.
-    pub fn new(poll: &'a dyn Fn(&mut Held<'_, 0>), held: &'a mut Held<'h, 0>) -> Self {
-        Self { held, poll }
+    /// The guests as this CPU reaches them.
+    pub fn new(outside: &'a dyn Outside, cpu: &'a mut Cpu, held: &'a mut Held<'h, 0>) -> Self {
+        Self { held, cpu, outside }
+    }
+
+    /// Does something with a guest while none of its vCPUs has anything in a CPU.
+    fn still<R>(
+        &mut self,
+        guest: &Arc<Guest>,
+        work: impl FnOnce(&Guest, &mut Held<'_, 0>) -> Result<R, SnapshotError>,
+    ) -> Result<R, String> {
+        let result =
+            sched::still::while_still(guest, self.cpu, self.outside, self.held, |held| work(guest, held));
+        match result {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(restless) => Err(format!("guest {}: {restless}", guest.id)),
+        }
+    }
+
+    /// Lets a new guest run, or begin paused.
+    fn launch(&mut self, guest: Arc<Guest>, paused: bool) -> Result<u32, String> {
+        let id = guest.id.0;
+        if paused {
+            guest.move_life(Life::Running, Life::Paused);
+        }
+        if sched::launch(guest, self.held) { Ok(id) } else { Err("there are too many guests".into()) }
+    }
+
+    /// A name that no guest has: that of `of` with the number behind it.
+    fn name_for(&mut self, of: &str, id: GuestId) -> String {
+        let stem = of.rsplit_once('.').map_or(of, |(stem, _)| stem);
+        format!("{stem}.{id}")
     }
 
     fn guest(&mut self, id: u32) -> Result<Arc<Guest>, String> {
         table::get(GuestId(id), self.held).ok_or_else(|| gone(id))
     }
+}
+
+fn unknown(snapshot: &str) -> String {
+    format!("there is no snapshot '{snapshot}'; 'snapshots' lists them")
 }
 
 fn gone(id: u32) -> String {
@@ -69,6 +107,18 @@ fn state(guest: &Guest) -> &'static str {
         Life::Running => "running",
         Life::Paused => "paused",
         Life::Ending => "ending",
+    }
+}
+
+impl Guests<'_, '_> {
+    fn create_from(&mut self, id: GuestId, from: &str, name: Option<String>) -> Result<u32, String> {
+        let moment = snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))?;
+        let name = name.unwrap_or_else(|| format!("{from}.{id}"));
+        if table::find(&name, self.held).is_some() {
+            return Err(format!("there is a guest '{name}' already"));
+        }
+        let guest = snapshot::make(&moment, id, name, self.held).map_err(|error| error.to_string())?;
+        self.launch(guest, false)
     }
 }
 
@@ -106,13 +156,83 @@ impl Host for Guests<'_, '_> {
             return Err("the machine is shutting down".into());
         }
         let id = table::next_id();
+        if let Some((_, snapshot)) = options.iter().find(|(key, _)| key == "from") {
+            let name = options.iter().find(|(key, _)| key == "name").map(|(_, name)| name.clone());
+            if options.len() > 1 + usize::from(name.is_some()) {
+                return Err("a guest from a snapshot can be given a name; all else is the snapshot's".into());
+            }
+            return self.create_from(id, snapshot, name);
+        }
         let config = configure(id, options, MODEL.get())?;
         if table::find(&config.name, self.held).is_some() {
             return Err(format!("there is a guest '{}' already", config.name));
         }
-        let guest =
-            create::create(id, config, None, self.poll, self.held).map_err(|error| error.to_string())?;
-        if sched::launch(guest, self.held) { Ok(id.0) } else { Err("there are too many guests".into()) }
+        let outside = self.outside;
+        let guest = create::create(id, config, None, &|held| outside.poll(held), self.held)
+            .map_err(|error| error.to_string())?;
+        self.launch(guest, false)
+    }
+
+    fn clone(&mut self, id: u32, count: u32, paused: bool) -> Result<Vec<u32>, String> {
+        let source = self.guest(id)?;
+        let room = table::MAX_GUESTS - table::all(self.held).len();
+        if count as usize > room {
+            return Err(format!("there is room for {room} more guests"));
+        }
+        // One pause, however many children: they are made from what was then.
+        let moment = self.still(&source, snapshot::take)?;
+        let mut children = Vec::new();
+        let mut refused = None;
+        for _ in 0..count {
+            let id = table::next_id();
+            let name = self.name_for(source.name(), id);
+            let made = snapshot::make(&moment, id, name, self.held).map_err(|error| error.to_string());
+            match made.and_then(|guest| self.launch(guest, paused)) {
+                Ok(id) => children.push(id),
+                Err(error) => {
+                    refused = Some(error);
+                    break;
+                }
+            }
+        }
+        snapshot::delete(moment, self.held);
+        match refused {
+            Some(error) => Err(format!("made {} of {count} ({children:?}), then: {error}", children.len())),
+            None => Ok(children),
+        }
+    }
+
+    fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
+        let guest = self.guest(id)?;
+        let moment = self.still(&guest, snapshot::take)?;
+        snapshot::keep(moment, guest.id, name, self.held).map_err(|error| error.to_string())
+    }
+
+    fn snapshots(&mut self) -> Value {
+        let row = |kept: &snapshot::KeptInfo| {
+            json!({
+                "name": kept.name, "of": kept.source.0, "vcpus": kept.vcpus,
+                "memory_mib": kept.memory >> 20, "guests": kept.guests,
+            })
+        };
+        Value::Array(snapshot::all(self.held).iter().map(row).collect())
+    }
+
+    fn delete(&mut self, name: &str) -> Result<(), String> {
+        if snapshot::forget(name, self.held) { Ok(()) } else { Err(unknown(name)) }
+    }
+
+    fn reset(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
+        let guest = self.guest(id)?;
+        let name = match name {
+            Some(name) => name.to_string(),
+            None => snapshot::origin(guest.id, self.held)
+                .ok_or_else(|| format!("guest {id} came from no snapshot that is kept; name one"))?,
+        };
+        let moment = snapshot::find(&name, guest.id, self.held).ok_or_else(|| unknown(&name))?;
+        self.still(&guest, |guest, held| snapshot::restore(guest, &moment, held))?;
+        sched::start_all(&guest, self.held);
+        Ok(name)
     }
 
     fn pause(&mut self, id: u32) -> Result<(), String> {

@@ -25,11 +25,13 @@ const fn help(name: &'static str, usage: &'static str, does: &'static str) -> He
 pub const COMMANDS: &[Help] = &[
     help("attach", "G", "connect the console to guest G; Ctrl-T comes back here"),
     help("check", "", "audit every invariant of the memory manager now"),
+    help("clone", "G [-n N] [--paused]", "fork the running guest G into N live children"),
     help(
         "create",
-        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR]",
-        "create and start a guest from the images on the disk",
+        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR] [--from SNAPSHOT]",
+        "create and start a guest from the images on the disk, or from a snapshot",
     ),
+    help("delete", "SNAPSHOT", "forget a snapshot; guests that were made from it go on"),
     help("guests", "", "the guests, their state and how much memory they hold"),
     help("help", "[CMD]", "this list, or one command of it"),
     help("kill", "G", "end guest G and give its memory back"),
@@ -38,9 +40,12 @@ pub const COMMANDS: &[Help] = &[
     help("memory", "", "frames by owner and queue"),
     help("objects", "[G]", "the memory objects: size, resident, shared, references, pager"),
     help("pause", "G", "stop the vCPUs of guest G"),
+    help("reset", "G [SNAPSHOT]", "make guest G what it was in the snapshot, else the one that it came from"),
     help("resume", "G", "let a paused guest go on"),
     help("send", "G TEXT", "type TEXT and a return into guest G"),
     help("shutdown", "", "kill every guest and leave"),
+    help("snapshot", "G [NAME]", "keep guest G as it is now, to make guests from"),
+    help("snapshots", "", "the snapshots that are kept"),
     help("stats", "[G]", "counters of exits, faults and the scheduler"),
     help("trace", "[G]", "the last exits of guest G's vCPUs"),
     help("wait", "G STATE|\"TEXT\"", "answer when guest G is running, paused or gone, or has printed TEXT"),
@@ -67,8 +72,12 @@ pub enum Command {
     Attach(String),
     /// Audit now.
     Check,
+    /// Fork a guest: how many children, and whether they begin paused.
+    Clone(String, u32, bool),
     /// Create a guest from `key=value` options.
     Create(Vec<(String, String)>),
+    /// Forget a snapshot.
+    Delete(String),
     /// List guests.
     Guests,
     /// Help on all or one.
@@ -85,12 +94,18 @@ pub enum Command {
     Objects(Option<String>),
     /// Stop a guest's vCPUs.
     Pause(String),
+    /// Make a guest again what it was in a snapshot.
+    Reset(String, Option<String>),
     /// Let them go on.
     Resume(String),
     /// Type into a guest.
     Send(String, String),
     /// Leave.
     Shutdown,
+    /// Keep a guest as it is now.
+    Snapshot(String, Option<String>),
+    /// The snapshots that are kept.
+    Snapshots,
     /// Counters, of one guest or the host.
     Stats(Option<String>),
     /// Recent exits.
@@ -127,19 +142,17 @@ pub fn parse(line: &str) -> Result<Command, String> {
         [guest] => Ok(Some(guest.clone())),
         _ => Err(wrong()),
     };
+    let guest_and_name = || match rest {
+        [guest] => Ok((guest.clone(), None)),
+        [guest, name] => Ok((guest.clone(), Some(name.clone()))),
+        _ => Err(wrong()),
+    };
     match help.name {
         "attach" => one().map(Command::Attach),
         "check" => none(Command::Check),
-        "create" => rest
-            .iter()
-            .map(|word| {
-                let (key, value) = word
-                    .split_once('=')
-                    .ok_or_else(|| format!("'{word}' is not KEY=VALUE; {}", usage(help)))?;
-                Ok((key.to_owned(), value.to_owned()))
-            })
-            .collect::<Result<_, String>>()
-            .map(Command::Create),
+        "clone" => children(rest).ok_or_else(wrong),
+        "create" => pairs(rest).map_err(|word| format!("'{word}' is not KEY=VALUE; {}", usage(help))),
+        "delete" => one().map(Command::Delete),
         "guests" => none(Command::Guests),
         "help" => maybe().map(Command::Help),
         "kill" => one().map(Command::Kill),
@@ -148,12 +161,15 @@ pub fn parse(line: &str) -> Result<Command, String> {
         "memory" => none(Command::Memory),
         "objects" => maybe().map(Command::Objects),
         "pause" => one().map(Command::Pause),
+        "reset" => guest_and_name().map(|(guest, name)| Command::Reset(guest, name)),
         "resume" => one().map(Command::Resume),
         "send" => match rest {
             [guest, text @ ..] if !text.is_empty() => Ok(Command::Send(guest.clone(), text.join(" "))),
             _ => Err(wrong()),
         },
         "shutdown" => none(Command::Shutdown),
+        "snapshot" => guest_and_name().map(|(guest, name)| Command::Snapshot(guest, name)),
+        "snapshots" => none(Command::Snapshots),
         "stats" => maybe().map(Command::Stats),
         "trace" => maybe().map(Command::Trace),
         "wait" => match rest {
@@ -162,6 +178,37 @@ pub fn parse(line: &str) -> Result<Command, String> {
         },
         other => Err(format!("'{other}' is listed but not parsed")),
     }
+}
+
+/// `G [-n N] [--paused]`, in any order.
+fn children(words: &[String]) -> Option<Command> {
+    let (mut guest, mut count, mut paused) = (None, 1, false);
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "-n" => count = words.next()?.parse().ok().filter(|count| *count > 0)?,
+            "--paused" => paused = true,
+            word if word.starts_with('-') || guest.is_some() => return None,
+            word => guest = Some(word.to_owned()),
+        }
+    }
+    Some(Command::Clone(guest?, count, paused))
+}
+
+/// `KEY=VALUE` or `--KEY VALUE`, any number of them; the error is the word that is neither.
+fn pairs(words: &[String]) -> Result<Command, String> {
+    let mut pairs = Vec::new();
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        let pair = match word.strip_prefix("--") {
+            Some(key) if !key.contains('=') => words.next().map(|value| (key, value.as_str())),
+            Some(pair) => pair.split_once('='),
+            None => word.split_once('='),
+        };
+        let (key, value) = pair.ok_or_else(|| word.clone())?;
+        pairs.push((key.to_owned(), value.to_owned()));
+    }
+    Ok(Command::Create(pairs))
 }
 
 /// A state is a bare word of [`STATES`]; everything else is text, and so is a state in quotes.
@@ -238,8 +285,14 @@ mod tests {
     #[test]
     fn every_listed_command_parses_with_what_its_usage_asks() {
         for command in COMMANDS {
-            let needed: String =
-                command.usage.split(' ').filter(|w| !w.starts_with('[')).map(|w| format!(" {w}")).collect();
+            let (mut needed, mut optional) = (String::new(), false);
+            for word in command.usage.split(' ').filter(|word| !word.is_empty()) {
+                optional |= word.starts_with('[');
+                if !optional {
+                    needed = format!("{needed} {word}");
+                }
+                optional &= !word.ends_with(']');
+            }
             let line = format!("{}{}", command.name, needed);
             assert!(parse(&line).is_ok(), "{line}: {:?}", parse(&line));
         }
@@ -280,6 +333,26 @@ mod tests {
         assert_eq!(until("wait 1 \"paused\""), Until::Text("paused".into()));
         assert_eq!(until("wait 1 ready"), Until::Text("ready".into()));
         assert!(parse("wait 1").is_err());
+    }
+
+    #[test]
+    fn a_clone_takes_its_options_in_any_order() {
+        let clone = |n, paused| Ok(Command::Clone("g".into(), n, paused));
+        assert_eq!(parse("clone g"), clone(1, false));
+        assert_eq!(parse("clone --paused -n 32 g"), clone(32, true));
+        for wrong in
+            ["clone", "clone g h", "clone g -n", "clone g -n 0", "clone g -n many", "clone g --pause"]
+        {
+            assert_eq!(parse(wrong).unwrap_err(), "usage: clone G [-n N] [--paused]", "{wrong}");
+        }
+    }
+
+    #[test]
+    fn create_takes_options_as_words_and_as_pairs() {
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        let options = alloc::vec![pair("from", "s"), pair("name", "x"), pair("memory", "1G")];
+        assert_eq!(parse("create --from s name=x --memory=1G"), Ok(Command::Create(options)));
+        assert!(parse("create --from").unwrap_err().contains("'--from'"));
     }
 
     #[test]

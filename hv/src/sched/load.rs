@@ -61,7 +61,7 @@ impl Cpu {
         if guest.last_ran[self.id].swap(vcpu.index, Ordering::Relaxed) != vcpu.index {
             tlb::local_flush_vmid();
         }
-        switch::set_cntvoff(guest.offset);
+        switch::set_cntvoff(guest.offset());
         switch::load_el1(&context.el1);
         arch::debug::load(&context.debug);
         arch::el2::set_virtual_serror(context.serror);

@@ -13,6 +13,7 @@ pub mod load;
 pub mod quiet;
 pub mod runqueue;
 pub mod slice;
+pub mod still;
 pub mod wait;
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -20,7 +21,7 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, percpu, timer};
 use crate::guest::exit::Ending;
-use crate::guest::vcpu::{NOWHERE, State, VcpuRef};
+use crate::guest::vcpu::{NOWHERE, Power, State, VcpuRef};
 use crate::guest::{Guest, Life, MAX_VCPUS, create, rank, table};
 use alloc::sync::Arc;
 use load::Cpu;
@@ -50,7 +51,7 @@ pub trait Outside: Sync {
     /// Makes the virtual timer's physical interrupt active or not, on this CPU.
     fn set_timer_active(&self, active: bool);
     /// This CPU looks around before it picks a vCPU: for work that no interrupt announces.
-    fn look_around(&self, held: &mut Held<'_, 0>);
+    fn look_around(&self, cpu: &mut Cpu, held: &mut Held<'_, 0>);
     /// Lets transfers finish, while something on this CPU waits for one.
     fn poll(&self, held: &mut Held<'_, 0>);
 }
@@ -67,8 +68,8 @@ pub fn main_loop(outside: &dyn Outside) -> ! {
 /// One turn of the main loop: a chore, a slice or a sleep.
 pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     quiet::stand_by(held);
-    outside.look_around(held);
-    if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() == Life::Ending) {
+    outside.look_around(cpu, held);
+    if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() != Life::Running) {
         cpu.unload(outside, held);
     }
     if CHORES.swap(false, Ordering::SeqCst) {
@@ -179,13 +180,14 @@ fn launch_again(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
     start_all(&guest, held);
 }
 
-/// Starts the vCPUs that are switched on.
-fn start_all(guest: &Arc<Guest>, held: &mut Held<'_, 0>) {
+/// Starts the vCPUs of a guest that are switched on and are nowhere yet.
+pub fn start_all(guest: &Arc<Guest>, held: &mut Held<'_, 0>) {
     for index in 0..guest.vcpus.len() {
-        if let Some(entry) = VcpuRef::new(guest, index)
-            && Cpu::is_starting(entry.vcpu(), held)
-        {
-            start(&entry, held);
+        let Some(entry) = VcpuRef::new(guest, index) else { continue };
+        let power = *entry.vcpu().power.lock(held).0;
+        match power {
+            Power::Off => {}
+            Power::On | Power::OnPending { .. } => start(&entry, held),
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, switch, timer};
 use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Ending, Exit, Run, Waiting};
-use crate::guest::vcpu::{Context, State, VcpuRef, count};
+use crate::guest::vcpu::{Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, rank};
 use crate::vdev::vtimer::virtual_deadline;
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
@@ -61,6 +61,15 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             call_daemon();
             return;
         }
+    }
+    if *vcpu.power.lock(held).0 == Power::Off {
+        // A reset has switched it off while it was in a queue.
+        vcpu.set_state(State::Off);
+        // CPU_ON may have come in between.
+        if Cpu::is_starting(vcpu, held) {
+            start(entry, held);
+        }
+        return;
     }
     if !cpu.has_loaded(entry) {
         cpu.unload(outside, held);
@@ -205,8 +214,9 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
         return None;
     }
     count(&vcpu.counts.waits);
-    let virtual_timer = virtual_deadline(control, compare, guest.offset).filter(|_| !timer_is_high(control));
-    let physical = physical.map(|at| at.saturating_add(guest.offset));
+    let virtual_timer =
+        virtual_deadline(control, compare, guest.offset()).filter(|_| !timer_is_high(control));
+    let physical = physical.map(|at| at.saturating_add(guest.offset()));
     block(cpu, entry, virtual_timer.unwrap_or(u64::MAX).min(physical.unwrap_or(u64::MAX)))
 }
 
@@ -261,7 +271,7 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
 fn arm(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
     let guest = &entry.guest;
     let physical = guest.devices.lock(held).0.timer_deadline(entry.vcpu().index);
-    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset));
+    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset()));
     let sleeper = cpu.sleepers.next().unwrap_or(u64::MAX);
     timer::arm_host(cpu.slice_end.min(physical).min(sleeper));
 }

@@ -1,0 +1,247 @@
+//! A guest as it was at one instant: its memory, its registers, its devices. Clones are made from it.
+//!
+//! [`take`] costs what the map has entries and the guest has vCPUs, not its memory: the objects are shared, and
+//! whoever writes first gets a shadow (`vmobject`'s map copy). Everything that a guest can see of itself and that no
+//! trap answers anew is in a [`Context`] or a device, the same values that a switch moves; so there is no second
+//! list of registers to forget one in. What must differ between twins is made anew in [`make`] and [`restore`]: the
+//! name, the number, random numbers, the console's log. Named snapshots are kept on the [shelf](keep).
+//! Called by `monitor`. Locks: none held by the caller.
+
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use alloc::{format, vec};
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+use vmobject::VmError;
+use vmobject::lock::{Held, Ranked};
+
+use super::create::Parts;
+use super::devices::Devices;
+use super::trng::Generator;
+use super::vcpu::{Context, Power, Vcpu};
+use super::{Guest, GuestId, rank};
+use crate::arch::timer;
+use crate::loader::GuestConfig;
+use crate::mm;
+
+/// The most snapshots that are kept by name.
+pub const MAX_KEPT: usize = 4096;
+
+/// A guest at one instant. It never runs itself. Give it back with [`delete`].
+#[must_use = "a snapshot holds memory until it is deleted"]
+pub struct Snapshot {
+    config: GuestConfig,
+    memory: vmobject::map::Snapshot,
+    vcpus: Vec<(Context, Power)>,
+    devices: Devices,
+    /// What the twins' generators come from.
+    random: Ranked<{ rank::RANDOM }, Generator>,
+    /// What the guest's counter said.
+    time: u64,
+}
+
+/// Why a guest cannot be made what a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotError {
+    /// The memory manager refused.
+    Vm(VmError),
+    /// The guest has another number of vCPUs, or another amount of RAM.
+    Shape,
+    /// There are [`MAX_KEPT`] already.
+    TooMany,
+    /// There is one of that name.
+    Exists,
+}
+
+impl fmt::Display for SnapshotError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vm(error) => write!(f, "memory: {error:?}"),
+            Self::Shape => f.write_str("it has other vCPUs or other RAM than the snapshot"),
+            Self::TooMany => write!(f, "there are {MAX_KEPT} snapshots already"),
+            Self::Exists => f.write_str("there is a snapshot of that name"),
+        }
+    }
+}
+
+impl From<VmError> for SnapshotError {
+    fn from(error: VmError) -> Self {
+        Self::Vm(error)
+    }
+}
+
+/// Keeps what a guest is now. None of its vCPUs runs or has registers in a CPU.
+pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Snapshot, SnapshotError> {
+    debug_assert!(guest.is_quiet());
+    let mut vcpus = Vec::new();
+    vcpus.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    for vcpu in &guest.vcpus {
+        let context = vcpu.context.lock(held).0.clone();
+        vcpus.push((context, *vcpu.power.lock(held).0));
+    }
+    let devices = guest.devices.lock(held).0.clone();
+    let random = Ranked::new(guest.random.lock(held).0.child());
+    let memory = mm::vm().snapshot(&guest.map, held)?;
+    Ok(Snapshot { config: guest.config.clone(), memory, vcpus, devices, random, time: guest.time() })
+}
+
+/// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
+/// the snapshot's stood.
+pub fn make(
+    snapshot: &Snapshot,
+    id: GuestId,
+    name: String,
+    held: &mut Held<'_, 0>,
+) -> Result<Arc<Guest>, SnapshotError> {
+    let mut vcpus = Vec::new();
+    vcpus.try_reserve_exact(snapshot.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    vcpus.extend(
+        (0..)
+            .zip(&snapshot.vcpus)
+            .map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
+    );
+    let parts = Parts {
+        vcpus: vcpus.into_boxed_slice(),
+        devices: snapshot.devices.clone(),
+        random: snapshot.twin(held),
+        log: Arc::default(),
+        offset: timer::now().wrapping_sub(snapshot.time),
+    };
+    let config = GuestConfig { name, ..snapshot.config.clone() };
+    let map = mm::map_of(&snapshot.memory, held)?;
+    Ok(Arc::new(Guest::new(id, config, map, parts)))
+}
+
+/// Makes a guest again what the snapshot is: all that it did since is gone. None of its vCPUs runs or has
+/// registers in a CPU.
+pub fn restore(guest: &Guest, snapshot: &Snapshot, held: &mut Held<'_, 0>) -> Result<(), SnapshotError> {
+    debug_assert!(guest.is_quiet());
+    let config = &snapshot.config;
+    if guest.vcpus.len() != snapshot.vcpus.len() || guest.config.memory != config.memory {
+        return Err(SnapshotError::Shape);
+    }
+    mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
+    for (vcpu, (context, power)) in guest.vcpus.iter().zip(&snapshot.vcpus) {
+        *vcpu.context.lock(held).0 = context.clone();
+        *vcpu.power.lock(held).0 = *power;
+    }
+    *guest.devices.lock(held).0 = snapshot.devices.clone();
+    let twin = snapshot.twin(held);
+    *guest.random.lock(held).0 = twin;
+    guest.offset.store(timer::now().wrapping_sub(snapshot.time), Ordering::SeqCst);
+    Ok(())
+}
+
+/// Gives a snapshot's memory back, as far as nobody shares it.
+pub fn delete(snapshot: Snapshot, held: &mut Held<'_, 0>) {
+    mm::vm().delete_snapshot(snapshot.memory, held);
+}
+
+impl Snapshot {
+    /// A generator for one more guest: nobody else gets its numbers.
+    fn twin(&self, held: &mut Held<'_, 0>) -> Generator {
+        let (mut random, _held) = self.random.lock(held);
+        random.stir(timer::now());
+        random.child()
+    }
+}
+
+/// A snapshot with a name.
+struct Kept {
+    name: String,
+    source: GuestId,
+    /// Guests that began from it, and the one that it was taken of.
+    members: Vec<GuestId>,
+    snapshot: Arc<Snapshot>,
+}
+
+/// What is shown of a kept snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptInfo {
+    /// Its name.
+    pub name: String,
+    /// The guest that it was taken of.
+    pub source: GuestId,
+    /// vCPUs.
+    pub vcpus: usize,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Guests that began from it.
+    pub guests: usize,
+}
+
+static SHELF: Ranked<{ rank::GUESTS }, Vec<Kept>> = Ranked::new(Vec::new());
+
+/// Keeps a snapshot of guest `source` under a name; without one it gets one.
+pub fn keep(
+    snapshot: Snapshot,
+    source: GuestId,
+    name: Option<&str>,
+    held: &mut Held<'_, 0>,
+) -> Result<String, SnapshotError> {
+    let (snapshot, error) = {
+        let (mut shelf, _held) = SHELF.lock(held);
+        let free = |name: &str| shelf.iter().all(|kept| kept.name != name);
+        let name = match name {
+            Some(name) => name.to_string(),
+            None => (1..).map(|n: u32| format!("snap{n}")).find(|name| free(name)).unwrap_or_default(),
+        };
+        if !free(&name) {
+            (snapshot, SnapshotError::Exists)
+        } else if shelf.len() >= MAX_KEPT || shelf.try_reserve(1).is_err() {
+            (snapshot, SnapshotError::TooMany)
+        } else {
+            let snapshot = Arc::new(snapshot);
+            shelf.push(Kept { name: name.clone(), source, members: vec![source], snapshot });
+            return Ok(name);
+        }
+    };
+    delete(snapshot, held);
+    Err(error)
+}
+
+/// The snapshot of that name, for a guest that is made from it or reset to it.
+pub fn find(name: &str, guest: GuestId, held: &mut Held<'_, 0>) -> Option<Arc<Snapshot>> {
+    let (mut shelf, _held) = SHELF.lock(held);
+    let kept = shelf.iter_mut().find(|kept| kept.name == name)?;
+    if !kept.members.contains(&guest) && kept.members.try_reserve(1).is_ok() {
+        kept.members.push(guest);
+    }
+    Some(kept.snapshot.clone())
+}
+
+/// The name of the snapshot that a guest last began from, or that was last taken of it.
+pub fn origin(guest: GuestId, held: &mut Held<'_, 0>) -> Option<String> {
+    let (shelf, _held) = SHELF.lock(held);
+    shelf.iter().rev().find(|kept| kept.members.contains(&guest)).map(|kept| kept.name.clone())
+}
+
+/// Deletes the snapshot of that name; false when there is none, or a guest is just being made from it. Guests
+/// that were made from it go on.
+pub fn forget(name: &str, held: &mut Held<'_, 0>) -> bool {
+    let snapshot = {
+        let (mut shelf, _held) = SHELF.lock(held);
+        let unused = |kept: &Kept| kept.name == name && Arc::strong_count(&kept.snapshot) == 1;
+        shelf.iter().position(unused).and_then(|place| Arc::into_inner(shelf.remove(place).snapshot))
+    };
+    let found = snapshot.is_some();
+    if let Some(snapshot) = snapshot {
+        delete(snapshot, held);
+    }
+    found
+}
+
+/// All that are kept.
+pub fn all(held: &mut Held<'_, 0>) -> Vec<KeptInfo> {
+    let (shelf, _held) = SHELF.lock(held);
+    let info = |kept: &Kept| KeptInfo {
+        name: kept.name.clone(),
+        source: kept.source,
+        vcpus: kept.snapshot.vcpus.len(),
+        memory: kept.snapshot.config.memory,
+        guests: kept.members.len() - 1,
+    };
+    shelf.iter().map(info).collect()
+}

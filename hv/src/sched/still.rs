@@ -1,0 +1,86 @@
+//! Keeping one guest still: its vCPUs stop between two instructions, with all their registers in memory.
+//!
+//! What a clone, a snapshot and a reset begin with. The guest's CPUs are shaken and come by themselves; this CPU
+//! waits for them, which takes as long as the longest thing that they do at EL2. Other guests go on.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::arch::timer;
+use crate::guest::{Guest, Life};
+use vmobject::lock::Held;
+
+use super::load::{Cpu, ticks};
+use super::{Outside, interrupt_guest, resume};
+
+/// How long the other CPUs are waited for, in milliseconds.
+const PATIENCE_MS: u64 = 200;
+
+/// Why a guest could not be kept still. It runs as before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restless {
+    /// It is ending.
+    Ending,
+    /// It is being copied or reset already.
+    Taken,
+    /// A CPU that has one of its vCPUs does not come.
+    Late,
+}
+
+impl fmt::Display for Restless {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ending => "it is ending",
+            Self::Taken => "it is being copied or reset already",
+            Self::Late => "one of its vCPUs does not stop; try again",
+        })
+    }
+}
+
+/// Does `work` while none of a guest's vCPUs runs or has registers in a CPU. A guest that ran before runs
+/// again; one that was paused stays so.
+pub fn while_still<R>(
+    guest: &Arc<Guest>,
+    cpu: &mut Cpu,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+    work: impl FnOnce(&mut Held<'_, 0>) -> R,
+) -> Result<R, Restless> {
+    if !guest.keep_still() {
+        return Err(Restless::Taken);
+    }
+    let ran = guest.move_life(Life::Running, Life::Paused);
+    let result = settle(guest, cpu, outside, held).map(|()| work(held));
+    guest.let_go();
+    if ran {
+        resume(guest, held);
+    }
+    result
+}
+
+fn settle(
+    guest: &Arc<Guest>,
+    cpu: &mut Cpu,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+) -> Result<(), Restless> {
+    if cpu.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.guest, guest)) {
+        cpu.unload(outside, held);
+    }
+    let deadline = timer::now().saturating_add(ticks(PATIENCE_MS));
+    let mut shake = 0;
+    while !guest.is_quiet() {
+        if timer::now() > deadline {
+            return Err(Restless::Late);
+        }
+        if timer::now() >= shake {
+            interrupt_guest(guest, held);
+            shake = timer::now().saturating_add(ticks(1));
+        }
+        core::hint::spin_loop();
+    }
+    match guest.life() {
+        Life::Paused => Ok(()),
+        Life::Running | Life::Ending => Err(Restless::Ending),
+    }
+}
