@@ -20,7 +20,7 @@ const _: () = assert!(ENTRIES == 512, "as `TABLE` says");
 
 /// What a step has yet to settle.
 struct Step<'a> {
-    /// Entries that may still be looked at.
+    /// Entries and pages that may still be looked at.
     left: u32,
     /// Leaves of the root, which parking does not hide.
     batch: Batch,
@@ -28,7 +28,8 @@ struct Step<'a> {
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
-    /// Looks at about `budget` entries more, and at a whole table at least. True when only the root is left.
+    /// Looks at about `budget` entries more, and at a whole table at least; a block counts as its pages, since
+    /// it speaks for each. True when only the root is left.
     pub(crate) fn clear_step(&mut self, budget: u32, sink: Sink<'_>) -> bool {
         self.park_roots();
         let mut step = Step { left: budget, batch: Batch::new(), sink };
@@ -69,6 +70,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
                     step.batch.page(at);
                 }
                 harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
+                if level < LAST {
+                    step.left = step.left.saturating_sub(Spot::pages_of(level));
+                    if step.left == 0 {
+                        return false;
+                    }
+                }
             }
             at = Geometry::next_entry(at, level);
         }

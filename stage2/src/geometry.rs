@@ -143,11 +143,15 @@ impl Geometry {
     }
     /// True when stage 2 can translate the address at all.
     pub const fn reaches(self, at: Ipa) -> bool {
-        at.bits() >> self.ipa_bits == 0
+        at.bits() < self.reach().bits()
+    }
+    /// The first address that stage 2 cannot translate.
+    pub const fn reach(self) -> Ipa {
+        Ipa::new(1 << self.ipa_bits)
     }
     /// Every address there is.
     pub fn everything(self) -> Option<IpaRange> {
-        IpaRange::new(Ipa::new(0), Ipa::new(1 << self.ipa_bits))
+        IpaRange::new(Ipa::new(0), self.reach())
     }
 
     /// VTCR_EL2, whole.

@@ -9,7 +9,7 @@
 //! then `park`, the reason why a clone's pause does not grow with its memory.
 //!
 //! Modules, each using only those before it (a method of `Stage2` lives in the module of its subject):
-//! `descriptor` `table` `geometry` `tlb` `tree` `walk` `edit` `block` `park` `aging` `vmid` `pmap` `testing`.
+//! `descriptor` `table` `geometry` `tlb` `tree` `walk` `edit` `block` `park` `clear` `aging` `vmid` `pmap` `testing`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -19,12 +19,14 @@ extern crate std;
 
 mod aging;
 mod block;
+mod clear;
 pub mod descriptor;
 mod edit;
 pub mod geometry;
 mod park;
 pub mod pmap;
 pub mod table;
+#[cfg(feature = "testing")]
 pub mod testing;
 pub mod tlb;
 mod tree;

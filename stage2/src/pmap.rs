@@ -3,6 +3,7 @@
 //! A dispatcher: each method says in a few lines what it is made of. `enter` is the path of every fault, and
 //! in the usual case it is a walk of present tables, one swap and one barrier.
 
+use crate::descriptor::Descriptor;
 use crate::geometry::{BLOCK, Geometry, LAST};
 use crate::park::Way;
 use crate::table::{ENTRIES, TableSource};
@@ -13,11 +14,13 @@ use vmobject::pmap::{Leaf, OutOfTables, Pmap, Sink};
 use vmobject::prot::Prot;
 
 impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
+    fn reach(&self) -> Ipa {
+        self.geometry.reach()
+    }
+
     #[inline]
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
-        if !self.geometry.reaches(at) {
-            return Err(OutOfTables);
-        }
+        assert!(self.geometry.reaches(at), "{at} is beyond the tables' reach");
         let table = match self.way_to(at, LAST)? {
             Way::Clear(table) => table,
             Way::Block(_) if self.block_serves(at, frame, prot) => return Ok(()),
@@ -29,9 +32,7 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
     }
 
     fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables> {
-        if !self.geometry.reaches(first) {
-            return Err(OutOfTables);
-        }
+        assert!(self.geometry.reaches(first), "{first} is beyond the tables' reach");
         let Way::Clear(table) = self.way_to(first, LAST)? else {
             return Ok(0);
         };
@@ -50,9 +51,7 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
 
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
         debug_assert!(at.is_chunk_aligned() && first.is_chunk_aligned(), "a block is aligned");
-        if !self.geometry.reaches(at) {
-            return Err(OutOfTables);
-        }
+        assert!(self.geometry.reaches(at), "{at} is beyond the tables' reach");
         // No block lies above this level, so the way is clear.
         let Way::Clear(table) = self.way_to(at, BLOCK)? else {
             return Err(OutOfTables);
@@ -65,6 +64,10 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {
         self.trim(range, &mut *sink);
         self.unmap(range, sink);
+    }
+
+    fn clear(&mut self, budget: u32, sink: Sink<'_>) -> bool {
+        self.clear_step(budget, sink)
     }
 
     fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>) {
@@ -97,48 +100,37 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         Some(Leaf { frame, prot: spot.prot(), block })
     }
 
-    fn refresh(&mut self, at: Ipa) {
-        if let Some(spot) = self.find(at).filter(|spot| !spot.parked) {
-            let [old, now] =
-                self.update(spot.slot, |leaf| if leaf.is_valid() { leaf.touched() } else { leaf });
-            if old != now && !self.geometry.features().hardware_access {
-                // The fault was for the flag, and such a leaf is never cached.
-                self.tlb.dsb_ishst();
-                return;
-            }
-        }
-        self.flush_local();
-    }
-
     fn tables(&self) -> u32 {
         self.table_count()
     }
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
-    /// True when the block that maps an address is just what is wanted: the fault was for the access
-    /// flag, or for a stale cache, and the block stays whole.
+    /// True when the block that maps an address, in a way that is clear, is just what is wanted: the fault was
+    /// for the access flag, or for a stale cache, and the block stays whole.
     #[cold]
     fn block_serves(&mut self, at: Ipa, frame: Pfn, prot: Prot) -> bool {
-        let serves = self.lookup(at).is_some_and(|leaf| leaf.frame == frame && leaf.prot == prot);
-        if serves {
-            self.refresh(at);
+        let Some(spot) = self.find(at) else { return false };
+        let page = spot.leaf.frame_in_block(Geometry::page_in_block(at));
+        if page != frame || spot.prot() != prot {
+            return false;
         }
-        serves
+        let [old, now] = self.update(spot.slot, Descriptor::touched);
+        if old == now {
+            self.flush_local();
+        } else {
+            // The fault was for the flag, and such a leaf is never cached.
+            self.tlb.dsb_ishst();
+        }
+        true
     }
 }
 
 impl<S: TableSource, T: TlbOps> Drop for Stage2<S, T> {
-    /// Gives everything back. The guest does not run any more, and what its leaves remembered was harvested
-    /// by [`Pmap::remove`] before this.
+    /// Gives everything back, at once: [`Pmap::clear`] first harvests, and leaves nothing to do here. The guest
+    /// does not run any more.
     fn drop(&mut self) {
-        if let Some(everything) = self.geometry.everything() {
-            self.unmap(everything, &mut |_| {});
-        }
-        // Walkers may hold the way from the root.
-        let mut batch = Batch::new();
-        batch.everything();
-        self.flush(batch);
+        while !self.clear_step(u32::MAX, &mut |_| {}) {}
         for table in self.root_tables() {
             self.source.free(table);
         }

@@ -45,6 +45,8 @@ struct World {
     running: [Option<usize>; CPUS],
     random: Random,
     births: bool,
+    /// The most steps that clearing a guest took.
+    steps: u32,
 }
 
 impl World {
@@ -57,7 +59,7 @@ impl World {
         let guests = (0..GUESTS).map(|_| new()).collect();
         // Fewer names than CPUs and guests would like: three bits, number 0 never given.
         let vmids = VmidAllocator::new(3, CPUS);
-        Self { frames, mmu, geometry, vmids, guests, running: [None; CPUS], random, births: true }
+        Self { frames, mmu, geometry, vmids, guests, running: [None; CPUS], random, births: true, steps: 0 }
     }
 
     /// A page of one of four chunks, two gigabytes apart, at places where an edge is near.
@@ -129,8 +131,12 @@ impl World {
             50..53 => guest.park()?,
             53 if self.births => {
                 // It dies, and another is born; the CPUs that ran it run nobody.
-                let everything = self.geometry.everything().expect("there is one");
-                self.guests[number].0.remove(everything)?;
+                let guest = &mut self.guests[number].0;
+                let mut steps = 1;
+                while !guest.clear(700)? {
+                    steps += 1;
+                }
+                self.steps = self.steps.max(steps);
                 for cpu in 0..CPUS {
                     if self.running[cpu] == Some(number) {
                         self.mmu.run(cpu, 0);
@@ -189,6 +195,7 @@ fn nobody_reaches_what_was_taken_away_and_no_write_is_forgotten() {
             let mut world = World::new(geometry, seed);
             world.run(1500).unwrap_or_else(|why| panic!("{geometry:?}, seed {seed}, {why}"));
             assert!(world.vmids.rollovers() > 0 || seed < 4, "no rollover was tried");
+            assert!(world.steps > 1, "no guest was too large for one step");
         }
     }
 }

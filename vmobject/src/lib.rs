@@ -37,7 +37,7 @@ use alloc::sync::Weak;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use addr::Pfn;
+use addr::{Ipa, Pfn};
 use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
 use map::Map;
 use object::{ObjectId, Objects, Pager};
@@ -60,6 +60,13 @@ pub enum VmError {
     NoFrames,
     /// The range is empty, too large, or lies outside the object.
     Range,
+    /// The range ends above what the guest's tables can translate: a fault there could never be served.
+    Reach {
+        /// Where the range ends.
+        end: Ipa,
+        /// Where the tables do.
+        limit: Ipa,
+    },
     /// Something is mapped there already.
     Overlap,
     /// The object's pager takes no writes.

@@ -40,7 +40,12 @@ pub struct Leaf {
 
 /// One guest's hardware map.
 pub trait Pmap: Send {
-    /// Maps one page, replacing what was there (break before make).
+    /// The first address that the tables cannot translate any more. The same for ever; what is entered
+    /// anywhere lies below it.
+    fn reach(&self) -> Ipa;
+
+    /// Maps one page, replacing what was there (break before make). Where that very page is mapped already,
+    /// another CPU was faster or this CPU's TLB is stale, and the latter is put right.
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
 
     /// Maps `frames` from `first` on, inside one chunk, only where no valid leaf is: neighbours of a
@@ -50,8 +55,16 @@ pub trait Pmap: Send {
     /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there.
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
 
-    /// Unmaps a range. On return no CPU can reach what was mapped there.
+    /// Unmaps a range. On return no CPU can reach what was mapped there. Takes time in proportion to what is
+    /// mapped in the range, so a caller bounds the range (I6); for everything there is [`Pmap::clear`].
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>);
+
+    /// Unmaps everything, in steps (I6): each looks at about `budget` entries, a whole table at least, and
+    /// says whether it was the last. What a step has not come to yet stays as if parked: no guest can reach it.
+    ///
+    /// For a guest that ends or is reset: none of its vCPUs runs, and nothing is entered meanwhile, or it
+    /// may never end. After the last step the tables are as new, and dropping them takes no time.
+    fn clear(&mut self, budget: u32, sink: Sink<'_>) -> bool;
 
     /// Takes away everything that `keep` does not allow, in a range; never adds a permission.
     fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>);
@@ -66,10 +79,6 @@ pub trait Pmap: Send {
 
     /// The leaf for an address, parked subtrees included.
     fn lookup(&self, at: Ipa) -> Option<Leaf>;
-
-    /// A fault came although the leaf already allows the access: another CPU was faster, or this
-    /// CPU's TLB is stale. Drops this CPU's cached translations for the address.
-    fn refresh(&mut self, at: Ipa);
 
     /// Frames used for tables now, the root included.
     fn tables(&self) -> u32;

@@ -376,6 +376,12 @@ fn entries_that_overlap_or_lie_outside_their_object_are_refused_and_leave_nothin
     let held = &mut Held::root();
     let refused = rig.vm.insert(&map, empty, object, first, Prot::ALL, Share::Shared, held);
     assert_eq!(refused, Err(VmError::Range), "an empty range is empty (D23)");
+    let object = rig.anonymous(8);
+    let limit = map.with_pmap(held, |pmap| pmap.reach());
+    let end = limit.checked_add(PAGE_SIZE).unwrap();
+    let beyond = IpaRange::new(Ipa::new(limit.bits() - 7 * PAGE_SIZE), end).unwrap();
+    let refused = rig.vm.insert(&map, beyond, object, first, Prot::ALL, Share::Shared, held);
+    assert_eq!(refused, Err(VmError::Reach { end, limit }), "no fault there could ever be served");
     assert_eq!(rig.objects(), 1);
     rig.check();
 }

@@ -8,6 +8,7 @@ use super::mmu::{Access, Mmu};
 use super::{Frames, walker};
 use crate::Stage2;
 use crate::geometry::Geometry;
+use crate::table::ENTRIES;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::String;
@@ -26,6 +27,7 @@ pub type Checked<T> = Result<T, String>;
 pub struct Guest {
     /// The tables under test.
     pub tables: Stage2<Frames, Mmu>,
+    geometry: Geometry,
     mmu: Mmu,
     /// What it may reach.
     allowed: BTreeMap<Ipa, (Pfn, Prot)>,
@@ -42,6 +44,7 @@ impl Guest {
     pub fn new(frames: &Frames, mmu: &Mmu, geometry: Geometry) -> Result<Self, OutOfTables> {
         Ok(Self {
             tables: Stage2::new(frames.clone(), mmu.clone(), geometry)?,
+            geometry,
             mmu: mmu.clone(),
             allowed: BTreeMap::new(),
             written: BTreeSet::new(),
@@ -172,6 +175,28 @@ impl Guest {
         }
         self.told(gone)?;
         self.check()
+    }
+
+    /// A step of [`Pmap::clear`].
+    pub fn clear(&mut self, budget: u32) -> Checked<bool> {
+        let done = self.edit(|tables, sink| tables.clear(budget, sink))?;
+        for (_, prot) in self.allowed.values_mut() {
+            *prot = prot.without(Prot::WRITE);
+        }
+        let gone: Vec<Ipa> = self.harvest.iter().map(|h| h.at).collect();
+        for at in &gone {
+            self.allowed.remove(at);
+        }
+        self.told(gone)?;
+        self.check()?;
+        let most = budget as usize + 3 * ENTRIES;
+        if self.harvest.len() > most {
+            return Err(format!("a step of {budget} took away {} pages", self.harvest.len()));
+        }
+        if done && !(self.allowed.is_empty() && self.tables.tables() == self.geometry.root_tables()) {
+            return Err(format!("cleared, but {} pages are there", self.allowed.len()));
+        }
+        Ok(done)
     }
 
     /// [`Pmap::protect`].

@@ -120,6 +120,9 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Vec<Entry>, VmError> {
         let mut copies = Vec::new();
+        if let (Some(map), Some(last)) = (holder.upgrade(), list.last()) {
+            map.check_reach(last.range.end())?;
+        }
         copies.try_reserve_exact(list.len()).map_err(|_| VmError::NoMemory)?;
         for entry in list {
             match self.duplicate_one(entry, holder, held) {

@@ -69,6 +69,9 @@ impl<M: Machine> Vm<M> {
         if pages == 0 {
             return fail(VmError::Range, object);
         }
+        if let Err(error) = map.check_reach(range.end()) {
+            return fail(error, object);
+        }
         let (size, pager) = {
             let (state, _held) = self.objects.get(object).read(held);
             assert_eq!(state.id(), object, "{object:?} is gone");

@@ -18,9 +18,11 @@ pub use copy::Snapshot;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
+use crate::VmError;
 use crate::addr::{Ipa, IpaRange, PageIndex};
 use crate::lock::{Held, MAP, PMAP, Ranked, RankedRw};
 use crate::object::ObjectId;
+use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::rmap::MappingId;
 use crate::stats::{Counts, Stats};
@@ -110,6 +112,8 @@ pub struct Map<M: Machine> {
     number: AtomicU32,
     pub(crate) entries: RankedRw<MAP, Entries>,
     pub(crate) pmap: Ranked<PMAP, M::Pmap>,
+    /// What [`crate::pmap::Pmap::reach`] says.
+    reach: Ipa,
     pub(crate) hint: AtomicUsize,
     pub(crate) stats: Stats,
 }
@@ -119,6 +123,7 @@ impl<M: Machine> Map<M> {
         Self {
             number: AtomicU32::new(number),
             entries: RankedRw::new(Entries::default()),
+            reach: pmap.reach(),
             pmap: Ranked::new(pmap),
             hint: AtomicUsize::new(0),
             stats: Stats::new(),
@@ -128,6 +133,11 @@ impl<M: Machine> Map<M> {
     /// Its number, for printing.
     pub fn number(&self) -> u32 {
         self.number.load(Relaxed)
+    }
+
+    /// Refuses what ends above the tables' reach.
+    fn check_reach(&self, end: Ipa) -> Result<(), VmError> {
+        if end > self.reach { Err(VmError::Reach { end, limit: self.reach }) } else { Ok(()) }
     }
 
     /// Does something with the translation tables.

@@ -226,6 +226,9 @@ impl FakePmap {
 }
 
 impl Pmap for FakePmap {
+    fn reach(&self) -> Ipa {
+        Ipa::new(1 << 39)
+    }
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
         self.room()?;
         self.entered += 1;
@@ -263,6 +266,13 @@ impl Pmap for FakePmap {
             keep
         });
     }
+    fn clear(&mut self, budget: u32, sink: Sink<'_>) -> bool {
+        for _ in 0..budget.max(1) {
+            let Some((at, leaf)) = self.leaves.pop_first() else { break };
+            sink(leaf.harvest(at));
+        }
+        self.leaves.is_empty()
+    }
     fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>) {
         for (&at, leaf) in self.leaves.range_mut(range.as_range()) {
             sink(leaf.harvest(at));
@@ -284,7 +294,6 @@ impl Pmap for FakePmap {
     fn lookup(&self, at: Ipa) -> Option<Leaf> {
         self.leaves.get(&at.page()).map(|leaf| leaf.leaf)
     }
-    fn refresh(&mut self, _at: Ipa) {}
     fn tables(&self) -> u32 {
         1
     }

@@ -85,7 +85,8 @@ fn imports() -> Result<()> {
         };
         for dependency in package["dependencies"].as_array().into_iter().flatten() {
             let on = dependency["name"].as_str().unwrap_or_default();
-            if allowed.contains_key(on) && !may.contains(&on) {
+            // Its own tests may ask a package for its fakes.
+            if on != name && allowed.contains_key(on) && !may.contains(&on) {
                 found.push(format!("{name} imports {on}, against the layout"));
             }
         }
