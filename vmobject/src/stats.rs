@@ -63,6 +63,8 @@ events! {
     Collapsed collapsed;
     /// Slots that a collapse moved.
     CollapseMoved collapse_moved;
+    /// Those of them that were in swap.
+    CollapseSwapped collapse_swapped;
     /// Slots that a collapse freed because they were hidden or out of reach.
     CollapseFreed collapse_freed;
     /// Collapses that moved the top's pages and then exchanged the indexes.

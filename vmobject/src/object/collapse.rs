@@ -106,7 +106,7 @@ impl<M: Machine> Vm<M> {
                     return Some(Progress::Blocked);
                 }
                 self.rename(top, ours, slot);
-                self.stats.count(Event::CollapseMoved);
+                self.count_moved(slot);
             }
             backing.lose(page);
         }
@@ -151,9 +151,11 @@ impl<M: Machine> Vm<M> {
             }
             self.rename(backing, theirs, slot);
             top.lose(page);
-            self.stats.count(Event::CollapseMoved);
+            self.count_moved(slot);
         }
-        if blocked || !self.objects.exchange(top, backing, shadow.offset) {
+        // A transfer finds its pages by the object's name.
+        let transfers = top.paging > 0 || backing.paging > 0;
+        if blocked || transfers || !self.objects.exchange(top, backing, shadow.offset) {
             return Some(Progress::Blocked);
         }
         self.stats.count(Event::CollapseExchanged);
@@ -253,6 +255,13 @@ impl<M: Machine> Vm<M> {
         self.drop_reference(backing, held);
         self.stats.count(Event::Bypassed);
         Some(Progress::Done)
+    }
+
+    fn count_moved(&self, slot: Slot) {
+        self.stats.count(Event::CollapseMoved);
+        if matches!(slot, Slot::Swapped(_)) {
+            self.stats.count(Event::CollapseSwapped);
+        }
     }
 
     fn is_busy(&self, slot: Slot) -> bool {

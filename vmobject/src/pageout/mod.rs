@@ -64,11 +64,11 @@ impl<M: Machine> Vm<M> {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
         while left > 0 {
-            left -= 1;
             if let Some(sweep) = daemon.hand.take() {
                 self.go_on(&mut daemon, sweep, &mut left, &mut done, held);
                 continue;
             }
+            left -= 1;
             let next = self.next_for_pageout(&mut daemon, held);
             let queue = match next {
                 Next::Rest | Next::Stuck => return done,
