@@ -46,8 +46,13 @@ pub(crate) fn run(socket: &Path, json: bool, words: &[String]) -> Result<()> {
     } else {
         println!("{}", shown(&reply));
     }
-    if reply.get("ok").and_then(Value::as_bool) != Some(true) {
+    if !is_ok(&reply) {
         bail!("the monitor refused");
     }
     Ok(())
+}
+
+/// True for an answer to a command that was done.
+pub(crate) fn is_ok(reply: &Value) -> bool {
+    reply.get("ok").and_then(Value::as_bool) == Some(true)
 }

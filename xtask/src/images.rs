@@ -16,6 +16,12 @@ fn cache() -> PathBuf {
     crate::root().join("target/images")
 }
 
+/// True where the kernels and the initramfs of every test are here already.
+pub(crate) fn are_cached() -> bool {
+    let kernels = KERNELS.iter().map(|version| format!("Image-{version}"));
+    kernels.chain(["busybox".to_owned()]).all(|name| cache().join(name).is_file())
+}
+
 /// A Debian cloud kernel of a version, as a plain arm64 Image.
 pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
     let image = cache().join(format!("Image-{version}"));
@@ -77,7 +83,8 @@ pub(crate) fn plain_image(file: &Path) -> Result<Vec<u8>> {
     }
     step(&format!("unpacking {}", file.display()), || {
         let mut plain = Vec::new();
-        flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut plain)?;
+        let read = flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut plain);
+        read.with_context(|| format!("{} starts as a gzip file and does not go on as one", file.display()))?;
         ensure!(!plain.is_empty(), "{} is an empty gzip file", file.display());
         Ok(plain)
     })

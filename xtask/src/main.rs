@@ -5,8 +5,8 @@
 //! * `progress` - what takes longer than a moment says so.
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
 //! * `build`, `images`, `disk` - what the machine runs, and the disk that brings it there.
-//! * `symbols`, `session` - one run, watched; names for the addresses that it leaves.
-//! * `ctl`, `run`, `test`, `bench`, `doctor` - the commands.
+//! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
+//! * `options`, `ctl`, `session`, `script`, `run`, `test`, `bench`, `doctor` - the commands.
 
 mod apt;
 mod bench;
@@ -14,10 +14,13 @@ mod build;
 mod ctl;
 mod disk;
 mod doctor;
+mod ending;
 mod images;
+mod options;
 mod progress;
 mod qemu;
 mod run;
+mod script;
 mod session;
 mod symbols;
 mod test;
@@ -79,19 +82,29 @@ fn debug(mut options: run::Run) -> Result<()> {
     options.gdb = Some(PORT);
     options.timeout = 0;
     let elf = build::hypervisor(&toolchain::Toolchain::provide()?)?;
-    let _session = options.session(&root().join("target/run"), false)?;
+    let session = options.session(&options.dir, false)?;
+    eprintln!("xtask: the guest's console is {}", options.dir.join("console.log").display());
+    ending::leave_interrupts();
     let status = Command::new("gdb-multiarch")
         .arg("-ex")
         .arg(format!("target remote 127.0.0.1:{PORT}"))
         .arg(elf)
         .status()
         .context("starting gdb")?;
+    if let Some(panic) = session.panic() {
+        eprintln!("{panic}");
+    }
     ensure!(status.success(), "gdb ended with {status}");
     Ok(())
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse() {
+    let cli = Cli::parse();
+    if let Err(error) = ending::watch() {
+        eprintln!("xtask: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    let result = match cli {
         Cli::Run(options) => options.run(),
         Cli::Test(options) => return test::run(&options),
         Cli::Ctl { socket, json, words } => {

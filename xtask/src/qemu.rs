@@ -2,7 +2,7 @@
 
 use crate::apt;
 use crate::on_path;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -23,6 +23,8 @@ pub(crate) struct Machine {
     pub(crate) icount: bool,
     /// The hypervisor's own command line.
     pub(crate) append: String,
+    /// The console is a person's terminal: Ctrl-A is QEMU's, Ctrl-A x leaves.
+    pub(crate) terminal: bool,
     /// Where the hypervisor's own log goes.
     pub(crate) log: PathBuf,
     /// The control socket, if any.
@@ -31,23 +33,31 @@ pub(crate) struct Machine {
     pub(crate) gdb: Option<u16>,
 }
 
+/// The QEMU that is here and new enough; else how to come by one.
+pub(crate) fn found() -> Result<String, String> {
+    match version() {
+        Some(major) if major >= OLDEST => Ok(format!("version {major}")),
+        Some(major) => Err(format!(
+            "{PROGRAM} is version {major}, needed is {OLDEST} (Debian: apt-get install -t bookworm-backports qemu-system-arm)"
+        )),
+        None => Err(format!("{PROGRAM} is not on the path (Debian: apt-get install qemu-system-arm)")),
+    }
+}
+
 /// Sees that QEMU is there and new enough, or provides it.
 pub(crate) fn provide() -> Result<()> {
-    match version() {
-        Some(major) if major >= OLDEST => Ok(()),
-        _ if apt::can_install() => {
+    match found() {
+        Ok(_) => Ok(()),
+        Err(_) if apt::can_install() => {
             apt::install(&["qemu-system-arm"], true)?;
-            version().map(|_| ()).context("qemu-system-arm was installed but does not run")
+            found().map(|_| ()).map_err(Error::msg).context("qemu-system-arm was installed, and yet")
         }
-        Some(major) => bail!(
-            "{PROGRAM} is version {major}, needed is {OLDEST} (Debian: apt-get install -t bookworm-backports qemu-system-arm)"
-        ),
-        None => bail!("{PROGRAM} is not on the path (Debian: apt-get install qemu-system-arm)"),
+        Err(why) => bail!(why),
     }
 }
 
 /// QEMU's major version, if it is here.
-pub(crate) fn version() -> Option<u32> {
+fn version() -> Option<u32> {
     on_path(PROGRAM)?;
     let output = Command::new(PROGRAM).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -58,6 +68,9 @@ pub(crate) fn version() -> Option<u32> {
 /// standard input and output.
 pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Command {
     let mut command = Command::new(PROGRAM);
+    // In QEMU's options a comma ends a value, two are one.
+    let name = |path: &Path| path.display().to_string().replace(',', ",,");
+    let mux = if machine.terminal { ",mux=on" } else { "" };
     // One counter frequency on every model, or instructions cannot be compared.
     let cpu = if machine.icount { format!("{},cntfrq=1000000000", machine.cpu) } else { machine.cpu.clone() };
     command
@@ -65,11 +78,11 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
         .args(["-smp", &machine.cpus.to_string(), "-m", &format!("{}M", machine.memory_mib)])
         .args(["-nodefaults", "-nographic", "-no-reboot", "-global", "virtio-mmio.force-legacy=false"])
         .args(["-semihosting-config", "enable=on,target=native"])
-        .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+        .args(["-chardev", &format!("stdio,id=console,signal=off{mux}"), "-serial", "chardev:console"])
         .arg("-serial")
         .arg(format!("file:{}", machine.log.display()))
         .arg("-drive")
-        .arg(format!("if=none,id=images,format=raw,file={}", disk.display()))
+        .arg(format!("if=none,id=images,format=raw,file={}", name(disk)))
         .args(["-device", "virtio-blk-device,drive=images"])
         .arg("-kernel")
         .arg(hypervisor);
@@ -80,9 +93,7 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
         command.args(["-icount", "shift=0,sleep=off"]);
     }
     if let Some(socket) = &machine.socket {
-        command
-            .arg("-chardev")
-            .arg(format!("socket,id=control,server=on,wait=off,path={}", socket.display()));
+        command.arg("-chardev").arg(format!("socket,id=control,server=on,wait=off,path={}", name(socket)));
         command.args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=control"]);
     }
     if let Some(port) = machine.gdb {

@@ -1,47 +1,68 @@
 //! `cargo xtask run`: the hypervisor and one Linux guest, attached to this terminal or watched.
 
 use crate::disk::{Disk, Guest};
+use crate::ending::{Kept, Terminal};
+use crate::options::{self, Ahead};
 use crate::qemu::{self, Machine};
-use crate::session::Session;
+use crate::script::{self, Script};
+use crate::session::{Prepared, Session};
 use crate::symbols::Log;
 use crate::toolchain::Toolchain;
 use crate::{apt, build, images};
-use anyhow::{Context, Result, bail, ensure};
-use clap::{Args, Parser};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Args, Parser, value_parser};
+use hv_abi::machine::MAX_VCPUS;
+use hv_abi::manifest::{APPEND_LIMIT, GUESTS_LIMIT};
+use std::fs::{File, TryLockError};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 /// Options of `run`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Run {
     /// Kernel: arm64 Image (plain or gzip), ELF, flat binary; or a Debian version such as 6.1
-    #[arg(long)]
+    #[arg(long, value_parser = kernel)]
     pub(crate) kernel: Option<PathBuf>,
     /// Program for flash bank 0, entered at 0
-    #[arg(long, conflicts_with = "kernel")]
+    #[arg(long, conflicts_with_all = ["kernel", "initrd"], value_parser = options::file)]
     pub(crate) bios: Option<PathBuf>,
     /// Initial RAM disk
-    #[arg(long)]
+    #[arg(long, value_parser = options::file)]
     pub(crate) initrd: Option<PathBuf>,
     /// The guest's command line, after what the console needs
     #[arg(long, default_value = "")]
     pub(crate) append: String,
     /// Guest RAM
-    #[arg(long, default_value = "256M", value_parser = size_mib)]
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = options::guest_memory_mib)]
     pub(crate) memory: u64,
     /// vCPUs of the guest
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = value_parser!(u32).range(1..=MAX_VCPUS as i64))]
     pub(crate) vcpus: u32,
     /// How many such guests
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = value_parser!(u32).range(1..=GUESTS_LIMIT as i64))]
     pub(crate) guests: u32,
     /// Host RAM
-    #[arg(long, default_value = "1G", value_parser = size_mib)]
+    #[arg(long, default_value = "1G", value_name = "SIZE", value_parser = options::size_mib)]
     pub(crate) host_memory: u64,
     /// Host CPUs
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = value_parser!(u32).range(1..=512))]
     pub(crate) host_cpus: u32,
+    /// A disk of the guest, any number of them; writes go to the file, are refused (ro) or end with it (private)
+    #[arg(long = "disk", value_name = "FILE[,ro|private]", value_parser = options::disk)]
+    pub(crate) disks: Vec<options::DiskFile>,
+    /// Room to swap guests' pages to
+    #[arg(long, value_name = "SIZE", value_parser = options::size_mib)]
+    pub(crate) swap: Option<u64>,
+    /// How much memory guests may be promised: what is there, so many times that, or any
+    #[arg(long, value_name = "strict|RATIO|none", value_parser = options::overcommit)]
+    pub(crate) overcommit: Option<options::Overcommit>,
+    /// How many children the guest may fork of itself
+    #[arg(long, value_name = "N")]
+    pub(crate) grant_fork: Option<u32>,
+    /// A stored guest image to resume
+    #[arg(long, value_name = "FILE or nbd:URL", conflicts_with_all = ["kernel", "bios"], value_parser = options::image)]
+    pub(crate) image: Option<String>,
     /// CPU model
     #[arg(long, default_value = "neoverse-n1")]
     pub(crate) cpu: String,
@@ -58,11 +79,14 @@ pub(crate) struct Run {
     #[arg(long, default_value_t = 600)]
     pub(crate) timeout: u64,
     /// Lines `wait "text"` and `send "text"` to act out, one a line; anything else is a monitor command
-    #[arg(long)]
+    #[arg(long, value_parser = options::file)]
     pub(crate) script: Option<PathBuf>,
-    /// Control socket
-    #[arg(long)]
+    /// Control socket [default: target/run/control]
+    #[arg(long, value_parser = options::socket)]
     pub(crate) socket: Option<PathBuf>,
+    /// Where the run's files go, such as the hypervisor's log: two runs at once want two
+    #[arg(long, default_value_os_t = default_dir())]
+    pub(crate) dir: PathBuf,
     /// The hypervisor's own command line, for tests: `selftest=NAME`
     #[arg(long, default_value = "", hide = true)]
     pub(crate) host_append: String,
@@ -71,21 +95,26 @@ pub(crate) struct Run {
     pub(crate) gdb: Option<u16>,
 }
 
-/// `256M`, `1G`, or a plain number of MiB.
-fn size_mib(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is not a size; write 256M or 1G");
-    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
-        Some(digits) => (digits, 1024),
-        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(unit).filter(|mib| (1..=1 << 20).contains(mib)).ok_or_else(wrong)
+/// A Debian version that we know, or a file.
+fn kernel(text: &str) -> Result<PathBuf, String> {
+    if is_version(Path::new(text)) {
+        return Ok(text.into());
+    }
+    options::file(text)
+        .map_err(|why| format!("{why}, and Debian's versions are {}", images::KERNELS.join(", ")))
+}
+
+fn default_dir() -> PathBuf {
+    crate::root().join("target/run")
 }
 
 /// Where a control socket is unless it is said otherwise.
 pub(crate) fn default_socket() -> PathBuf {
-    crate::root().join("target/run/control")
+    default_dir().join(SOCKET)
 }
+
+/// The control socket's name in the run's folder.
+const SOCKET: &str = "control";
 
 /// `Run` as a command of its own, for those who write its options as words.
 #[derive(Parser)]
@@ -103,7 +132,7 @@ impl Run {
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
         let mut disk = Disk::default();
-        disk.stays = self.script.is_some() && !self.batch;
+        disk.stays = self.stays();
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
@@ -136,6 +165,11 @@ impl Run {
             } else {
                 self.append.clone()
             };
+            ensure!(
+                append.len() <= APPEND_LIMIT,
+                "--append makes a command line of {} bytes; {APPEND_LIMIT} fit",
+                append.len()
+            );
             disk.guests.push(Guest {
                 name,
                 kernel: kernel.clone(),
@@ -156,75 +190,105 @@ impl Run {
             memory_mib: self.host_memory,
             icount: self.icount,
             append: self.host_append.clone(),
+            terminal: !(self.batch || self.until.is_some() || self.script.is_some())
+                && std::io::stdin().is_terminal(),
             log: dir.join("hv.log"),
             socket: self.socket.clone(),
             gdb: self.gdb,
         }
     }
 
-    /// Builds everything; the command that starts `machine`, its files in `dir`, and what it will say.
-    fn prepare(&self, machine: &Machine, dir: &Path) -> Result<(Command, Log)> {
-        std::fs::create_dir_all(dir)?;
+    /// Builds everything; what starts `machine`, its files in `dir`.
+    fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
+        self.ahead().refuse()?;
+        let lock = reserve(dir)?;
+        // A log that is there belongs to this run.
+        let _ = std::fs::remove_file(&machine.log);
         qemu::provide()?;
         let toolchain = Toolchain::provide()?;
         let hypervisor = build::hypervisor(&toolchain)?;
         let disk = dir.join("images.img");
         self.disk(&toolchain)?.write(&disk)?;
         let command = qemu::command(machine, &hypervisor, &disk);
-        Ok((command, Log { file: machine.log.clone(), elf: hypervisor }))
+        Ok(Prepared { command, log: Log { file: machine.log.clone(), elf: hypervisor }, lock })
     }
 
     /// Builds everything and starts a watched machine, its files in `dir`.
     pub(crate) fn session(&self, dir: &Path, echo: bool) -> Result<Session> {
-        let (command, log) = self.prepare(&self.machine(dir), dir)?;
+        let prepared = self.prepare(&self.machine(dir), dir)?;
         let limit = if self.timeout == 0 { u64::from(u32::MAX) } else { self.timeout };
-        Session::start(command, log, &dir.join("console.log"), Duration::from_secs(limit), echo)
+        Session::start(prepared, &dir.join("console.log"), Duration::from_secs(limit), echo)
     }
 
     /// Does what was asked.
-    pub(crate) fn run(&self) -> Result<()> {
-        let dir = crate::root().join("target/run");
-        if self.batch || self.until.is_some() || self.script.is_some() {
-            return self.watched(&dir);
+    pub(crate) fn run(mut self) -> Result<()> {
+        if self.socket.is_none() {
+            let socket = self.dir.join(SOCKET);
+            let socket = options::socket(&socket.to_string_lossy())
+                .map_err(|why| anyhow!("{}: {why}; give a --socket", socket.display()))?;
+            self.socket = Some(socket);
         }
-        let mut machine = self.machine(&dir);
-        machine.socket.get_or_insert_with(default_socket);
-        let (mut command, log) = self.prepare(&machine, &dir)?;
-        eprintln!(
-            "xtask: starting; `poweroff -f` in the guest ends it; the hypervisor's log is target/run/hv.log"
-        );
-        let status = command.status().context("starting QEMU")?;
-        ensure!(
-            status.success(),
-            "the hypervisor did not end well ({status}); its log is {}\n{}",
-            log.file.display(),
-            log.panic().unwrap_or_default()
-        );
+        if self.batch || self.until.is_some() || self.script.is_some() {
+            return self.watched();
+        }
+        let Prepared { mut command, log, lock: _lock } = self.prepare(&self.machine(&self.dir), &self.dir)?;
+        let terminal = Terminal::lend();
+        if terminal.is_some() {
+            eprintln!(
+                "xtask: starting; Ctrl-T opens the monitor, Ctrl-A x leaves at once, `poweroff -f` in the guest in good order"
+            );
+        }
+        let status = Kept::start(&mut command)?.wait()?;
+        drop(terminal);
+        ensure!(status.success(), "the hypervisor did not end well ({status})\n{}", log.told());
+        eprintln!("xtask: the hypervisor's log is {}", log.file.display());
         Ok(())
     }
 
-    fn watched(&self, dir: &Path) -> Result<()> {
-        let mut options = self.clone();
-        if self.script.is_some() {
-            options.socket.get_or_insert_with(default_socket);
-        }
-        let mut session = options.session(dir, true)?;
-        if let Some(script) = &self.script {
-            let text =
-                std::fs::read_to_string(script).with_context(|| format!("reading {}", script.display()))?;
-            for (number, line) in text.lines().enumerate() {
-                let line = line.trim();
-                act(&mut session, line, options.socket.as_deref())
-                    .with_context(|| format!("{} line {}: {line}", script.display(), number + 1))?;
-            }
-            if !self.batch && self.until.is_none() && !text.lines().any(|line| line.trim() == "shutdown") {
-                act(&mut session, "shutdown", options.socket.as_deref())?;
+    fn watched(&self) -> Result<()> {
+        let script = self.script.as_deref().map(Script::read).transpose()?;
+        let mut session = self.session(&self.dir, true)?;
+        if let Some(script) = script {
+            let default = default_socket();
+            let socket = self.socket.as_deref().unwrap_or(&default);
+            script.play(&mut session, socket)?;
+            if self.stays() && self.until.is_none() && !script.leaves() {
+                script::shut_down(&mut session, socket)?;
             }
         }
         match &self.until {
             Some(text) => session.wait(text).map(|_| ()),
             None => session.finish(),
         }
+    }
+
+    /// True where the machine waits for the monitor's word when its last guest has ended.
+    fn stays(&self) -> bool {
+        self.script.is_some() && !self.batch
+    }
+
+    fn ahead(&self) -> Ahead<'_> {
+        Ahead {
+            disks: &self.disks,
+            swap: self.swap,
+            overcommit: self.overcommit,
+            grant_fork: self.grant_fork,
+            image: self.image.as_deref(),
+        }
+    }
+}
+
+/// Makes a run's folder, for one run at a time.
+fn reserve(dir: &Path) -> Result<File> {
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let path = dir.join("lock");
+    let lock = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another run has its files in {}; give this one --dir FOLDER", dir.display())
+        }
+        Err(TryLockError::Error(why)) => Err(why).with_context(|| format!("locking {}", path.display())),
     }
 }
 
@@ -234,39 +298,4 @@ fn read(file: &Path) -> Result<Vec<u8>> {
 
 fn is_version(kernel: &Path) -> bool {
     images::KERNELS.iter().any(|version| Path::new(version) == kernel)
-}
-
-/// Acts out one line of a script.
-fn act(session: &mut Session, line: &str, socket: Option<&Path>) -> Result<()> {
-    let quoted = |rest: &str| rest.trim().trim_matches('"').replace("\\n", "\n");
-    if line.is_empty() || line.starts_with('#') {
-        return Ok(());
-    }
-    // With a guest's name behind it, either is a command of the monitor.
-    if let Some(rest) = line.strip_prefix("wait ").filter(|rest| rest.trim().starts_with('"')) {
-        return session.wait(&quoted(rest)).map(|_| ());
-    }
-    if let Some(rest) = line.strip_prefix("send ").filter(|rest| rest.trim().starts_with('"')) {
-        return session.send(&format!("{}\n", quoted(rest)));
-    }
-    let reply = crate::ctl::ask(socket.unwrap_or(&default_socket()), line)?;
-    println!("{}", crate::ctl::shown(&reply));
-    if reply.get("ok").and_then(serde_json::Value::as_bool) != Some(true) {
-        bail!("the monitor refused");
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_as_people_write_them() {
-        assert_eq!(size_mib("256M"), Ok(256));
-        assert_eq!(size_mib("2G"), Ok(2048));
-        assert_eq!(size_mib("64"), Ok(64));
-        assert!(size_mib("0").is_err());
-        assert!(size_mib("lots").is_err());
-    }
 }

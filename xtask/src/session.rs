@@ -1,17 +1,29 @@
 //! One QEMU run, watched: console lines in, typed text out, a bound on time, a log of everything.
 
+use crate::ending::Kept;
 use crate::symbols::Log;
 use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+/// A machine that only has to be started.
+pub(crate) struct Prepared {
+    /// Starts it.
+    pub(crate) command: Command,
+    /// What it will say.
+    pub(crate) log: Log,
+    /// Keeps its files ours while it runs.
+    pub(crate) lock: File,
+}
+
 /// A running machine.
 pub(crate) struct Session {
-    child: Child,
+    child: Kept,
     input: ChildStdin,
     output: Receiver<Vec<u8>>,
     seen: Vec<u8>,
@@ -23,27 +35,17 @@ pub(crate) struct Session {
     /// The hypervisor's own log, for the end.
     log: Log,
     echo: bool,
+    /// Keeps the run's files ours.
+    _lock: File,
 }
 
 impl Session {
-    /// Starts QEMU, which writes the hypervisor's words to `log`. Everything the console says goes to `console`,
-    /// and with `echo` to our standard output.
-    pub(crate) fn start(
-        mut command: Command,
-        log: Log,
-        console: &Path,
-        limit: Duration,
-        echo: bool,
-    ) -> Result<Self> {
-        if let Some(dir) = console.parent() {
-            std::fs::create_dir_all(dir)?;
-        }
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("starting QEMU")?;
+    /// Starts QEMU. Everything the console says goes to `console`, and with `echo` to our standard output.
+    pub(crate) fn start(prepared: Prepared, console: &Path, limit: Duration, echo: bool) -> Result<Self> {
+        let Prepared { mut command, log, lock } = prepared;
+        // A group of its own: Ctrl-C is for us, or for the debugger, and QEMU goes when we go.
+        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = Kept::start(&mut command)?;
         let input = child.stdin.take().context("QEMU has no standard input")?;
         let (sender, output) = channel();
         let streams: [Option<Box<dyn Read + Send>>; 2] = [
@@ -63,7 +65,19 @@ impl Session {
         }
         let console = File::create(console).with_context(|| format!("creating {}", console.display()))?;
         let deadline = Instant::now() + limit;
-        Ok(Self { child, input, output, seen: Vec::new(), mark: 0, deadline, limit, console, log, echo })
+        Ok(Self {
+            child,
+            input,
+            output,
+            seen: Vec::new(),
+            mark: 0,
+            deadline,
+            limit,
+            console,
+            log,
+            echo,
+            _lock: lock,
+        })
     }
 
     /// Takes what has arrived; false when QEMU has closed its output.
@@ -71,7 +85,7 @@ impl Session {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             self.stop();
-            bail!("timed out after {} s", self.limit.as_secs());
+            bail!("timed out after {} s\n{}", self.limit.as_secs(), self.tail());
         }
         match self.output.recv_timeout(left) {
             Ok(bytes) => {
@@ -109,6 +123,13 @@ impl Session {
         }
     }
 
+    /// Ends the console's unfinished line on our standard output, before something else is printed there.
+    pub(crate) fn end_line(&self) {
+        if self.echo && self.seen.last().is_some_and(|byte| *byte != b'\n') {
+            println!();
+        }
+    }
+
     /// Types into the attached guest.
     pub(crate) fn send(&mut self, text: &str) -> Result<()> {
         self.input.write_all(text.as_bytes())?;
@@ -130,15 +151,16 @@ impl Session {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
 
-    /// The last lines, and what the hypervisor says of a panic.
+    /// The console's last lines if nobody saw them, and what the hypervisor says of it.
     fn tail(&self) -> String {
+        const LAST: usize = 15;
+        if self.echo {
+            return self.log.told();
+        }
         let text = self.text();
         let lines: Vec<&str> = text.lines().collect();
-        let mut tail = lines.get(lines.len().saturating_sub(15)..).unwrap_or_default().join("\n");
-        if let Some(panic) = self.log.panic() {
-            tail += &format!("\n{panic}");
-        }
-        tail
+        let last = lines.get(lines.len().saturating_sub(LAST)..).unwrap_or_default().join("\n");
+        format!("{last}\n{}", self.log.told())
     }
 
     /// Ends QEMU now.
@@ -147,10 +169,9 @@ impl Session {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
 
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.stop();
+    /// What the hypervisor's log says of a panic.
+    pub(crate) fn panic(&self) -> Option<String> {
+        self.log.panic()
     }
 }

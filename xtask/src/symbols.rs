@@ -24,6 +24,22 @@ pub(crate) struct Log {
 }
 
 impl Log {
+    /// What to tell when the machine did not end well: of the panic, or else the last lines.
+    pub(crate) fn told(&self) -> String {
+        const LAST: usize = 8;
+        if let Some(panic) = self.panic() {
+            return panic;
+        }
+        let text = fs::read(&self.file).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let last = lines.get(lines.len().saturating_sub(LAST)..).unwrap_or_default();
+        if last.is_empty() {
+            return "the hypervisor said nothing".to_owned();
+        }
+        format!("the end of {}:\n{}", self.file.display(), last.join("\n"))
+    }
+
     /// What the log says of a panic, with names; `None` if there was none. The whole log with names then lies
     /// beside it, as `hv.named.log`.
     pub(crate) fn panic(&self) -> Option<String> {

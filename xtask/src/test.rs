@@ -5,6 +5,7 @@
 
 mod boot;
 mod modules;
+mod terminal;
 mod tidy;
 
 use crate::toolchain::Toolchain;
@@ -78,6 +79,12 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         test_threads: Some(1),
         ..Arguments::default()
     };
+    if let Some(filter) = &options.filter
+        && !trials.iter().any(|trial| trial.name().contains(filter.as_str()))
+    {
+        eprintln!("xtask: no test's name contains '{filter}'; `cargo xtask test --list` names them");
+        return ExitCode::FAILURE;
+    }
     if !options.list
         && (both || options.boot)
         && let Err(why) = Toolchain::provide().and_then(|_| crate::qemu::provide())

@@ -4,6 +4,8 @@
 
 use super::log;
 use crate::arch::{entry, percpu, power};
+use core::ffi::CStr;
+use core::fmt::{self, Write};
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -30,7 +32,7 @@ fn panic(info: &PanicInfo<'_>) -> ! {
         None => log::force(format_args!("panic on CPU {}: {}", percpu::cpu(), info.message())),
     };
     if !told {
-        power::whisper(c"hv: panic before there was a log\n");
+        whisper(info);
     }
     let mut depth = 0_u32;
     entry::backtrace(|pc| {
@@ -38,4 +40,32 @@ fn panic(info: &PanicInfo<'_>) -> ! {
         depth = depth.saturating_add(1);
     });
     power::exit(1)
+}
+
+/// Tells of a panic before there was a log, as far as it fits.
+fn whisper(info: &PanicInfo<'_>) {
+    let mut words = Words { bytes: [0; 256], len: 0 };
+    // What does not fit is cut.
+    let _ = writeln!(words, "hv: panic before there was a log: {}", info.message());
+    if let Ok(words) = CStr::from_bytes_until_nul(&words.bytes) {
+        power::whisper(words);
+    }
+}
+
+/// Text that always ends with a zero byte.
+struct Words {
+    bytes: [u8; 256],
+    len: usize,
+}
+
+impl Write for Words {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = self.bytes.len() - 1;
+        for byte in text.bytes() {
+            let Some(place) = self.bytes[..room].get_mut(self.len) else { return Err(fmt::Error) };
+            *place = byte;
+            self.len += 1;
+        }
+        Ok(())
+    }
 }

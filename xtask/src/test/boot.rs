@@ -1,6 +1,6 @@
 //! Boot tests: the hypervisor under QEMU, real kernels and tiny guests, each with its own bound on time.
 
-use super::trial;
+use super::{terminal, trial};
 use crate::run::Run;
 use crate::session::Session;
 use crate::toolchain::Toolchain;
@@ -81,6 +81,9 @@ pub(super) fn trials() -> Vec<Trial> {
     for (name, what, story, function) in SELF_TESTS {
         trials.push(boot(name, move |name| stops(name, what, story, function)));
     }
+    trials.push(boot("a_terminal_is_as_it_was_whichever_way_a_run_ends", |name| {
+        terminal::is_as_it_was(&logs(name))
+    }));
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
     trials
 }

@@ -1,0 +1,248 @@
+//! What options of `run` mean that are more than a number or a word, and which of them nothing can serve yet.
+//!
+//! Each is read in full before anything is built, so a slip costs a moment. What the hypervisor cannot do yet is
+//! refused by name, never dropped.
+
+use anyhow::{Result, bail};
+use std::fmt;
+use std::path::PathBuf;
+
+/// `256M`, `1G`, or a plain number of MiB; in MiB.
+pub(crate) fn size_mib(text: &str) -> Result<u64, String> {
+    let wrong = || "a size is written 256M or 1G".to_owned();
+    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
+        Some(digits) => (digits, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(unit).filter(|mib| *mib > 0).ok_or_else(wrong)
+}
+
+/// RAM of a guest, within what its machine has room for; in MiB.
+pub(crate) fn guest_memory_mib(text: &str) -> Result<u64, String> {
+    const LEAST: u64 = hv_abi::machine::RAM_LEAST >> 20;
+    const MOST: u64 = hv_abi::machine::RAM_LIMIT >> 20;
+    let mib = size_mib(text)?;
+    if (LEAST..=MOST).contains(&mib) { Ok(mib) } else { Err(format!("a guest has from {LEAST}M to {MOST}M")) }
+}
+
+/// A file that is there.
+pub(crate) fn file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match std::fs::metadata(&path) {
+        Ok(found) if found.is_dir() => Err("that is a folder".to_owned()),
+        Ok(_) => Ok(path),
+        Err(why) => Err(why.to_string()),
+    }
+}
+
+/// A place for a socket: the kernel takes names of 107 bytes.
+pub(crate) fn socket(text: &str) -> Result<PathBuf, String> {
+    const MOST: usize = 107;
+    match text.len() {
+        0 => Err("it has no name".to_owned()),
+        1..=MOST => Ok(text.into()),
+        more => Err(format!("a socket's name has at most {MOST} bytes, this one {more}")),
+    }
+}
+
+/// What becomes of a guest's writes to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// They go to the file.
+    Persist,
+    /// They are refused.
+    Refused,
+    /// They are the guest's own and end with it.
+    Private,
+}
+
+/// `--disk FILE[,ro|private]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DiskFile {
+    file: PathBuf,
+    writes: Writes,
+}
+
+/// Reads `FILE[,ro|private]`; the file must be there.
+pub(crate) fn disk(text: &str) -> Result<DiskFile, String> {
+    let (name, writes) = match text.rsplit_once(',') {
+        None => (text, Writes::Persist),
+        Some((name, "ro")) => (name, Writes::Refused),
+        Some((name, "private")) => (name, Writes::Private),
+        // A comma may be part of the name.
+        Some(_) if PathBuf::from(text).exists() => (text, Writes::Persist),
+        Some((_, other)) => return Err(format!("'{other}' after the comma; it is ro or private")),
+    };
+    Ok(DiskFile { file: file(name)?, writes })
+}
+
+impl fmt::Display for DiskFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.writes {
+            Writes::Persist => "",
+            Writes::Refused => ",ro",
+            Writes::Private => ",private",
+        };
+        write!(f, "{}{how}", self.file.display())
+    }
+}
+
+/// `--overcommit strict|RATIO|none`: how much memory guests may be promised.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Overcommit {
+    /// What is there.
+    Strict,
+    /// So many times what is there.
+    Ratio(f64),
+    /// Without bound.
+    None,
+}
+
+/// Reads `strict`, `none` or a ratio such as 1.5.
+pub(crate) fn overcommit(text: &str) -> Result<Overcommit, String> {
+    match text {
+        "strict" => Ok(Overcommit::Strict),
+        "none" => Ok(Overcommit::None),
+        ratio => match ratio.parse::<f64>() {
+            Ok(ratio) if ratio.is_finite() && ratio >= 1.0 => Ok(Overcommit::Ratio(ratio)),
+            Ok(_) => Err("a ratio is at least 1".to_owned()),
+            Err(_) => Err("it is strict, none or a ratio such as 1.5".to_owned()),
+        },
+    }
+}
+
+impl fmt::Display for Overcommit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Strict => f.write_str("strict"),
+            Self::Ratio(ratio) => write!(f, "{ratio}"),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+/// Reads where a stored guest image is: a file that is there, or `nbd:HOST:PORT` or `nbd:unix:PATH`.
+pub(crate) fn image(text: &str) -> Result<String, String> {
+    match text.strip_prefix("nbd:") {
+        Some(rest) if rest.split_once(':').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()) => {}
+        Some(_) => return Err("an NBD export is written nbd:HOST:PORT or nbd:unix:PATH".to_owned()),
+        None => drop(file(text)?),
+    }
+    Ok(text.to_owned())
+}
+
+/// Options that were read, of a kind that nothing may serve yet.
+pub(crate) struct Ahead<'a> {
+    /// `--disk`.
+    pub(crate) disks: &'a [DiskFile],
+    /// `--swap`, in MiB.
+    pub(crate) swap: Option<u64>,
+    /// `--overcommit`.
+    pub(crate) overcommit: Option<Overcommit>,
+    /// `--grant-fork`.
+    pub(crate) grant_fork: Option<u32>,
+    /// `--image`.
+    pub(crate) image: Option<&'a str>,
+}
+
+impl Ahead<'_> {
+    /// Refuses the first that nothing can serve, and says what there is instead.
+    pub(crate) fn refuse(&self) -> Result<()> {
+        if let Some(disk) = self.disks.first() {
+            bail!(
+                "--disk {disk}: guests have no disk device yet; what they need goes into the initramfs (--initrd FILE)"
+            );
+        }
+        if let Some(mib) = self.swap {
+            bail!(
+                "--swap {mib}M: the hypervisor cannot swap yet; give it more memory instead (--host-memory SIZE)"
+            );
+        }
+        match self.overcommit {
+            // Which is what happens without a word.
+            None | Some(Overcommit::None) => {}
+            Some(limit) => {
+                bail!("--overcommit {limit}: memory is not charged in advance yet; only `none` holds today")
+            }
+        }
+        if let Some(children @ 1..) = self.grant_fork {
+            bail!("--grant-fork {children}: a guest cannot fork itself yet; only 0 holds today");
+        }
+        if let Some(image) = self.image {
+            bail!(
+                "--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios"
+            );
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOTHING: Ahead<'_> =
+        Ahead { disks: &[], swap: None, overcommit: None, grant_fork: None, image: None };
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        assert_eq!(size_mib("256M"), Ok(256));
+        assert_eq!(size_mib("2G"), Ok(2048));
+        assert_eq!(size_mib("64"), Ok(64));
+        for wrong in ["0", "lots", "", "M", "-1", "1.5G", "99999999999999999G"] {
+            assert!(size_mib(wrong).is_err(), "{wrong}");
+        }
+        assert!(guest_memory_mib("1M").is_err());
+        assert!(guest_memory_mib("1024G").is_err());
+    }
+
+    #[test]
+    fn a_disk_is_a_file_that_is_there_and_perhaps_what_becomes_of_writes() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert_eq!(disk(file).map(|d| d.writes), Ok(Writes::Persist));
+        assert_eq!(disk(&format!("{file},ro")).map(|d| d.writes), Ok(Writes::Refused));
+        assert_eq!(disk(&format!("{file},private")).map(|d| d.to_string()), Ok(format!("{file},private")));
+        assert!(disk(&format!("{file},rw")).is_err_and(|why| why.contains("'rw' after the comma")));
+        assert!(disk("/nowhere,ro").is_err());
+    }
+
+    #[test]
+    fn an_overcommit_is_a_word_or_a_ratio_of_at_least_one() {
+        assert_eq!(overcommit("strict"), Ok(Overcommit::Strict));
+        assert_eq!(overcommit("1.5"), Ok(Overcommit::Ratio(1.5)));
+        for wrong in ["0.5", "inf", "NaN", "loose", ""] {
+            assert!(overcommit(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_image_is_a_file_or_an_export() {
+        for right in
+            ["nbd:localhost:10809", "nbd:unix:/run/x", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]
+        {
+            assert_eq!(image(right), Ok(right.to_owned()));
+        }
+        for wrong in ["nbd:", "nbd:localhost", "nbd::1", "/nowhere"] {
+            assert!(image(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
+        assert!(NOTHING.refuse().is_ok());
+        assert!(
+            Ahead { overcommit: Some(Overcommit::None), grant_fork: Some(0), ..NOTHING }.refuse().is_ok()
+        );
+        let disks = [DiskFile { file: "root.img".into(), writes: Writes::Private }];
+        for (refused, name) in [
+            (Ahead { disks: &disks, ..NOTHING }, "--disk root.img,private: "),
+            (Ahead { swap: Some(64), ..NOTHING }, "--swap 64M: "),
+            (Ahead { overcommit: Some(Overcommit::Strict), ..NOTHING }, "--overcommit strict: "),
+            (Ahead { grant_fork: Some(3), ..NOTHING }, "--grant-fork 3: "),
+            (Ahead { image: Some("nbd:a:1"), ..NOTHING }, "--image nbd:a:1: "),
+        ] {
+            assert!(refused.refuse().is_err_and(|why| why.to_string().starts_with(name)), "{name}");
+        }
+    }
+}
