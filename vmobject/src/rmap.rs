@@ -13,6 +13,7 @@
 //! R2. Each entry of a map has one mapping, on the object that the entry names.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::VmError;
 use crate::addr::{Ipa, PageIndex};
@@ -338,6 +339,53 @@ impl<H> Links<H> {
         None
     }
 
+    /// Shows to `each` every part of an entry through which a page of a range of an object may be seen, with
+    /// its address and how many pages it is. What an object between them hides is shown, too.
+    pub fn walk_range(&self, root: u32, range: Range<u32>, mut each: impl FnMut(&Mapping<H>, Ipa, u32)) {
+        // `here`'s page `n` is the root's page `n + shift`.
+        let (mut here, mut shift) = (root, 0i64);
+        let at = |shift: i64| {
+            let back = |page: u32| u32::try_from((i64::from(page) - shift).max(0)).unwrap_or(u32::MAX);
+            back(range.start)..back(range.end)
+        };
+        let sees = |mut sibling: u32, pages: &Range<u32>| {
+            while sibling != NIL {
+                let node = self.node(sibling);
+                if node.offset < pages.end && pages.start < node.offset.saturating_add(node.limit) {
+                    break;
+                }
+                sibling = node.next;
+            }
+            sibling
+        };
+        loop {
+            let pages = at(shift);
+            let mut place = self.node(here).first_mapping;
+            while let Some(mapping) = self.mappings.get(place as usize).and_then(Option::as_ref) {
+                let first = pages.start.max(mapping.first.number());
+                let end = pages.end.min(mapping.first.number().saturating_add(mapping.pages));
+                if first < end
+                    && let Some(address) = mapping.address(PageIndex::new(first))
+                {
+                    each(mapping, address, end - first);
+                }
+                place = mapping.next;
+            }
+            let mut next = sees(self.node(here).first_child, &pages);
+            while next == NIL {
+                if here == root {
+                    return;
+                }
+                let node = self.node(here);
+                shift -= i64::from(node.offset);
+                next = sees(node.next, &at(shift));
+                here = node.parent;
+            }
+            here = next;
+            shift += i64::from(self.node(here).offset);
+        }
+    }
+
     fn show(&self, object: u32, page: u32, each: &mut impl FnMut(&Mapping<H>, Ipa)) {
         let mut place = None;
         while let Some((id, mapping, at)) = self.next_mapping(object, place, PageIndex::new(page)) {
@@ -380,6 +428,22 @@ mod tests {
         assert_eq!(seen(&links, 0, 17), [(20, 0x111), (30, 0x102), (31, 0x102)]);
         assert_eq!(seen(&links, 1, 5), [(30, 0x100), (31, 0x100)]);
         assert_eq!(seen(&links, 3, 200), []);
+    }
+
+    #[test]
+    fn a_walk_over_a_range_shows_of_each_entry_the_part_that_may_see_it() {
+        let links = tree();
+        let parts = |object, range| {
+            let mut parts = Vec::new();
+            links.walk_range(object, range, |m, at, pages| parts.push((m.holder, at.bits() >> 12, pages)));
+            parts.sort_unstable();
+            parts
+        };
+        assert_eq!(parts(0, 3..5), [(20, 0x103, 2)]);
+        assert_eq!(parts(0, 14..18), [(20, 0x10e, 4), (30, 0x100, 3), (31, 0x100, 3)]);
+        assert_eq!(parts(1, 6..7), [(30, 0x101, 1), (31, 0x101, 1)]);
+        assert_eq!(parts(2, 98..200), [(20, 0x162, 2)]);
+        assert_eq!(parts(2, 100..200), []);
     }
 
     #[test]

@@ -93,6 +93,10 @@ events! {
     Reactivated reactivated;
     /// Pages that had to stay because there was no swap slot for them.
     SwapFull swap_full;
+    /// Frames and swap slots that a discard gave back.
+    Discarded discarded;
+    /// Slots that discard, collapse and bypass looked at.
+    SlotVisited slot_visited;
     /// Leaves that were found and visited, to age or to remove them.
     LeafVisited leaf_visited;
     /// Swap slots that are not used any more because they failed.

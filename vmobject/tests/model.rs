@@ -13,10 +13,10 @@
 
 use std::collections::BTreeSet;
 
-use vmobject::addr::PAGE_SIZE;
+use vmobject::addr::{IpaRange, PAGE_SIZE};
 use vmobject::fault::{FaultError, Faulted, WaitFor, Wired, Wiring};
 use vmobject::lock::Held;
-use vmobject::map::{Share, Snapshot};
+use vmobject::map::{Discarded, Share, Snapshot};
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
 use vmobject::store::{StoreError, StoreId};
@@ -104,10 +104,11 @@ struct Met {
     swap_full: u64,
     orphans: u64,
     collapsed_swapped: u64,
+    discards: u64,
 }
 
 impl Met {
-    fn counts(&self) -> [(&'static str, u64); 19] {
+    fn counts(&self) -> [(&'static str, u64); 20] {
         [
             ("waits", self.waits),
             ("lost", self.lost),
@@ -128,6 +129,7 @@ impl Met {
             ("swap_full", self.swap_full),
             ("orphans", self.orphans),
             ("collapsed_swapped", self.collapsed_swapped),
+            ("discards", self.discards),
         ]
     }
 }
@@ -175,6 +177,7 @@ impl World {
             45..55 => self.page_out(),
             55..57 => self.wire(),
             57..59 => self.unwire(),
+            59..61 => self.discard(),
             _ => self.access(),
         }
     }
@@ -301,6 +304,32 @@ impl World {
             let orphan = last && self.rig.vm.owner(wired.frame()) == Owner::Orphan;
             assert_eq!(self.rig.vm.unwire(wired, &mut Held::root()), orphan);
             self.met.orphans += u64::from(orphan);
+        }
+    }
+
+    fn discard(&mut self) {
+        let Some(which) = self.some_guest() else { return };
+        let first = self.random.below(PAGES);
+        let pages = (self.random.below(12) + 1).min(PAGES - first);
+        let range = IpaRange::from_pages(at(first, 0), pages).unwrap();
+        let guest = &mut self.guests[which];
+        match self.rig.vm.discard(&guest.map, range, &mut Held::root()) {
+            Ok(Discarded::Done(_)) => {
+                self.met.discards += 1;
+                for page in first..first + pages {
+                    guest.oracle.bytes[page as usize] = [0, 0];
+                    guest.oracle.frames.remove(&page);
+                }
+            }
+            Ok(Discarded::Wait(_)) => {
+                self.rig.deliver_all();
+                self.rig.discard(&guest.map, first, pages).unwrap();
+                for page in first..first + pages {
+                    guest.oracle.bytes[page as usize] = [0, 0];
+                    guest.oracle.frames.remove(&page);
+                }
+            }
+            Err(other) => panic!("{other:?}"),
         }
     }
 
@@ -458,7 +487,7 @@ fn random_lives_end_as_the_oracle_says_and_leave_nothing() {
     let many = number("MODEL_SEEDS").map_or(40, u64::from);
     let seeds = seed.map_or(1..many + 1, |seed| seed..seed + 1);
     let steps = number("MODEL_STEPS").unwrap_or(1500);
-    let mut total = [0; 19];
+    let mut total = [0; 20];
     for seed in seeds {
         let met = run(seed, steps);
         for (sum, (_, count)) in total.iter_mut().zip(met.counts()) {

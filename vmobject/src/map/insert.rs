@@ -159,7 +159,7 @@ impl<M: Machine> Vm<M> {
         self.shadow_entry(entry, &mut held)
     }
 
-    fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
+    pub(super) fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
         let sole = self.objects.get(entry.object).read(held).0.is_sole_anonymous();
         if sole {
             self.stats.count(Event::ShadowSpared);

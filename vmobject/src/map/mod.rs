@@ -11,9 +11,11 @@
 //! M3. An entry without `needs_copy` that allows writing has an object without a pager identity.
 
 mod copy;
+mod discard;
 mod insert;
 
 pub use copy::Snapshot;
+pub use discard::{Discarded, NotDiscarded};
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};

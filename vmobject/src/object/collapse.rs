@@ -93,6 +93,7 @@ impl<M: Machine> Vm<M> {
                 return Some(Progress::More);
             }
             *left -= 1;
+            self.stats.count(Event::SlotVisited);
             if self.is_busy(slot) {
                 blocked = true;
                 continue;
@@ -135,6 +136,7 @@ impl<M: Machine> Vm<M> {
                 return Some(Progress::More);
             }
             *left -= 1;
+            self.stats.count(Event::SlotVisited);
             let Some(theirs) = shadow.offset.checked_add(page.number()) else { continue };
             let hidden = backing.slots.get(theirs);
             if self.is_busy(slot) || self.is_busy(hidden) {
@@ -174,6 +176,7 @@ impl<M: Machine> Vm<M> {
                     return blocked;
                 }
                 *left -= 1;
+                self.stats.count(Event::SlotVisited);
                 from = after(page);
                 if self.free_slot(slot, held) {
                     backing.lose(page);
@@ -236,6 +239,7 @@ impl<M: Machine> Vm<M> {
                     return Some(Progress::More);
                 }
                 *left -= 1;
+                self.stats.count(Event::SlotVisited);
                 if top.slots.get(ours) == Slot::Absent {
                     top.blocked_at = ours.number();
                     self.stats.count(Event::BypassRefused);

@@ -180,9 +180,9 @@ impl Index {
         Ok(before)
     }
 
-    /// Makes the leaf there.
+    /// Makes the region there.
     #[cold]
-    fn grow(&mut self, region: usize, leaf: usize) -> Result<(), VmError> {
+    fn reach(&mut self, region: usize) -> Result<&mut Region, VmError> {
         if self.root.len() <= region {
             let more = region + 1 - self.root.len();
             self.root.try_reserve_exact(more).map_err(|_| VmError::NoMemory)?;
@@ -192,7 +192,13 @@ impl Index {
             let leaves = [const { Vec::new() }; LEAVES].map(Vec::into_boxed_slice);
             self.root[region] = boxed(Region { zero: 0, present: [0; LEAVES], leaves })?;
         }
-        let home = &mut self.root[region][0];
+        Ok(&mut self.root[region][0])
+    }
+
+    /// Makes the leaf there.
+    #[cold]
+    fn grow(&mut self, region: usize, leaf: usize) -> Result<(), VmError> {
+        let home = self.reach(region)?;
         let mut slots = Vec::new();
         slots.try_reserve_exact(LEAF).map_err(|_| VmError::NoMemory)?;
         let zero = home.zero & 1 << leaf != 0;
@@ -203,25 +209,22 @@ impl Index {
         Ok(())
     }
 
-    /// Marks whole leaves of pages zero that hold nothing, without a slot for each. Only for a range that
-    /// begins and ends at multiples of [`Self::LEAF_PAGES`]; false if a leaf there holds something.
-    pub fn set_zero_leaf(&mut self, first: PageIndex) -> Result<bool, VmError> {
+    /// Makes every page of a leaf zero, without a slot for each. What the slots there own must have been
+    /// given up. `first` is a multiple of [`Self::LEAF_PAGES`]. Fails only for want of memory, and then
+    /// changes nothing; a leaf where anything was present can always be made zero.
+    pub fn zero_leaf(&mut self, first: PageIndex) -> Result<(), VmError> {
         let (region, leaf, slot) = split(first);
         debug_assert_eq!(slot, 0);
-        let empty = self.root.get(region).is_none_or(|r| r.is_empty() || r[0].leaves[leaf].is_empty());
-        if !empty {
-            return Ok(false);
+        let home = self.reach(region)?;
+        if home.zero & 1 << leaf != 0 {
+            return Ok(());
         }
-        let new = self.root.get(region).is_none_or(|r| r.is_empty() || r[0].zero & 1 << leaf == 0);
-        if new {
-            self.grow(region, leaf)?;
-            let home = &mut self.root[region][0];
-            home.leaves[leaf] = Box::default();
-            home.present[leaf] = 0;
-            home.zero |= 1 << leaf;
-            self.counts.zero += Self::LEAF_PAGES;
-        }
-        Ok(true)
+        let before = core::mem::take(&mut home.leaves[leaf]);
+        home.present[leaf] = 0;
+        home.zero |= 1 << leaf;
+        before.iter().for_each(|&bits| self.counts.sub(Slot::decode(bits)));
+        self.counts.zero += Self::LEAF_PAGES;
+        Ok(())
     }
 
     /// Pages of a leaf.
@@ -310,7 +313,11 @@ mod tests {
     #[test]
     fn a_zero_leaf_reads_as_zero_and_opens_when_one_page_changes() {
         let mut index = Index::new();
-        assert!(index.set_zero_leaf(P(64)).unwrap());
+        index.set(P(65), Slot::Zero).unwrap();
+        let with_slots = index.bytes();
+        index.zero_leaf(P(64)).unwrap();
+        index.zero_leaf(P(64)).unwrap();
+        assert!(index.bytes() < with_slots, "a leaf of zeros costs a bit");
         assert_eq!(index.get(P(64)), Slot::Zero);
         assert_eq!(index.get(P(127)), Slot::Zero);
         assert_eq!(index.get(P(128)), Slot::Absent);

@@ -17,12 +17,14 @@
 
 mod collapse;
 pub mod index;
+mod pages;
 mod prune;
 mod shadow;
 mod slots;
 mod table;
 mod work;
 
+pub(crate) use pages::Kept;
 pub use slots::Slots;
 pub use table::{Object, Objects};
 

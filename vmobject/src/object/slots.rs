@@ -57,6 +57,16 @@ impl Slots {
         self.index.set(place, to)
     }
 
+    /// True if a leaf of the index begins at a page.
+    pub fn is_leaf(&self, page: PageIndex) -> bool {
+        self.place(page).is_some_and(|place| place.number().is_multiple_of(Index::LEAF_PAGES))
+    }
+
+    /// Makes the pages of the leaf that begins at a page zero. See [`Index::zero_leaf`].
+    pub fn zero_leaf(&mut self, first: PageIndex) -> Result<(), VmError> {
+        self.index.zero_leaf(self.place(first).ok_or(VmError::Range)?)
+    }
+
     /// How many slots of each kind there are.
     pub const fn counts(&self) -> SlotCounts {
         self.index.counts()

@@ -7,6 +7,7 @@
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use spin::Once;
 
@@ -145,11 +146,22 @@ impl Objects {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Slot, VmError> {
         let before = state.slots.set(page, slot)?;
+        self.gained(state, page.number()..page.number().saturating_add(1), held);
+        Ok(before)
+    }
+
+    /// An object has come to have pages of a range.
+    #[inline]
+    pub(super) fn gained<const OUTER: u8>(
+        &self,
+        state: &mut State,
+        range: Range<u32>,
+        held: &mut Held<'_, OUTER>,
+    ) {
         state.gains = state.gains.wrapping_add(1);
-        if state.blocked_at == page.number() {
+        if range.contains(&state.blocked_at) {
             self.chore(state.id.index, held);
         }
-        Ok(before)
     }
 
     /// Exchanges the slots of two objects, both locked for writing.

@@ -14,7 +14,7 @@ use alloc::sync::Arc;
 use crate::addr::{Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
 use crate::fault::{Copied, FaultError, Faulted, WaitFor};
 use crate::lock::Held;
-use crate::map::{Map, Share};
+use crate::map::{Discarded, Map, NotDiscarded, Share};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
 use crate::prot::Prot;
@@ -185,6 +185,17 @@ impl Rig {
             match self.vm.write(map, at, bytes, &mut Held::root()).map_err(Refused::Fault)? {
                 Copied::Done => return Ok(()),
                 Copied::Wait(wait) => self.wait(wait)?,
+            }
+        }
+    }
+
+    /// Discards pages of a guest's; how many frames and swap slots came back.
+    pub fn discard(&self, map: &TestMap, page: u32, pages: u32) -> Result<u32, NotDiscarded> {
+        let Some(range) = IpaRange::from_pages(at(page, 0), pages) else { panic!("no such pages") };
+        loop {
+            match self.vm.discard(map, range, &mut Held::root())? {
+                Discarded::Done(given) => return Ok(given),
+                Discarded::Wait(_) => assert!(self.deliver_all() > 0, "a page is busy without a transfer"),
             }
         }
     }
