@@ -36,6 +36,10 @@ pub struct Audit {
     pub leaves: u64,
     /// Swap slots.
     pub swap_slots: u32,
+    /// Pages in frames, as the objects count them.
+    pub resident: u32,
+    /// Pages that were promised to maps.
+    pub charged: u64,
 }
 
 /// What is not as it must be.
@@ -71,6 +75,10 @@ impl<M: Machine> Vm<M> {
         }
         self.check_references(&wanted, held)?;
         self.check_frames(&mut audit, held)?;
+        let charges = self.charges(held);
+        if audit.charged + charges.kept != charges.committed {
+            return broken("C1", "charges do not add up", audit.charged + charges.kept, charges.committed);
+        }
         Ok(audit)
     }
 
@@ -142,6 +150,7 @@ impl<M: Machine> Vm<M> {
         if resident != state.slots.counts().resident {
             return broken("P3", "the resident count is wrong", number, resident);
         }
+        audit.resident += resident;
         Ok(())
     }
 
@@ -202,6 +211,7 @@ impl<M: Machine> Vm<M> {
                 (state.pages, state.pager)
             };
             wanted[entry.object.number() as usize] += 1;
+            audit.charged += entry.charge();
             let known = {
                 let (links, _held) = self.links.read(&mut held);
                 links.mapping(entry.link).map(|(m, object)| (object, m.at, m.first, u64::from(m.pages)))
@@ -277,8 +287,11 @@ impl<M: Machine> Vm<M> {
         if let Err(frame) = self.frames.check_queues(held) {
             return broken("P1", "a queue is not what its pages say", frame.number(), 0u32);
         }
+        let (mut tables, mut resident) = (0, 0);
         for (frame, page) in self.frames.iter() {
             audit.frames += 1;
+            tables += u32::from(page.owner() == Owner::Table);
+            resident += u32::from(matches!(page.owner(), Owner::Object(..)));
             let fits = match page.owner() {
                 Owner::Free => page.queue() == Queue::Free,
                 Owner::Table => page.queue() == Queue::None,
@@ -292,6 +305,9 @@ impl<M: Machine> Vm<M> {
         }
         if audit.frames != self.frames.total() {
             return broken("P1", "frames are lost", audit.frames, self.frames.total());
+        }
+        if resident != audit.resident || tables != self.frames.lengths(held).tables {
+            return broken("C2", "frames in use do not add up", resident, audit.resident);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 //! `&self`; the locks are inside, and a [`Held`] proves that they are taken in order.
 //!
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
-//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `map` `fault`
+//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `charge` `map` `fault`
 //! `pageout` `describe` `check` `testing`.
 
 #![no_std]
@@ -16,6 +16,7 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod charge;
 pub mod check;
 pub mod describe;
 pub mod fault;
@@ -33,11 +34,13 @@ pub mod stats;
 pub mod store;
 pub mod testing;
 
-use alloc::sync::Weak;
+use alloc::collections::VecDeque;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::ops::Range;
 
 use addr::{Ipa, Pfn};
+use charge::Charges;
 use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
 use map::Map;
 use object::{ObjectId, Objects, Pager};
@@ -71,6 +74,13 @@ pub enum VmError {
     Overlap,
     /// The object's pager takes no writes.
     ReadOnly,
+    /// There is no room for the promise of so many pages, only for so many.
+    Overcommit {
+        /// Pages that were to be promised, tables among them.
+        wanted: u64,
+        /// Pages that still could be.
+        left: u64,
+    },
     /// A limit of [`limits`] is reached: this one.
     Limit(&'static str),
 }
@@ -81,6 +91,8 @@ const PROMPT: u32 = 256;
 struct Maps<M: Machine> {
     list: Vec<Weak<Map<M>>>,
     next: u32,
+    /// Those that are being taken apart.
+    ending: VecDeque<Arc<Map<M>>>,
 }
 
 /// The whole memory system.
@@ -91,6 +103,7 @@ pub struct Vm<M: Machine> {
     links: RankedRw<LINKS, Links<Weak<Map<M>>>>,
     transfers: Transfers,
     swap: Swap,
+    charges: Charges,
     pageout: Pageout,
     maps: Ranked<REGISTRY, Maps<M>>,
     stats: Stats,
@@ -108,7 +121,8 @@ impl<M: Machine> Vm<M> {
             links: RankedRw::new(Links::new()),
             transfers: Transfers::new()?,
             swap: Swap::new(),
-            maps: Ranked::new(Maps { list: Vec::new(), next: 0 }),
+            charges: Charges::new(),
+            maps: Ranked::new(Maps { list: Vec::new(), next: 0, ending: VecDeque::new() }),
             stats: Stats::new(),
         })
     }

@@ -27,6 +27,8 @@ pub const MAX_RESTARTS: u32 = 64;
 pub const MIN_RESERVE: u32 = 16;
 /// See [`MIN_RESERVE`].
 pub const MAX_RESERVE: u32 = 2048;
+/// Pages that one instruction can need: itself and two operands, each with five levels of the guest's tables.
+pub const NEED_PAGES: usize = 18;
 /// Shadows of one object that a write looks at to find out that it is the last to see a page.
 pub const MAX_SIBLINGS: u32 = 8;
 /// Copied pages that are remembered to see whether they were the last.

@@ -45,6 +45,8 @@ pub const PMAP: u8 = 30;
 pub const REGISTRY: u8 = 40;
 /// Transfers in flight.
 pub const IO: u8 = 45;
+/// What was promised.
+pub const CHARGE: u8 = 48;
 /// The swap store's slots.
 pub const SWAP: u8 = 47;
 /// The page queues, the free list among them.

@@ -42,7 +42,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
         let step = self.finish(map, place, purpose, frame, place.entry.prot, held);
-        let entered = matches!((&step, &purpose), (Step::Done, Purpose::Enter));
+        let entered = matches!((&step, &purpose), (Step::Done, Purpose::Enter(_)));
         if !entered && let Some(range) = IpaRange::page_of(place.page) {
             let (mut pmap, _held) = map.pmap.lock(held);
             pmap.remove(range, &mut |harvest| self.frames.note(harvest));

@@ -73,8 +73,8 @@ pub enum FaultError {
 
 /// What the page is wanted for.
 enum Purpose<'b> {
-    /// To be mapped.
-    Enter,
+    /// To be mapped, for this vCPU if for any in particular.
+    Enter(Option<usize>),
     /// To read bytes from this offset on.
     Read(usize, &'b mut [u8]),
     /// To write bytes from this offset on.
@@ -120,7 +120,20 @@ impl<M: Machine> Vm<M> {
         access: Prot,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Faulted, FaultError> {
-        match self.serve(map, at, access, &mut Purpose::Enter, &mut held.deepen()) {
+        self.fault_for(map, None, at, access, held)
+    }
+
+    /// The same for one vCPU of a guest, by its number: it gets on although memory is short (I15).
+    #[inline]
+    pub fn fault_for<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        vcpu: Option<usize>,
+        at: Ipa,
+        access: Prot,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Faulted, FaultError> {
+        match self.serve(map, at, access, &mut Purpose::Enter(vcpu), &mut held.deepen()) {
             Ok(Copied::Done) => Ok(Faulted::Mapped),
             Ok(Copied::Wait(wait)) => Ok(Faulted::Wait(wait)),
             Err(error) => Err(error),
@@ -286,7 +299,7 @@ impl<M: Machine> Vm<M> {
             Slot::Resident(frame) => {
                 let page = self.frames.page(frame);
                 if page.is_filling() || (page.is_busy() && place.writes()) {
-                    return self.await_page(frame);
+                    return self.await_page(map, purpose, frame);
                 }
                 let mut prot = place.entry.prot;
                 match page.clean_slot() {
@@ -297,7 +310,7 @@ impl<M: Machine> Vm<M> {
                 }
                 map.stats.count(Event::FaultResident);
                 let step = self.finish_found(map, place, purpose, frame, prot, &mut held);
-                if matches!((&step, &purpose), (Step::Done, Purpose::Enter)) {
+                if matches!((&step, &purpose), (Step::Done, Purpose::Enter(_))) {
                     self.enter_neighbours(map, place, &Around::Own(&top, prot), &mut held);
                 }
                 step
@@ -319,7 +332,7 @@ impl<M: Machine> Vm<M> {
         };
         let mut chain = self.objects.get(object).descend(held);
         match self.look(&mut chain, index) {
-            Found::Busy(frame) => self.await_page(frame),
+            Found::Busy(frame) => self.await_page(map, purpose, frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             Found::Nothing => {
                 drop(chain);
@@ -333,7 +346,7 @@ impl<M: Machine> Vm<M> {
                 }
                 if page.sole || page.family.is_some() {
                     if self.frames.page(page.frame).is_busy() {
-                        return self.await_page(page.frame);
+                        return self.await_page(map, purpose, page.frame);
                     }
                     drop(chain);
                     self.move_up(map, place, purpose, top, page, held)
@@ -356,7 +369,7 @@ impl<M: Machine> Vm<M> {
                 let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
                 let step = self.finish_found(map, place, purpose, page.frame, prot, held);
-                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
+                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter(_), 0)) {
                     let around = Around::Below { top, owner, index: page.index };
                     self.enter_neighbours(map, place, &around, held);
                 }
@@ -375,7 +388,7 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let mut chain = self.objects.get(place.entry.object).descend(held);
         match self.look(&mut chain, place.index) {
-            Found::Busy(frame) => self.await_page(frame),
+            Found::Busy(frame) => self.await_page(map, purpose, frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             // A page of zeros in the shared object would outlive this guest's interest in it.
             Found::Nothing => Step::Shadow,
@@ -384,7 +397,7 @@ impl<M: Machine> Vm<M> {
                 let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
                 let step = self.finish_found(map, place, purpose, page.frame, prot, held);
-                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter, 0)) {
+                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter(_), 0)) {
                     self.enter_neighbours(map, place, &Around::Shared(owner), held);
                 }
                 step
@@ -392,10 +405,15 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// A transfer has the page.
+    /// A transfer has the page. It is not to go again before whoever waits has had it.
     #[cold]
-    fn await_page(&self, frame: Pfn) -> Step {
-        Step::Wait(WaitFor::Io(self.frames.page(frame).transfer()))
+    fn await_page(&self, map: &Map<M>, purpose: &Purpose<'_>, frame: Pfn) -> Step {
+        let page = self.frames.page(frame);
+        page.map();
+        if let Purpose::Enter(Some(vcpu)) = *purpose {
+            map.need(vcpu, frame);
+        }
+        Step::Wait(WaitFor::Io(page.transfer()))
     }
 
     /// A page of zeros in the top object.
@@ -428,7 +446,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
         match purpose {
-            Purpose::Enter => self.frames.page(frame).map(),
+            Purpose::Enter(_) => self.frames.page(frame).map(),
             Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => self.frames.page(frame).touch(),
         }
         self.finish(map, place, purpose, frame, prot, held)
@@ -446,7 +464,12 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
         match purpose {
-            Purpose::Enter => {
+            Purpose::Enter(vcpu) => {
+                if self.frames.is_short()
+                    && let Some(vcpu) = *vcpu
+                {
+                    map.need(vcpu, frame);
+                }
                 let (mut pmap, _held) = map.pmap.lock(held);
                 match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {
                     Ok(()) => Step::Done,

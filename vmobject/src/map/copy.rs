@@ -10,12 +10,12 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use super::{Entry, Map};
-use crate::lock::{Held, MAP};
+use crate::lock::Held;
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
-use crate::{Vm, VmError};
+use crate::{PROMPT, Vm, VmError};
 
 /// A map as it was at one instant. Nothing runs on it and nothing changes it; guests are made from it.
 /// Give it back with [`Vm::delete_snapshot`].
@@ -29,6 +29,11 @@ impl Snapshot {
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.list.iter()
     }
+}
+
+/// What is charged for a list of entries.
+fn charge_of(list: &[Entry]) -> u64 {
+    list.iter().map(Entry::charge).sum()
 }
 
 impl<M: Machine> Vm<M> {
@@ -52,7 +57,9 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        Ok(Snapshot { list: self.copy_entries(source, &Weak::new(), held)? })
+        let list = self.copy_entries(source, &Weak::new(), held)?;
+        self.keep(charge_of(&list), true, held);
+        Ok(Snapshot { list })
     }
 
     /// A new map, over empty tables, with the memory of a snapshot.
@@ -63,31 +70,33 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Arc<Map<M>>, VmError> {
         let map = self.create_map(pmap, held)?;
-        let list = self.duplicate(&snapshot.list, &Arc::downgrade(&map), held)?;
+        let list = self.duplicate(&snapshot.list, &Arc::downgrade(&map), 0, held)?;
         map.entries.write(held).0.list = list;
         Ok(map)
     }
 
     /// Gives a map the memory of a snapshot instead of its own: what it wrote since is gone. None of its
-    /// vCPUs may run meanwhile.
+    /// vCPUs may run meanwhile. Takes time in proportion to what is mapped, unless [`Vm::clear_map`] was done.
     pub fn reset_map<const OUTER: u8>(
         &self,
         map: &Arc<Map<M>>,
         snapshot: &Snapshot,
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), VmError> {
-        let list = self.duplicate(&snapshot.list, &Arc::downgrade(map), held)?;
-        let old = {
-            let (mut entries, mut held) = map.entries.write(held);
-            self.unmap_all(map, &entries, &mut held);
-            core::mem::replace(&mut entries.list, list)
-        };
+        let had = charge_of(&map.entries.read(held).0.list);
+        let list = self.duplicate(&snapshot.list, &Arc::downgrade(map), had, held)?;
+        self.uncommit(had.saturating_sub(charge_of(&list)), held);
+        while !self.clear_map(map, PROMPT, held) {}
+        let old = core::mem::replace(&mut map.entries.write(held).0.list, list);
         self.drop_entries(old, held);
         Ok(())
     }
 
     /// Gives a snapshot back.
     pub fn delete_snapshot<const OUTER: u8>(&self, snapshot: Snapshot, held: &mut Held<'_, OUTER>) {
+        let charge = charge_of(&snapshot.list);
+        self.keep(charge, false, held);
+        self.uncommit(charge, held);
         self.drop_entries(snapshot.list, held);
     }
 
@@ -99,7 +108,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Vec<Entry>, VmError> {
         let (mut entries, mut held) = source.entries.write(held);
-        let list = self.duplicate(&entries.list, holder, &mut held)?;
+        let list = self.duplicate(&entries.list, holder, 0, &mut held)?;
         let mut park = false;
         for entry in entries.list.iter_mut().filter(|entry| entry.prot.allows(Prot::WRITE)) {
             park |= !entry.needs_copy;
@@ -112,25 +121,41 @@ impl<M: Machine> Vm<M> {
         Ok(list)
     }
 
-    /// The same entries for another holder, each with a reference; all or none.
+    /// The same entries for another holder, each with a reference, and charged except for what the holder
+    /// has been charged; all or none.
     fn duplicate<const OUTER: u8>(
+        &self,
+        list: &[Entry],
+        holder: &Weak<Map<M>>,
+        charged: u64,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Vec<Entry>, VmError> {
+        if let (Some(map), Some(last)) = (holder.upgrade(), list.last()) {
+            map.check_reach(last.range.end())?;
+        }
+        let more = charge_of(list).saturating_sub(charged);
+        self.commit(more, held)?;
+        let copies = self.refer(list, holder, held);
+        if copies.is_err() {
+            self.uncommit(more, held);
+        }
+        copies
+    }
+
+    fn refer<const OUTER: u8>(
         &self,
         list: &[Entry],
         holder: &Weak<Map<M>>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Vec<Entry>, VmError> {
         let mut copies = Vec::new();
-        if let (Some(map), Some(last)) = (holder.upgrade(), list.last()) {
-            map.check_reach(last.range.end())?;
-        }
         copies.try_reserve_exact(list.len()).map_err(|_| VmError::NoMemory)?;
         for entry in list {
             match self.duplicate_one(entry, holder, held) {
                 Ok(copy) => copies.push(copy),
                 Err(error) => {
-                    for Entry { link, object, .. } in copies {
-                        self.links.write(held).0.detach(link);
-                        self.unreference(object, held);
+                    for copy in copies {
+                        self.drop_entry(copy, held);
                     }
                     return Err(error);
                 }
@@ -158,14 +183,6 @@ impl<M: Machine> Vm<M> {
                 self.unreference(entry.object, held);
                 Err(error)
             }
-        }
-    }
-
-    /// Empties a map's tables.
-    pub(super) fn unmap_all(&self, map: &Map<M>, entries: &super::Entries, held: &mut Held<'_, MAP>) {
-        if let Some(all) = entries.span() {
-            let (mut pmap, _held) = map.pmap.lock(held);
-            pmap.remove(all, &mut |harvest| self.frames.note(harvest));
         }
     }
 }

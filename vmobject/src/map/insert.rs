@@ -25,6 +25,9 @@ impl<M: Machine> Vm<M> {
     ) -> Result<Arc<Map<M>>, VmError> {
         let (mut maps, _held) = self.maps.lock(held);
         maps.list.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        // To end must not need memory.
+        let room = (maps.list.len() + 1).saturating_sub(maps.ending.len());
+        maps.ending.try_reserve(room).map_err(|_| VmError::NoMemory)?;
         let map = Arc::new(Map::new(maps.next, pmap));
         maps.next += 1;
         maps.list.push(Arc::downgrade(&map));
@@ -115,35 +118,36 @@ impl<M: Machine> Vm<M> {
             return fail(VmError::NoMemory, object);
         }
         let start = range.start();
-        let (mut links, _held) = self.links.write(&mut held);
-        let link = match links.attach(Arc::downgrade(map), object.number(), start, first, pages) {
+        let charge = Entry::charge_of(range, prot);
+        if let Err(error) = self.commit(charge, &mut held) {
+            return fail(error, object);
+        }
+        let attached = {
+            let (mut links, _held) = self.links.write(&mut held);
+            links.attach(Arc::downgrade(map), object.number(), start, first, pages)
+        };
+        let link = match attached {
             Ok(link) => link,
-            Err(error) => return fail(error, object),
+            Err(error) => {
+                self.uncommit(charge, &mut held);
+                return fail(error, object);
+            }
         };
         entries.list.insert(place, Entry { range, object, first, prot, needs_copy, link });
         Ok(())
     }
 
-    /// Takes everything out of a map. No vCPU may use it any more; its tables go with the last `Arc`.
-    pub fn destroy_map<const OUTER: u8>(&self, map: Arc<Map<M>>, held: &mut Held<'_, OUTER>) {
-        let list = {
-            let (mut entries, mut held) = map.entries.write(held);
-            self.unmap_all(&map, &entries, &mut held);
-            core::mem::take(&mut entries.list)
-        };
-        self.drop_entries(list, held);
-        let (mut maps, _held) = self.maps.lock(held);
-        let gone = Arc::as_ptr(&map);
-        maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);
-    }
-
     /// Gives up what entries hold; nothing maps them any more.
     pub(super) fn drop_entries<const OUTER: u8>(&self, list: Vec<Entry>, held: &mut Held<'_, OUTER>) {
         for entry in list {
-            self.links.write(held).0.detach(entry.link);
-            self.unreference(entry.object, held);
+            self.drop_entry(entry, held);
         }
-        self.step(PROMPT, held);
+        self.work(PROMPT, held);
+    }
+
+    pub(super) fn drop_entry<const OUTER: u8>(&self, entry: Entry, held: &mut Held<'_, OUTER>) {
+        self.links.write(held).0.detach(entry.link);
+        self.unreference(entry.object, held);
     }
 
     /// Resolves an entry's `needs_copy` before the first write: a shadow, unless nobody else can reach

@@ -12,16 +12,20 @@
 
 mod copy;
 mod discard;
+mod end;
 mod insert;
+mod need;
 
 pub use copy::Snapshot;
 pub use discard::{Discarded, NotDiscarded};
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
 use crate::VmError;
 use crate::addr::{Ipa, IpaRange, PageIndex};
+use crate::charge::charge_for;
 use crate::lock::{Held, MAP, PMAP, Ranked, RankedRw};
 use crate::object::ObjectId;
 use crate::pmap::Pmap as _;
@@ -29,6 +33,7 @@ use crate::prot::Prot;
 use crate::rmap::MappingId;
 use crate::stats::{Counts, Stats};
 use crate::store::Machine;
+use spin::Once;
 
 /// Whether an entry sees what others write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +62,15 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// What is charged for it: what can be written may all have to be somewhere.
+    pub(crate) fn charge(&self) -> u64 {
+        Self::charge_of(self.range, self.prot)
+    }
+
+    fn charge_of(range: IpaRange, prot: Prot) -> u64 {
+        if prot.allows(Prot::WRITE) { charge_for(range.pages()) } else { 0 }
+    }
+
     /// The object's page at an address of the range.
     #[inline]
     pub fn page_at(&self, at: Ipa) -> Option<PageIndex> {
@@ -74,11 +88,6 @@ impl Entries {
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.list.iter()
-    }
-
-    /// From the first entry's start to the last one's end.
-    fn span(&self) -> Option<IpaRange> {
-        IpaRange::new(self.list.first()?.range.start(), self.list.last()?.range.end())
     }
 
     /// Where the entry of an address is; on failure, where one would have to go.
@@ -117,6 +126,7 @@ pub struct Map<M: Machine> {
     /// What [`crate::pmap::Pmap::reach`] says.
     reach: Ipa,
     pub(crate) hint: AtomicUsize,
+    needs: Once<Box<[need::Needs]>>,
     pub(crate) stats: Stats,
 }
 
@@ -128,6 +138,7 @@ impl<M: Machine> Map<M> {
             reach: pmap.reach(),
             pmap: Ranked::new(pmap),
             hint: AtomicUsize::new(0),
+            needs: Once::new(),
             stats: Stats::new(),
         }
     }

@@ -22,8 +22,8 @@ pub(super) enum Progress {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Does chores, at most `budget` slots' worth. True if there is more that could be done now.
-    pub fn step<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
+    /// Does objects' chores, at most `budget` slots' worth. True if there is more that could be done now.
+    pub(crate) fn work<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
         let mut blocked = 0;

@@ -22,7 +22,7 @@ pub use queues::{Queue, QueueLengths};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
 use crate::VmError;
 use crate::addr::{PageIndex, Pfn};
@@ -228,6 +228,8 @@ pub struct Frames {
     queues: Ranked<QUEUES, Queues>,
     total: u32,
     reserve: u32,
+    /// Pageout is at work.
+    short: AtomicBool,
 }
 
 impl Frames {
@@ -261,7 +263,14 @@ impl Frames {
             }
         }
         let reserve = (total / 256).clamp(MIN_RESERVE, MAX_RESERVE).min(total / 4);
-        Ok(Self { base, pages: pages.into_boxed_slice(), queues: Ranked::new(queues), total, reserve })
+        Ok(Self {
+            base,
+            pages: pages.into_boxed_slice(),
+            queues: Ranked::new(queues),
+            total,
+            reserve,
+            short: AtomicBool::new(false),
+        })
     }
 
     /// The page of a frame. A frame that was never given to the VM is a bug of the caller.
@@ -403,6 +412,16 @@ impl Frames {
         {
             page.flags.fetch_or(bits, Relaxed);
         }
+    }
+
+    /// True while pageout takes frames from pages.
+    #[inline]
+    pub(crate) fn is_short(&self) -> bool {
+        self.short.load(Relaxed)
+    }
+
+    pub(crate) fn set_short(&self, short: bool) {
+        self.short.store(short, Relaxed);
     }
 
     /// How many frames there are.

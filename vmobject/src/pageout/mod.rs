@@ -114,6 +114,7 @@ impl<M: Machine> Vm<M> {
         let lengths = self.frames.lengths(held);
         let (leaving, can_write) = self.transfers.leaving(held);
         daemon.working = self.pageout.target.is_short(lengths.free + leaving, daemon.working);
+        self.frames.set_short(daemon.working);
         if !daemon.working {
             daemon.fruitless = 0;
             return Next::Rest;

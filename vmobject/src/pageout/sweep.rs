@@ -101,6 +101,7 @@ impl<M: Machine> Vm<M> {
             };
             match stop {
                 Stop::Map(None, _) => {}
+                Stop::Map(Some(map), _) if map.is_needed(sweep.frame) => return Swept::Not,
                 Stop::Map(Some(map), at) => self.visit(&map, at, sweep, held),
                 Stop::Object(number, page) => {
                     let Some(object) = self.objects.at(number) else { return Swept::Not };

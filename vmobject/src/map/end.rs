@@ -1,0 +1,64 @@
+//! The end of a map, in steps, and all chores as one call.
+//!
+//! A map that is destroyed goes on a list with the caller's `Arc`. Its tables are cleared some entries at a
+//! time, then its entries go one by one, then the rest. Until then it is a map like any other that no vCPU
+//! uses. Called by whoever ends guests, and by whoever has time.
+
+use alloc::sync::Arc;
+
+use super::Map;
+use crate::lock::{CALLER, Held};
+use crate::pmap::Pmap as _;
+use crate::store::Machine;
+use crate::{PROMPT, Vm};
+
+impl<M: Machine> Vm<M> {
+    /// Ends a map: at once if it is small, else by and by in [`Vm::step`]. No vCPU may use it any more; its
+    /// tables go with the last `Arc`.
+    pub fn destroy_map<const OUTER: u8>(&self, map: Arc<Map<M>>, held: &mut Held<'_, OUTER>) {
+        self.maps.lock(held).0.ending.push_back(map);
+        self.step(PROMPT, held);
+    }
+
+    /// Unmaps part of what a map has, about `budget` table entries; true when all of it is. For a guest none
+    /// of whose vCPUs runs, before [`Vm::reset_map`]: then that has little left to do.
+    pub fn clear_map<const OUTER: u8>(&self, map: &Map<M>, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
+        map.pmap.lock(held).0.clear(budget, &mut |harvest| self.frames.note(harvest))
+    }
+
+    /// Does chores, at most about `budget` pages' worth: maps that end, objects that die or could be shorter
+    /// chains. True if there is more that could be done now.
+    pub fn step<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let mut left = budget;
+        loop {
+            let Some(map) = self.maps.lock(held).0.ending.pop_front() else { break };
+            if !self.end_map(&map, &mut left, held) {
+                self.maps.lock(held).0.ending.push_front(map);
+                return true;
+            }
+        }
+        self.work(left, held)
+    }
+
+    /// Takes a map apart; true when nothing is left.
+    fn end_map(&self, map: &Arc<Map<M>>, left: &mut u32, held: &mut Held<'_, CALLER>) -> bool {
+        if *left == 0 || !self.clear_map(map, *left, held) {
+            return false;
+        }
+        loop {
+            if *left == 0 {
+                return false;
+            }
+            *left -= 1;
+            let Some(entry) = map.entries.write(held).0.list.pop() else { break };
+            self.uncommit(entry.charge(), held);
+            self.drop_entry(entry, held);
+        }
+        self.drop_needs(map, held);
+        let (mut maps, _held) = self.maps.lock(held);
+        let gone = Arc::as_ptr(map);
+        maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);
+        true
+    }
+}

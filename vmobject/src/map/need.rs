@@ -1,0 +1,94 @@
+//! The pages that a vCPU needed last, which pageout leaves alone (I15).
+//!
+//! One instruction can need many pages at once: its own and two of data, each with a walk of the guest's own
+//! tables in guest memory. If one of them were evicted while another is brought in, the instruction might
+//! never be done. So while memory is short each vCPU's last faults are remembered, more of them than one
+//! instruction can take. A page is among them from the moment that somebody waits for it. Called by `fault`,
+//! asked by `pageout`.
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+
+use super::Map;
+use crate::addr::Pfn;
+use crate::limits::NEED_PAGES;
+use crate::lock::Held;
+use crate::store::Machine;
+use crate::{Vm, VmError};
+
+/// No frame.
+const NONE: u32 = u32::MAX;
+
+/// One vCPU's last pages.
+pub(crate) struct Needs {
+    frames: [AtomicU32; NEED_PAGES],
+    next: AtomicUsize,
+}
+
+impl Needs {
+    const fn new() -> Self {
+        Self { frames: [const { AtomicU32::new(NONE) }; NEED_PAGES], next: AtomicUsize::new(0) }
+    }
+
+    fn has(&self, frame: Pfn) -> bool {
+        self.frames.iter().any(|known| known.load(Relaxed) == frame.number())
+    }
+
+    fn add(&self, frame: Pfn) {
+        if !self.has(frame) {
+            let place = self.next.fetch_add(1, Relaxed) % NEED_PAGES;
+            self.frames[place].store(frame.number(), Relaxed);
+        }
+    }
+}
+
+impl<M: Machine> Map<M> {
+    /// Remembers that a vCPU needs a page. The owner is locked.
+    #[cold]
+    pub(crate) fn need(&self, vcpu: usize, frame: Pfn) {
+        if let Some(needs) = self.needs.get().and_then(|all| all.get(vcpu)) {
+            needs.add(frame);
+        }
+    }
+
+    /// True for a page that one of the guest's vCPUs needed lately.
+    pub(crate) fn is_needed(&self, frame: Pfn) -> bool {
+        self.needs.get().is_some_and(|all| all.iter().any(|needs| needs.has(frame)))
+    }
+
+    /// The vCPU has retired an instruction since its last fault, or will not run for a while: what it needed
+    /// may go.
+    pub fn forget_needs(&self, vcpu: usize) {
+        if let Some(needs) = self.needs.get().and_then(|all| all.get(vcpu)) {
+            needs.frames.iter().for_each(|known| known.store(NONE, Relaxed));
+        }
+    }
+}
+
+impl<M: Machine> Vm<M> {
+    /// Says how many vCPUs will run on a map, once, before any does: pages that each needs to get on are
+    /// promised. Refused if frames for that are not there.
+    pub fn set_vcpus<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        vcpus: usize,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        let mut all = Vec::new();
+        all.try_reserve_exact(vcpus).map_err(|_| VmError::NoMemory)?;
+        all.resize_with(vcpus, Needs::new);
+        self.commit_needs((vcpus * NEED_PAGES) as u64, held)?;
+        let mut unused = Some(all.into_boxed_slice());
+        map.needs.call_once(|| unused.take().unwrap_or_default());
+        if let Some(all) = unused {
+            self.uncommit_needs((all.len() * NEED_PAGES) as u64, held);
+        }
+        Ok(())
+    }
+
+    /// A map's vCPUs are gone.
+    pub(super) fn drop_needs<const OUTER: u8>(&self, map: &Map<M>, held: &mut Held<'_, OUTER>) {
+        let vcpus = map.needs.get().map_or(0, |all| all.len());
+        self.uncommit_needs((vcpus * NEED_PAGES) as u64, held);
+    }
+}
