@@ -23,6 +23,9 @@ pub(crate) struct Test {
     /// Boot tests only
     #[arg(long)]
     boot: bool,
+    /// Boot Linux on every model and number of CPUs instead: 48 tests, none of which is part of the others
+    #[arg(long, conflicts_with_all = ["host", "boot"])]
+    matrix: bool,
     /// Name them, run nothing
     #[arg(long)]
     list: bool,
@@ -63,7 +66,7 @@ fn host() -> Vec<Trial> {
 
 /// Runs them.
 pub(crate) fn run(options: &Test) -> ExitCode {
-    let both = options.host == options.boot;
+    let both = options.host == options.boot && !options.matrix;
     let mut trials = Vec::new();
     if both || options.host {
         trials.extend(tidy::trials());
@@ -71,6 +74,9 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     }
     if both || options.boot {
         trials.extend(boot::trials());
+    }
+    if options.matrix {
+        trials.extend(boot::matrix());
     }
     let arguments = Arguments {
         list: options.list,
@@ -86,7 +92,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         return ExitCode::FAILURE;
     }
     if !options.list
-        && (both || options.boot)
+        && !options.host
         && let Err(why) = Toolchain::provide().and_then(|_| crate::qemu::provide())
     {
         eprintln!("xtask: {why:#}");

@@ -20,8 +20,10 @@ fn logs(name: &str) -> PathBuf {
 }
 
 /// A boot test: its logs go when it passes.
-fn boot(name: &'static str, test: impl FnOnce(&'static str) -> Result<()> + Send + 'static) -> Trial {
+fn boot(name: impl Into<String>, test: impl FnOnce(&str) -> Result<()> + Send + 'static) -> Trial {
+    let name = name.into();
     trial(format!("boot::{name}"), move || {
+        let name = name.as_str();
         let result = test(name).with_context(|| format!("logs are in {}", logs(name).display()));
         if result.is_ok() {
             // What stays is only in the way.
@@ -76,7 +78,7 @@ pub(super) fn trials() -> Vec<Trial> {
         ("linux_6_12_with_4_vcpus_on_1_cpu", &["--vcpus", "4", "--cpu", "neoverse-v1", "--host-cpus", "1"]),
     ];
     for (name, words) in linux {
-        trials.push(boot(name, move |name| boots_to_a_shell(name, words)));
+        trials.push(boot(*name, move |name| boots_to_a_shell(name, words)));
     }
     for (name, what, story, function) in SELF_TESTS {
         trials.push(boot(name, move |name| stops(name, what, story, function)));
@@ -85,6 +87,23 @@ pub(super) fn trials() -> Vec<Trial> {
         terminal::is_as_it_was(&logs(name))
     }));
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
+    trials
+}
+
+/// Both kernels on every model of CPU, with every number of vCPUs and host CPUs: what `--matrix` runs.
+pub(super) fn matrix() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for kernel in images::KERNELS {
+        for cpu in ["cortex-a53", "neoverse-n1", "neoverse-v1", "max"] {
+            for (vcpus, cpus) in [(1, 1), (1, 2), (1, 4), (4, 1), (4, 2), (4, 4)] {
+                let name = format!("matrix_linux_{kernel}_on_{cpu}_with_{vcpus}_vcpus_on_{cpus}_cpus");
+                let words = format!("--kernel {kernel} --cpu {cpu} --vcpus {vcpus} --host-cpus {cpus}");
+                trials.push(boot(name.replace(['.', '-'], "_"), move |name| {
+                    boots_to_a_shell(name, &words.split(' ').collect::<Vec<_>>())
+                }));
+            }
+        }
+    }
     trials
 }
 
@@ -118,7 +137,7 @@ fn boots_to_a_shell(name: &str, words: &[&str]) -> Result<()> {
 }
 
 /// U-Boot reaches its prompt and answers.
-fn u_boot_answers(name: &'static str) -> Result<()> {
+fn u_boot_answers(name: &str) -> Result<()> {
     let bios = images::u_boot()?.display().to_string();
     let mut session = start(name, &["--until", "=>", "--timeout", "120", "--bios", &bios])?;
     session.wait("Hit any key")?;
