@@ -222,7 +222,7 @@ impl<M: Machine> Vm<M> {
             if u64::from(entry.first.number()) + entry.range.pages() > u64::from(pages) {
                 return broken("M2", "the entry is longer than its object", start.bits(), pages);
             }
-            if !entry.needs_copy && entry.prot.allows(Prot::WRITE) && pager != Pager::None {
+            if !entry.needs_copy && entry.prot.allows(Prot::WRITE) && matches!(pager, Pager::Image(_)) {
                 return broken("M3", "an image is mapped writable", start.bits(), entry.object.number());
             }
             for at in entry.range.iter_pages() {
@@ -234,6 +234,9 @@ impl<M: Machine> Vm<M> {
                 let page = self.frames.page(leaf.frame);
                 if page.is_unmapped() && in_hand != Some(leaf.frame) {
                     return broken("P4", "a page marked unmapped is mapped", at.bits(), leaf.frame.number());
+                }
+                if matches!(pager, Pager::Disk(_)) && !page.is_dirty() && leaf.prot.allows(Prot::WRITE) {
+                    return broken("P7", "a clean page is writable", at.bits(), leaf.frame.number());
                 }
                 if page.clean_slot().is_some() && leaf.prot.allows(Prot::WRITE) {
                     return broken("P5", "a page is writable and has a slot", at.bits(), leaf.frame.number());

@@ -175,6 +175,7 @@ fn line(out: &mut dyn Write, info: &ObjectInfo) -> fmt::Result {
     match info.pager {
         Pager::None => write!(out, "{:<10}", "-")?,
         Pager::Image(store) => write!(out, "image {:<4}", store.0)?,
+        Pager::Disk(store) => write!(out, "disk {:<5}", store.0)?,
     }
     match info.shadow {
         None => writeln!(out, "-"),

@@ -143,7 +143,21 @@ impl<M: Machine> Vm<M> {
         if pages == 0 {
             return Err(VmError::Range);
         }
-        self.image_object(store, pages, held)
+        self.image_object(store, Pager::Image(store), pages, held)
+    }
+
+    /// The object of a store that is written: the same one for everybody. What is written to its pages goes
+    /// to the store when it is cleaned. Refused while the store is open as one that is only read.
+    pub fn disk<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        let pages = u32::try_from(self.machine.store().pages(store)).map_err(|_| VmError::Range)?;
+        if pages == 0 {
+            return Err(VmError::Range);
+        }
+        self.image_object(store, Pager::Disk(store), pages, held)
     }
 
     /// A new object of this many zero pages, with one reference: the caller's.

@@ -83,6 +83,12 @@ events! {
     PageOut page_out;
     /// Those that failed; their pages stay.
     PageOutFailed page_out_failed;
+    /// Passes that cleaned an object.
+    Cleaned cleaned;
+    /// Pages that their store did not take while their object ended: they are gone.
+    PageLost page_lost;
+    /// Objects that were found in the cache.
+    CacheHit cache_hit;
     /// Frames taken from pages that a store has.
     Evicted evicted;
     /// Pages found to be zero when they were to be written.

@@ -14,6 +14,7 @@ use vmobject::describe::ObjectInfo;
 use vmobject::lock::Held;
 use vmobject::object::Pager;
 use vmobject::pmap::Pmap as _;
+use vmobject::store::StoreId;
 
 use crate::guest::{Guest, table};
 use crate::mm;
@@ -190,13 +191,15 @@ fn named(guests: &BTreeSet<u32>) -> String {
     words.join(" ")
 }
 
+fn disk(store: StoreId) -> &'static str {
+    mm::disks().names().nth(usize::from(store.0)).unwrap_or("?")
+}
+
 fn pager(pager: Pager) -> String {
     match pager {
         Pager::None => "none".into(),
-        Pager::Image(store) => {
-            let name = mm::disks().names().nth(usize::from(store.0)).unwrap_or("?");
-            format!("image {name}")
-        }
+        Pager::Image(store) => format!("image {}", disk(store)),
+        Pager::Disk(store) => format!("disk {}", disk(store)),
     }
 }
 

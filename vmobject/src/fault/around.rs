@@ -11,8 +11,8 @@ use crate::addr::{IpaRange, PageIndex, Pfn};
 use crate::limits::AROUND_PAGES;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
-use crate::object::State;
 use crate::object::index::Slot;
+use crate::object::{Pager, State};
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
@@ -104,7 +104,10 @@ impl<M: Machine> Vm<M> {
         let page = self.frames.page(frame);
         let alike = match around {
             Around::Own(_, prot) if *prot != place.entry.prot => page.clean_slot().is_some(),
-            Around::Own(_, prot) => page.clean_slot().is_none() || !prot.allows(Prot::WRITE),
+            Around::Own(_, prot) if !prot.allows(Prot::WRITE) => true,
+            Around::Own(top, _) => {
+                page.clean_slot().is_none() && (top.pager == Pager::None || page.is_dirty())
+            }
             Around::Shared(_) | Around::Below { .. } => true,
         };
         alike && !page.is_busy() && !page.is_unmapped()

@@ -80,7 +80,7 @@ impl<M: Machine> Vm<M> {
             let state = chain.here();
             let slot = state.slots.get(index);
             let store = match state.pager {
-                Pager::Image(store) => Some((store, index)),
+                Pager::Image(store) | Pager::Disk(store) => Some((store, index)),
                 Pager::None => None,
             };
             let below = state.below(index).filter(|_| slot == Slot::Absent && store.is_none());

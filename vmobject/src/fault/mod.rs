@@ -294,6 +294,7 @@ impl<M: Machine> Vm<M> {
         match top.slots.get(place.index) {
             Slot::Absent if top.pager != Pager::None => Step::PageIn(top.id(), place.index),
             Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
+            Slot::Zero if top.pager != Pager::None => self.zero_over_store(place, &mut top, &mut held),
             Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
             Slot::Swapped(_) => Step::PageIn(top.id(), place.index),
             Slot::Resident(frame) => {
@@ -307,6 +308,14 @@ impl<M: Machine> Vm<M> {
                     // The first write is to be noticed (P5).
                     Some(_) => prot = prot.without(Prot::WRITE),
                     None => {}
+                }
+                if top.pager != Pager::None {
+                    match place.writes() {
+                        true => page.set_dirty(true),
+                        // The same for its store (P7).
+                        false if !page.is_dirty() => prot = prot.without(Prot::WRITE),
+                        false => {}
+                    }
                 }
                 map.stats.count(Event::FaultResident);
                 let step = self.finish_found(map, place, purpose, frame, prot, &mut held);
@@ -432,6 +441,15 @@ impl<M: Machine> Vm<M> {
         self.machine.memory().zero(frame);
         map.stats.count(Event::FaultZero);
         self.finish(map, place, purpose, frame, place.entry.prot, held)
+    }
+
+    /// A page of zeros in an object whose store has something else there.
+    #[cold]
+    fn zero_over_store(&self, place: Place<'_>, top: &mut State, held: &mut Held<'_, OBJECT>) -> Step {
+        match self.materialise_zero(top, place.index, held) {
+            Some(_) => Step::Again,
+            None => Step::Wait(WaitFor::Memory),
+        }
     }
 
     /// The same with a page that was there before: pageout may have it in hand.

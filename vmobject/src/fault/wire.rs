@@ -16,12 +16,15 @@ use crate::store::Machine;
 /// A page that stays where it is until it is given to [`Vm::unwire`].
 #[derive(Debug)]
 #[must_use = "a wired page stays for ever unless it is unwired"]
-pub struct Wired(Pfn);
+pub struct Wired {
+    frame: Pfn,
+    writes: bool,
+}
 
 impl Wired {
     /// The frame.
     pub const fn frame(&self) -> Pfn {
-        self.0
+        self.frame
     }
 }
 
@@ -46,7 +49,7 @@ impl<M: Machine> Vm<M> {
         let mut frame = None;
         let copied = self.serve(map, at, access, &mut Purpose::Wire(&mut frame), &mut held.deepen())?;
         Ok(match (copied, frame) {
-            (Copied::Done, Some(frame)) => Wiring::Done(Wired(frame)),
+            (Copied::Done, Some(frame)) => Wiring::Done(Wired { frame, writes: access.allows(Prot::WRITE) }),
             (Copied::Done, None) => Wiring::Wait(WaitFor::Memory),
             (Copied::Wait(wait), _) => Wiring::Wait(wait),
         })
@@ -54,6 +57,9 @@ impl<M: Machine> Vm<M> {
 
     /// Lets a page go; true if that freed its frame.
     pub fn unwire<const OUTER: u8>(&self, wired: Wired, held: &mut Held<'_, OUTER>) -> bool {
-        self.frames.unwire(wired.0, held)
+        if wired.writes {
+            self.frames.page(wired.frame).set_dirty(true); // since it was written out last, perhaps
+        }
+        self.frames.unwire(wired.frame, held)
     }
 }

@@ -84,7 +84,7 @@ impl<M: Machine> Vm<M> {
         let mut needs_copy = match share {
             Share::Copy => true,
             Share::Shared if !fits => return fail(VmError::Range, object),
-            Share::Shared if pager != Pager::None && prot.allows(Prot::WRITE) => {
+            Share::Shared if matches!(pager, Pager::Image(_)) && prot.allows(Prot::WRITE) => {
                 return fail(VmError::ReadOnly, object);
             }
             Share::Shared => false,

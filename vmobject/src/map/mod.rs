@@ -8,7 +8,7 @@
 //! # Invariants
 //! M1. Entries are sorted, not empty, and do not overlap.
 //! M2. An entry holds one reference to its object, and lies within it.
-//! M3. An entry without `needs_copy` that allows writing has an object without a pager identity.
+//! M3. An entry without `needs_copy` that allows writing has no object whose store is only read.
 
 mod copy;
 mod discard;

@@ -15,6 +15,7 @@
 //! O4. `paging` is the transfers in flight for it; an object with any is not freed.
 //! O5. No object has a page at or behind its end.
 
+mod cache;
 mod collapse;
 pub mod index;
 mod pages;
@@ -24,6 +25,7 @@ mod slots;
 mod table;
 mod work;
 
+pub(crate) use cache::Put;
 pub(crate) use pages::Kept;
 pub use slots::Slots;
 pub use table::{Object, Objects};
@@ -79,6 +81,18 @@ pub enum Pager {
     None,
     /// A store that is only read.
     Image(StoreId),
+    /// A store that sees every change, when the object is cleaned.
+    Disk(StoreId),
+}
+
+impl Pager {
+    /// Its store: the identity of the object.
+    pub const fn store(self) -> Option<StoreId> {
+        match self {
+            Self::None => None,
+            Self::Image(store) | Self::Disk(store) => Some(store),
+        }
+    }
 }
 
 /// Whether an object lives.
@@ -122,6 +136,10 @@ pub struct State {
     blocked_since: u32,
     /// Counts the pages that this object came to have.
     gains: u32,
+    /// Pages that its store did not take: they stayed.
+    pub(crate) unwritten: u32,
+    /// In the cache: pages before this one were moved to the inactive queue.
+    deactivated: u32,
 }
 
 impl State {
@@ -139,6 +157,8 @@ impl State {
             blocked_at: NOWHERE,
             blocked_since: 0,
             gains: 0,
+            unwritten: 0,
+            deactivated: 0,
         }
     }
 

@@ -1,5 +1,5 @@
 //! Ranges of an object's pages: taking their leaves away, and taking the pages away
-//! (`vm_object_pmap_remove`, `vm_object_page_remove`).
+//! (`vm_object_pmap_copy`, `vm_object_pmap_remove`, `vm_object_page_remove`).
 //!
 //! What a range costs follows what is in it (D10): the reverse map leads to the windows that see it, and the
 //! index to the slots that are there. A page that is taken away reads as zero from then on, whatever lies below
@@ -12,6 +12,7 @@ use super::{Pager, State};
 use crate::addr::{IpaRange, PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::pmap::Pmap as _;
+use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
 use crate::{Vm, VmError};
@@ -36,6 +37,17 @@ impl<M: Machine> Vm<M> {
         });
     }
 
+    /// Takes the permission to write from every leaf through which a page of a range may be reached.
+    pub(crate) fn pmap_copy(&self, state: &State, range: Range<u32>, held: &mut Held<'_, OBJECT>) {
+        let (links, mut held) = self.links.read(held);
+        links.walk_range(state.id.index, range, |mapping, at, pages| {
+            let Some(range) = IpaRange::from_pages(at, pages) else { return };
+            let Some(map) = mapping.holder.upgrade() else { return };
+            let keep = Prot::ALL.without(Prot::WRITE);
+            map.pmap.lock(&mut held).0.protect(range, keep, &mut |harvest| self.frames.note(harvest));
+        });
+    }
+
     /// Makes pages of an object that may be written zero, and gives back what they held: how many frames and
     /// swap slots that were. It takes as long as there are slots in the range, and one step for each leaf of
     /// the index. Pages before one that a transfer has are done.
@@ -52,7 +64,7 @@ impl<M: Machine> Vm<M> {
         self.pmap_remove(state, range.clone(), held);
         let below = match state.pager {
             Pager::None => state.shadow.map_or(0, |shadow| shadow.limit).clamp(range.start, range.end),
-            Pager::Image(_) => range.end,
+            Pager::Image(_) | Pager::Disk(_) => range.end,
         };
         let mut given = 0;
         let mut page = range.start;

@@ -1,8 +1,8 @@
 //! Making objects, referring to them, and ending them.
 //!
-//! The last release of an object ends it: its identity is forgotten and the reverse map lets it go at
-//! once; its pages and its reference to what it shadows go by and by, in `work` (one owner of each
-//! transition, D26). A release that leaves one reference, a shadow's, makes a collapse possible and puts
+//! The last release of an object ends it, unless the cache keeps it: the reverse map lets it go at
+//! once; its pages, its identity and its reference to what it shadows go by and by, in `work` (one owner of
+//! each transition, D26). A release that leaves one reference, a shadow's, makes a collapse possible and puts
 //! it on the list (D6). Called by `map` and by holders of ids.
 
 use super::index::Slot;
@@ -10,7 +10,8 @@ use super::{Life, NOWHERE, ObjectId, Pager, Shadow, State};
 use crate::addr::{PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::page::Queue;
-use crate::store::{Machine, StoreId};
+use crate::stats::Event;
+use crate::store::{Machine, PhysMemory as _, StoreId};
 use crate::{Vm, VmError};
 
 impl<M: Machine> Vm<M> {
@@ -37,6 +38,7 @@ impl<M: Machine> Vm<M> {
         state.pager = pager;
         state.shadow = shadow;
         state.blocked_at = NOWHERE;
+        (state.unwritten, state.deactivated) = (0, 0);
         if let Some(Shadow { object, offset, limit }) = shadow {
             self.links.write(&mut held).0.adopt(number, object.number(), offset, limit);
             self.objects.chore(number, &mut held); // to find out what stops a bypass
@@ -44,24 +46,33 @@ impl<M: Machine> Vm<M> {
         Ok(state.id)
     }
 
-    /// The object of a store, with one more reference; made if there is none.
+    /// The object of a store, with one more reference; made with this pager if there is none. One that waits
+    /// in the cache, or whose end is not done yet, lives on: it may have what the store does not have yet.
     pub(crate) fn image_object<const OUTER: u8>(
         &self,
         store: StoreId,
+        pager: Pager,
         pages: u32,
         held: &mut Held<'_, OUTER>,
     ) -> Result<ObjectId, VmError> {
         loop {
             if let Some(id) = self.objects.find_image(store, held)? {
-                let (mut state, _held) = self.objects.get(id).write(held);
-                if state.id == id && state.life == Life::Live {
-                    state.refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
-                    return Ok(id);
+                let (mut state, mut held) = self.objects.get(id).write(held);
+                if state.id != id || state.life == Life::Vacant {
+                    continue; // its name was forgotten between the two locks
                 }
-                // It died between the two locks, and whoever ended it is about to forget its name.
-                continue;
+                if state.pager == Pager::Image(store) && pager == Pager::Disk(store) {
+                    return Err(VmError::ReadOnly);
+                }
+                if state.refs == 0 {
+                    self.objects.uncache(id, &mut held);
+                    self.stats.count(Event::CacheHit);
+                    state.life = Life::Live;
+                }
+                state.refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
+                return Ok(id);
             }
-            let id = self.make_object(pages, Pager::Image(store), None, held)?;
+            let id = self.make_object(pages, pager, None, held)?;
             if self.objects.register(store, id, held) {
                 return Ok(id);
             }
@@ -93,7 +104,11 @@ impl<M: Machine> Vm<M> {
         assert!(state.life == Life::Live && state.refs > 0, "{:?} has no references", state.id);
         state.refs -= 1;
         match state.refs {
-            0 => self.end(state, held),
+            0 => {
+                if !self.retire(state, held) {
+                    self.end(state, held);
+                }
+            }
             1 => {
                 let child = self.links.read(held).0.only_child(state.id.index);
                 if let Some(child) = child {
@@ -109,9 +124,6 @@ impl<M: Machine> Vm<M> {
     /// Ends an object without references. Nothing maps its pages.
     pub(super) fn end(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
         debug_assert_eq!(state.refs, 0);
-        if let Pager::Image(store) = state.pager {
-            self.objects.unregister(store, state.id, held);
-        }
         self.links.write(held).0.orphan(state.id.index);
         state.life = Life::Dying;
         self.objects.chore(state.id.index, held);
@@ -139,6 +151,20 @@ impl<M: Machine> Vm<M> {
                 None
             }
         }
+    }
+
+    /// A frame of zeros for a page that is marked zero in an object whose store has something else there.
+    /// `None` for want of memory.
+    pub(crate) fn materialise_zero(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Pfn> {
+        let frame = self.give_frame(state, page, Queue::Active, held)?;
+        self.machine.memory().zero(frame);
+        self.frames.page(frame).set_dirty(true);
+        Some(frame)
     }
 
     /// A frame learns that it is another object's now.

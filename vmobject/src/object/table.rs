@@ -88,6 +88,8 @@ struct Registry {
     live: u32,
     /// Objects with a pager identity.
     images: Vec<(StoreId, ObjectId)>,
+    /// Those of them that nobody refers to and that are kept, the one that is longest unused first.
+    cache: VecDeque<ObjectId>,
     /// Objects with something to do.
     chores: VecDeque<u32>,
     /// Pages that were copied from an object, and so may be hidden there now.
@@ -97,6 +99,8 @@ struct Registry {
 /// All objects.
 pub struct Objects {
     blocks: Box<[Once<Box<[Object]>>]>,
+    /// Frames that the objects in the cache may have together.
+    pub(super) cache_limit: AtomicU32,
     registry: Ranked<REGISTRY, Registry>,
 }
 
@@ -107,11 +111,16 @@ impl Objects {
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(count).map_err(|_| VmError::NoMemory)?;
         blocks.resize_with(count, Once::new);
-        let (vacant, images, chores) = (Vec::new(), Vec::new(), VecDeque::new());
+        let (vacant, images) = (Vec::new(), Vec::new());
+        let (cache, chores) = (VecDeque::new(), VecDeque::new());
         let mut copied = VecDeque::new();
         copied.try_reserve_exact(MAX_COPIED).map_err(|_| VmError::NoMemory)?;
-        let registry = Registry { vacant, used: 0, live: 0, images, chores, copied };
-        Ok(Self { blocks: blocks.into_boxed_slice(), registry: Ranked::new(registry) })
+        let registry = Registry { vacant, used: 0, live: 0, images, cache, chores, copied };
+        Ok(Self {
+            blocks: blocks.into_boxed_slice(),
+            cache_limit: AtomicU32::new(0),
+            registry: Ranked::new(registry),
+        })
     }
 
     /// The object at a place that has been used. Whoever has an id has had an object there.
@@ -287,6 +296,8 @@ impl Objects {
     ) -> Result<Option<ObjectId>, VmError> {
         let (mut registry, _held) = self.registry.lock(held);
         registry.images.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        let room = (registry.images.len() + 1).saturating_sub(registry.cache.len());
+        registry.cache.try_reserve(room).map_err(|_| VmError::NoMemory)?;
         Ok(registry.images.iter().find(|(known, _)| *known == store).map(|&(_, id)| id))
     }
 
@@ -303,6 +314,26 @@ impl Objects {
             registry.images.push((store, id));
         }
         new
+    }
+
+    /// Puts an object in the cache, if its identity is known.
+    pub(super) fn cache<const OUTER: u8>(&self, id: ObjectId, held: &mut Held<'_, OUTER>) -> bool {
+        let (mut registry, _held) = self.registry.lock(held);
+        let known = registry.images.iter().any(|&(_, known)| known == id);
+        if known {
+            registry.cache.push_back(id);
+        }
+        known
+    }
+
+    /// Takes an object out of the cache.
+    pub(crate) fn uncache<const OUTER: u8>(&self, id: ObjectId, held: &mut Held<'_, OUTER>) {
+        self.registry.lock(held).0.cache.retain(|&cached| cached != id);
+    }
+
+    /// The `nth` object of the cache.
+    pub(super) fn cached<const OUTER: u8>(&self, nth: usize, held: &mut Held<'_, OUTER>) -> Option<ObjectId> {
+        self.registry.lock(held).0.cache.get(nth).copied()
     }
 
     /// Forgets an identity.

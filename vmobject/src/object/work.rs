@@ -5,7 +5,7 @@
 //! something to do is on a list; a step takes it off, does a part, and puts it back if there is more.
 //! Called by whoever has time, and by a fault that finds no memory. Calls `collapse` and `prune`.
 
-use super::{Life, Pager, State};
+use super::{Life, ObjectId, Pager, Put, State};
 use crate::Vm;
 use crate::addr::PageIndex;
 use crate::lock::{CALLER, Held, OBJECT};
@@ -19,6 +19,13 @@ pub(super) enum Progress {
     More,
     /// A transfer is in the way, or memory is short.
     Blocked,
+}
+
+/// What is done once the object is let go.
+enum Then {
+    Prune,
+    Trim(Progress),
+    LetGo(Option<ObjectId>, Progress),
 }
 
 impl<M: Machine> Vm<M> {
@@ -56,27 +63,32 @@ impl<M: Machine> Vm<M> {
 
     fn work_on(&self, number: u32, left: &mut u32, held: &mut Held<'_, CALLER>) -> Progress {
         let Some(object) = self.objects.at(number) else { return Progress::Done };
-        let dying = {
+        let then = {
             let (mut state, mut held) = object.write(held);
             match state.life {
                 Life::Vacant => return Progress::Done,
+                Life::Live if state.refs == 0 => Then::Trim(self.cool(&mut state, left, &mut held)),
                 Life::Live => {
                     let progress = self.collapse(&mut state, left, &mut held);
                     if !matches!(progress, Progress::Done) || !self.objects.take_prune(number) {
                         return progress;
                     }
-                    None
+                    Then::Prune
                 }
                 // First of all what is below is let go, so that others may have it for themselves.
                 Life::Dying => {
                     let below = state.shadow.take().map(|shadow| shadow.object);
-                    Some((below, self.empty(&mut state, left, &mut held)))
+                    Then::LetGo(below, self.empty(&mut state, left, &mut held))
                 }
             }
         };
-        match dying {
-            None => self.prune(number, left, held),
-            Some((below, progress)) => {
+        match then {
+            Then::Prune => self.prune(number, left, held),
+            Then::Trim(progress) => {
+                self.cache_trim(held);
+                progress
+            }
+            Then::LetGo(below, progress) => {
                 if let Some(below) = below {
                     self.unreference(below, held);
                 }
@@ -89,6 +101,15 @@ impl<M: Machine> Vm<M> {
     fn empty(&self, state: &mut State, left: &mut u32, held: &mut Held<'_, OBJECT>) -> Progress {
         if state.paging > 0 {
             return Progress::Done; // the completion puts it back
+        }
+        if let Pager::Disk(_) = state.pager {
+            let pages = state.pages;
+            match self.put_dirty(state, &mut 0, pages, left, held) {
+                Put::All if state.paging == 0 => {}
+                Put::All => return Progress::Done,
+                Put::Budget => return Progress::More,
+                Put::Memory | Put::Store => return Progress::Blocked,
+            }
         }
         while let Some((place, slot)) = state.slots.next_outside(PageIndex::new(0)) {
             if *left == 0 {
@@ -108,6 +129,9 @@ impl<M: Machine> Vm<M> {
     /// is never given again.
     pub(super) fn vacate(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
         debug_assert!(state.refs == 0 && state.paging == 0 && state.shadow.is_none());
+        if let Some(store) = state.pager.store() {
+            self.objects.unregister(store, state.id, held);
+        }
         state.slots.rewind();
         state.life = Life::Vacant;
         state.pager = Pager::None;

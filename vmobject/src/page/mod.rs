@@ -14,6 +14,7 @@
 //! P4. A page marked unmapped has no leaf: whoever enters one clears the mark, under the owner's lock.
 //! P5. A page with a clean swap slot is mapped nowhere writable.
 //! P6. A wired page is on no queue. If its owner gives it up, it is free when it is unwired (D22).
+//! P7. A page of an object whose store sees every change is dirty if it is mapped anywhere writable.
 
 mod queues;
 
@@ -155,6 +156,16 @@ impl VmPage {
     /// True if it was written since it was last clean.
     pub fn is_dirty(&self) -> bool {
         self.has(DIRTY)
+    }
+
+    /// Says whether it differs from what its store has. The caller has the owner's lock; nothing may write
+    /// to a page that becomes clean.
+    pub(crate) fn set_dirty(&self, dirty: bool) {
+        if dirty {
+            self.flags.fetch_or(DIRTY, Relaxed);
+        } else {
+            self.flags.fetch_and(!DIRTY, Relaxed);
+        }
     }
 
     /// True if no leaf reaches it.

@@ -44,6 +44,17 @@ impl<M: Machine> Vm<M> {
             self.stats.count(Event::Reactivated);
             return Laundered::Kept;
         }
+        if state.pager != Pager::None {
+            let run = self.run_around(&state, page);
+            let pages = u32::try_from(run.len()).unwrap_or(0);
+            return match self.put(&mut state, run, 0, &mut held) {
+                Ok(()) => Laundered::Leaving(pages),
+                Err(StoreError::Busy) => Laundered::Blocked,
+                Err(StoreError::Io | StoreError::Refused | StoreError::Gone | StoreError::Corrupt) => {
+                    Laundered::Kept
+                }
+            };
+        }
         if self.machine.memory().is_zero(frame) {
             self.evict_zero(&mut state, page, frame, &mut held);
             return Laundered::Freed(1);
@@ -56,12 +67,16 @@ impl<M: Machine> Vm<M> {
     fn is_laundry(&self, state: &State, page: PageIndex) -> bool {
         let Slot::Resident(frame) = state.slots.get(page) else { return false };
         let page = self.frames.page(frame);
-        let anonymous = state.life == Life::Live && state.pager == Pager::None;
-        anonymous
+        let changed = match state.pager {
+            Pager::None => page.clean_slot().is_none(),
+            Pager::Disk(_) => page.is_dirty(),
+            Pager::Image(_) => false,
+        };
+        changed
+            && state.life == Life::Live
             && page.queue() == Queue::Laundry
             && page.is_unmapped()
             && !page.is_busy()
-            && page.clean_slot().is_none()
     }
 
     /// The neighbours that go along with a page, within its aligned cluster.

@@ -8,10 +8,15 @@
 //! Called by `fault` and `pageout`. Calls `object`, `page` and the machine's stores. Locks: the object, then
 //! transfers.
 
+mod clean;
 mod image;
+mod shutdown;
 pub mod slots;
 pub mod swap;
 mod transfer;
+
+pub use clean::{Clean, Cleaned};
+pub use shutdown::{Down, Left, Shutdown};
 
 use alloc::vec::Vec;
 
@@ -53,6 +58,8 @@ pub struct Transfer {
     pub pages: u32,
     /// The frames, in order.
     pub frames: [Pfn; CLUSTER_PAGES as usize],
+    /// Transfers are numbered as they begin; one that is tried again keeps its number. 0: not yet.
+    pub serial: u64,
 }
 
 impl Transfer {
@@ -79,6 +86,8 @@ struct Table {
     /// Transfers out, and the pages that they carry.
     puts: u32,
     leaving: u32,
+    /// The number of the last one.
+    serial: u64,
 }
 
 /// The transfers in flight.
@@ -111,7 +120,7 @@ fn parts(token: IoToken) -> Option<(usize, u32)> {
 impl Transfers {
     /// None, and places for as many out as there may be.
     pub fn new() -> Result<Self, VmError> {
-        let mut table = Table { places: Vec::new(), vacant: Vec::new(), puts: 0, leaving: 0 };
+        let mut table = Table { places: Vec::new(), vacant: Vec::new(), puts: 0, leaving: 0, serial: 0 };
         for _ in 0..MAX_PUTS {
             let place = table.grow()?;
             table.vacant.push(place);
@@ -140,8 +149,10 @@ impl Transfers {
             table.puts += 1;
             table.leaving += transfer.pages;
         }
+        table.serial += 1;
+        let serial = if transfer.serial == 0 { table.serial } else { transfer.serial };
         let slot = &mut table.places[place as usize];
-        slot.transfer = Some(transfer);
+        slot.transfer = Some(Transfer { serial, ..transfer });
         Ok(token(place, slot.generation))
     }
 
@@ -174,6 +185,26 @@ impl Transfers {
     pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (u32, bool) {
         let (table, _held) = self.0.lock(held);
         (table.leaving, table.puts < MAX_PUTS)
+    }
+
+    /// The number of the last transfer that began.
+    pub(crate) fn last_serial<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u64 {
+        self.0.lock(held).0.serial
+    }
+
+    /// A transfer out of an object that is in flight and has a number up to this one.
+    pub(crate) fn out_of<const OUTER: u8>(
+        &self,
+        object: ObjectId,
+        serial: u64,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<IoToken> {
+        let (table, _held) = self.0.lock(held);
+        (0..).zip(&table.places).find_map(|(number, place)| {
+            let transfer = place.transfer.as_ref()?;
+            let found = transfer.object == object && transfer.way == Direction::Out;
+            (found && transfer.serial <= serial).then(|| token(number, place.generation))
+        })
     }
 
     /// How many there are.

@@ -69,7 +69,7 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Makes the frames busy and starts; on failure they are as they were.
-    fn start(
+    pub(super) fn start(
         &self,
         state: &mut State,
         transfer: Transfer,
@@ -141,6 +141,7 @@ impl<M: Machine> Vm<M> {
             wanted: PageIndex::new(wanted),
             pages: last - first + 1,
             frames,
+            serial: 0,
         })
     }
 
@@ -177,6 +178,7 @@ impl<M: Machine> Vm<M> {
             wanted: first,
             pages: 0,
             frames: [Pfn::default(); CLUSTER_PAGES as usize],
+            serial: 0,
         };
         for ((to, &frame), slot) in transfer.frames.iter_mut().zip(frames).zip(slot..) {
             *to = frame;
@@ -227,11 +229,16 @@ impl<M: Machine> Vm<M> {
             (Direction::Out, Ok(())) => self.is_out(&mut state, &transfer, &mut held),
             (Direction::Out, Err(_)) => {
                 self.stats.count(Event::PageOutFailed);
-                self.is_still_here(&mut state, &transfer, &mut held);
+                if image::home(&state, transfer.first).is_some() {
+                    self.is_not_put(&mut state, &transfer, &mut held);
+                } else {
+                    self.is_still_here(&mut state, &transfer, &mut held);
+                }
                 0
             }
         };
-        if state.life == Life::Dying && state.paging == 0 {
+        let idle = state.life == Life::Dying || state.refs == 0;
+        if idle && state.paging == 0 {
             self.objects.chore(transfer.object.number(), &mut held);
         }
         freed

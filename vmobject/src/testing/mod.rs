@@ -10,6 +10,7 @@ mod fakes;
 pub use fakes::{FakeMachine, FakeMemory, FakePmap, FakeStore, GARBAGE, Request};
 
 use alloc::sync::Arc;
+use core::ops::Range;
 
 use crate::addr::{Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
 use crate::fault::{Copied, FaultError, Faulted, WaitFor};
@@ -17,6 +18,7 @@ use crate::lock::Held;
 use crate::map::{Discarded, Map, NotDiscarded, Share};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
+use crate::pager::{Cleaned, Down, Left, Shutdown};
 use crate::prot::Prot;
 use crate::store::{Direction, PhysMemory as _, StoreError, StoreId};
 use crate::{Vm, VmError};
@@ -196,6 +198,31 @@ impl Rig {
             match self.vm.discard(map, range, &mut Held::root())? {
                 Discarded::Done(given) => return Ok(given),
                 Discarded::Wait(_) => assert!(self.deliver_all() > 0, "a page is busy without a transfer"),
+            }
+        }
+    }
+
+    /// Cleans pages of an object, delivering what that starts; how many stayed changed.
+    pub fn clean(&self, object: ObjectId, pages: Range<u32>) -> u32 {
+        let range = PageIndex::new(pages.start)..PageIndex::new(pages.end);
+        let mut clean = self.vm.page_clean(object, range);
+        loop {
+            match self.vm.clean_step(&mut clean, 64, &mut Held::root()) {
+                Cleaned::Done { failed } => return failed,
+                Cleaned::Wait(_) => assert!(self.deliver_all() > 0, "nothing to wait for"),
+                Cleaned::More => {}
+            }
+        }
+    }
+
+    /// Turns the machine off; what is left.
+    pub fn shut_down(&self) -> Left {
+        let mut shutdown = Shutdown::default();
+        loop {
+            match self.vm.shutdown_step(&mut shutdown, 64, &mut Held::root()) {
+                Down::Done(left) => return left,
+                Down::Wait(_) => assert!(self.deliver_all() > 0, "nothing to wait for"),
+                Down::More => {}
             }
         }
     }
