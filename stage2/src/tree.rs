@@ -163,3 +163,29 @@ pub(crate) fn harvest(at: Ipa, old: Descriptor, new: Descriptor, pages: u32, sin
         sink(Harvest { at, frame: old.frame_in_block(page), accessed, dirty });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Frames, Mmu, cpus};
+    use vmobject::pmap::Pmap as _;
+    use vmobject::prot::Prot;
+
+    #[test]
+    fn a_flag_that_the_hardware_sets_while_an_edit_is_made_up_is_in_what_the_edit_finds() {
+        const DIRTY: u64 = 1 << 7;
+        let geometry = Geometry::new(cpus::NEOVERSE_N1);
+        let frames = Frames::new(4);
+        let mmu = Mmu::new(&frames, geometry, 1);
+        let mut tables = Stage2::new(frames, mmu, geometry).expect("there are frames");
+        let at = Ipa::new(0x4000_0000);
+        tables.enter(at, Pfn::new(1), Prot::ALL, &mut |_| {}).expect("there are frames");
+        let slot = tables.find(at).expect("it is mapped").slot;
+        let [old, new] = tables.update(slot, |leaf| {
+            tables.entry(slot).fetch_or(DIRTY, Ordering::Relaxed);
+            leaf.aged()
+        });
+        assert!(old.is_dirty() && !new.is_dirty());
+        assert_eq!(tables.read(slot), new);
+    }
+}

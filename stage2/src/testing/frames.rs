@@ -3,6 +3,8 @@
 use crate::table::{ENTRIES, Table, TableSource};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use vmobject::addr::Pfn;
 
@@ -12,24 +14,64 @@ const FIRST: u32 = 0x8_0000;
 const POISON: u64 = 0xfff_dead_d7ff;
 
 /// A store of table frames. A clone is the same store.
+///
+/// Alone ([`Frames::new`]) it gives out frames itself. Over a range of a machine's frames ([`Frames::over`])
+/// somebody else does, a VM that counts and charges them: its `TableSource` passes each frame that it got to
+/// [`Frames::claim`], and each that it gives back to [`Frames::release`].
 #[derive(Clone)]
 pub struct Frames(Arc<Store>);
 
 struct Store {
+    first: u32,
     tables: Box<[Table]>,
     used: Box<[AtomicBool]>,
+    /// Claimed or released since [`Frames::copy_changed`].
+    turned: Box<[AtomicBool]>,
     limit: AtomicUsize,
 }
 
 impl Frames {
-    /// `count` frames.
+    /// `count` frames, at an address of their own.
     pub fn new(count: usize) -> Self {
+        Self::with(FIRST, count)
+    }
+
+    /// The frames of a range, none of them a table yet. Each costs 4 KiB of the test's memory.
+    pub fn over(range: Range<Pfn>) -> Self {
+        let count = range.end.number().saturating_sub(range.start.number());
+        Self::with(range.start.number(), usize::try_from(count).unwrap_or(0))
+    }
+
+    fn with(first: u32, count: usize) -> Self {
         let table = || core::array::from_fn(|_| AtomicU64::new(POISON));
         Self(Arc::new(Store {
+            first,
             tables: (0..count).map(|_| table()).collect(),
             used: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            turned: (0..count).map(|_| AtomicBool::new(false)).collect(),
             limit: AtomicUsize::new(count),
         }))
+    }
+
+    /// Makes a frame a table, of zeros.
+    pub fn claim(&self, frame: Pfn) {
+        let Some(number) = self.number(frame) else { panic!("{frame} is no table frame") };
+        assert!(!self.0.used[number].swap(true, Relaxed), "{frame} is a table already");
+        self.turn(number, 0);
+    }
+
+    /// Takes it back, and fills it with what no walker ought to find.
+    pub fn release(&self, frame: Pfn) {
+        let Some(number) = self.number(frame) else { panic!("{frame} is no table frame") };
+        assert!(self.0.used[number].swap(false, Relaxed), "{frame} is freed twice");
+        self.turn(number, POISON);
+    }
+
+    fn turn(&self, number: usize, into: u64) {
+        for entry in &self.0.tables[number] {
+            entry.store(into, Relaxed);
+        }
+        self.0.turned[number].store(true, Relaxed);
     }
 
     /// From now on there are no frames to be had once this many are in use.
@@ -48,7 +90,7 @@ impl Frames {
     }
 
     fn number(&self, frame: Pfn) -> Option<usize> {
-        let number = usize::try_from(frame.number().checked_sub(FIRST)?).ok()?;
+        let number = usize::try_from(frame.number().checked_sub(self.0.first)?).ok()?;
         (number < self.count()).then_some(number)
     }
 
@@ -64,17 +106,20 @@ impl Frames {
         Some((number * ENTRIES + index, &self.0.tables[number][index]))
     }
 
-    /// Every descriptor there is, in order.
-    pub(super) fn all(&self) -> impl Iterator<Item = u64> {
-        self.0.tables.iter().flatten().map(|entry| entry.load(Relaxed))
+    /// Brings a copy of every descriptor up to date.
+    pub(super) fn copy_changed(&self, into: &mut [u64]) {
+        for (number, copy) in into.chunks_exact_mut(ENTRIES).enumerate() {
+            if self.0.turned[number].swap(false, Relaxed) || self.0.used[number].load(Relaxed) {
+                for (entry, copy) in self.0.tables[number].iter().zip(copy) {
+                    *copy = entry.load(Relaxed);
+                }
+            }
+        }
     }
 
-    fn take(&self, number: usize) -> Pfn {
-        self.0.used[number].store(true, Relaxed);
-        for entry in &self.0.tables[number] {
-            entry.store(0, Relaxed);
-        }
-        Pfn::new(FIRST + u32::try_from(number).unwrap_or(0))
+    /// A copy of every descriptor.
+    pub(super) fn copy(&self) -> Vec<u64> {
+        self.0.tables.iter().flatten().map(|entry| entry.load(Relaxed)).collect()
     }
 }
 
@@ -84,11 +129,7 @@ impl TableSource for Frames {
     }
 
     fn free(&self, frame: Pfn) {
-        let Some(number) = self.number(frame) else { panic!("{frame} is no table frame") };
-        assert!(self.0.used[number].swap(false, Relaxed), "{frame} is freed twice");
-        for entry in &self.0.tables[number] {
-            entry.store(POISON, Relaxed);
-        }
+        self.release(frame);
     }
 
     fn table(&self, frame: Pfn) -> &Table {
@@ -106,6 +147,10 @@ impl TableSource for Frames {
             wanted.end <= self.count() && wanted.into_iter().all(|n| !self.0.used[n].load(Relaxed))
         };
         let first = (0..self.count()).step_by(tables).find(free)?;
-        (first..first + tables).map(|number| self.take(number)).min()
+        let first = Pfn::new(self.0.first + u32::try_from(first).ok()?);
+        for table in 0..u32::try_from(tables).ok()? {
+            self.claim(first.checked_add(table)?);
+        }
+        Some(first)
     }
 }

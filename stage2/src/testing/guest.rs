@@ -7,7 +7,7 @@
 use super::mmu::{Access, Mmu};
 use super::{Frames, walker};
 use crate::Stage2;
-use crate::geometry::Geometry;
+use crate::geometry::{Features, Geometry};
 use crate::table::ENTRIES;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
@@ -28,7 +28,10 @@ pub struct Guest {
     /// The tables under test.
     pub tables: Stage2<Frames, Mmu>,
     geometry: Geometry,
-    mmu: Mmu,
+    /// Where its tables' frames come from.
+    pub frames: Frames,
+    /// The CPUs that it may run on.
+    pub mmu: Mmu,
     /// What it may reach.
     allowed: BTreeMap<Ipa, (Pfn, Prot)>,
     /// Pages written through a leaf since anybody was told.
@@ -40,17 +43,34 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// The only guest of a machine of two such CPUs, running on both under VMID 1; EL2 is on CPU 0.
+    pub fn alone(features: Features) -> Self {
+        let geometry = Geometry::new(features);
+        let frames = Frames::new(64);
+        let mmu = Mmu::new(&frames, geometry, 2);
+        let Ok(mut guest) = Self::new(&frames, &mmu, geometry) else { panic!("there are frames") };
+        guest.run(0, 1);
+        guest.run(1, 1);
+        guest
+    }
+
     /// A guest with nothing mapped.
     pub fn new(frames: &Frames, mmu: &Mmu, geometry: Geometry) -> Result<Self, OutOfTables> {
         Ok(Self {
             tables: Stage2::new(frames.clone(), mmu.clone(), geometry)?,
             geometry,
+            frames: frames.clone(),
             mmu: mmu.clone(),
             allowed: BTreeMap::new(),
             written: BTreeSet::new(),
             harvest: Vec::new(),
             forgetful: false,
         })
+    }
+
+    /// What the tables have for an address now, as the hardware would read it; `None` where it would find nothing.
+    pub fn raw(&self, at: Ipa) -> Option<walker::Leaf> {
+        self.mmu.leaf(self.tables.vttbr(), at)
     }
 
     /// From now on table frames may run out.

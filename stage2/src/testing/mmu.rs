@@ -1,20 +1,55 @@
 //! CPUs with translation caches that keep what they must not until they are told to drop it.
 //!
 //! Each CPU caches stage-2 leaves, combined entries made of them (stage 1 is the identity here), and the ways
-//! to tables, apart, tagged by VMID. Nothing is ever evicted. An invalidate removes only what the
-//! architecture says it must, only of the VMID that its CPU has loaded, and only when a DSB of the right
-//! reach completes it; until then, and at every instruction, the *other* CPUs go on using and filling their
-//! caches, out of stale entries where they have them. A walker may see table writes at once, or as late as
-//! the next DSB, each descriptor for itself. At a DSB the combined entries go first and can be made
-//! again of stage-2 entries that are still on their way out: so a sequence that forgets the DSB between its
-//! halves is caught.
+//! to tables, apart, tagged by VMID. Nothing is evicted unless a test bounds the caches. An invalidate removes
+//! only what the architecture says it must, only of the VMID that its CPU has loaded, and only when a DSB of
+//! the right reach completes it; until then, and at every instruction, the *other* CPUs go on using and filling
+//! their caches, out of stale entries where they have them. A leaf that does not allow an access is cached like
+//! any other, and goes on refusing. A walker may see table writes at once, or as late as the next DSB, each
+//! descriptor for itself. At a DSB the combined entries go first and can be made again of stage-2 entries that
+//! are still on their way out: so a sequence that forgets the DSB between its halves is caught. Access and dirty
+//! flags are set where VTCR_EL2 of the geometry says so, and fault or stay otherwise.
 //!
-//! [`Mmu::audit`] compares every cached entry with the tables as they are. What it finds is what a guest
-//! could still reach. [`Mmu::sabotage`] makes one instruction do nothing, to see that it is found.
+//! # How to use it
+//!
+//! The [`Mmu`] is the `TlbOps` of the tables, their frames are [`Frames`]; a test says which CPU runs whom, and
+//! lets guests access memory. A fault comes back as a value; whoever plays EL2 serves it on that CPU and asks
+//! again.
+//!
+//! ```
+//! use stage2::Stage2;
+//! use stage2::geometry::{Features, Geometry};
+//! use stage2::testing::{Access, Fault, Frames, Mmu};
+//! use vmobject::addr::{Ipa, Pfn};
+//! use vmobject::pmap::Pmap as _;
+//! use vmobject::prot::Prot;
+//!
+//! let geometry = Geometry::new(Features::from_id_registers(5, 2)); // 48 bits, the hardware sets both flags
+//! let frames = Frames::new(16);
+//! let mmu = Mmu::new(&frames, geometry, 2); // two CPUs
+//! let mut tables = Stage2::new(frames.clone(), mmu.clone(), geometry).unwrap();
+//! tables.set_vmid(7);
+//! mmu.run(1, tables.vttbr()); // CPU 1 runs the guest from now on
+//! let at = Ipa::new(0x4000_0000);
+//! assert_eq!(mmu.access(1, at, Access::Read), Err(Fault::Translation(1)));
+//! mmu.on(1); // EL2 on CPU 1 serves it: here, `Vm::fault`
+//! tables.enter(at, Pfn::new(0x1234), Prot::ALL, &mut |_| {}).unwrap();
+//! assert_eq!(mmu.access(1, at, Access::Write), Ok(Pfn::new(0x1234)));
+//! mmu.audit().unwrap(); // no cache of any CPU knows more than the tables allow
+//! ```
+//!
+//! A simulator of a whole VM makes its machine's `Pmap` of `Stage2<Source, Mmu>`, where `Source` takes frames of
+//! that VM ([`Frames::over`]); gives each map a VMID by `vmid::VmidAllocator` before [`Mmu::run`], as
+//! `load_guest` does on the metal; after a step asks [`Mmu::audit`] (caches against tables), and the VM's own
+//! check (tables against maps). With `audit` quiet and the tables right, no free frame can be reached.
+//! [`Mmu::touch`] says where the other CPUs go of their own accord; [`Mmu::sabotage`] makes one
+//! instruction do nothing, to see that it is found.
 
 use super::Frames;
+use super::caches::{Cached, Cpu, Pending, Reach, Way};
 pub use super::walker::Access;
-use super::walker::{self, Fault, Leaf, Regime};
+pub use super::walker::Fault;
+use super::walker::{self, Leaf, Regime};
 use crate::geometry::{Features, Geometry};
 use crate::tlb::{RangeOperand, TlbOps};
 use alloc::collections::BTreeMap;
@@ -53,53 +88,6 @@ pub enum Op {
     Load,
 }
 
-/// A cached leaf.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cached {
-    vmid: u16,
-    base: u64,
-    bytes: u64,
-    output: u64,
-    allows: [bool; 3],
-    may_mark: bool,
-}
-
-/// A cached way: the table of a level that an address leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Way {
-    vmid: u16,
-    base: u64,
-    bytes: u64,
-    level: u32,
-    table: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reach {
-    /// Stage-2 entries and ways for pages from an address on.
-    Pages(u64, u64),
-    Combined,
-    Guest,
-    Everything,
-}
-
-/// An invalidate that was issued and is not complete.
-#[derive(Clone, Copy, Debug)]
-struct Pending {
-    reach: Reach,
-    vmid: u16,
-    everywhere: bool,
-}
-
-#[derive(Default)]
-struct Cpu {
-    vttbr: u64,
-    stage2: Vec<Cached>,
-    combined: Vec<Cached>,
-    ways: Vec<Way>,
-    pending: Vec<Pending>,
-}
-
 struct State {
     frames: Frames,
     geometry: Geometry,
@@ -112,6 +100,7 @@ struct State {
     hot: Vec<u64>,
     trace: Vec<Op>,
     sabotaged: Option<Op>,
+    capacity: usize,
     broken: Option<String>,
     random: u64,
 }
@@ -132,11 +121,12 @@ impl Mmu {
             geometry,
             here: 0,
             cpus: (0..cpus).map(|_| Cpu::default()).collect(),
-            seen: frames.all().collect(),
+            seen: frames.copy(),
             names: BTreeMap::new(),
             hot: Vec::new(),
             trace: Vec::new(),
             sabotaged: None,
+            capacity: usize::MAX,
             broken: None,
             random: 1,
         })))
@@ -165,9 +155,15 @@ impl Mmu {
         self.0.lock().random = seed | 1;
     }
 
-    /// Makes an instruction do nothing.
-    pub fn sabotage(&self, op: Op) {
-        self.0.lock().sabotaged = Some(op);
+    /// From now on an instruction does nothing, or again all do what they must.
+    pub fn sabotage(&self, op: Option<Op>) {
+        self.0.lock().sabotaged = op;
+    }
+
+    /// Bounds what a CPU caches: at most so many entries of each kind, and the oldest go first. Without this
+    /// nothing ever goes by itself, which finds most and costs most.
+    pub fn capacity(&self, entries: usize) {
+        self.0.lock().capacity = entries;
     }
 
     /// The instructions since the last call.
@@ -179,6 +175,13 @@ impl Mmu {
     pub fn access(&self, cpu: usize, at: Ipa, access: Access) -> Result<Pfn, Fault> {
         let output = self.0.lock().access(cpu, at.bits(), access)?;
         PhysAddr::new(output).frame().ok_or(Fault::AddressSize(3))
+    }
+
+    /// The leaf that the tables of a VTTBR_EL2 have for an address now, past all caches.
+    pub fn leaf(&self, vttbr: u64, at: Ipa) -> Option<Leaf> {
+        let state = self.0.lock();
+        let read = |address| state.frames.descriptor(address).map_or(0, |(_, entry)| entry.load(Relaxed));
+        walker::find(state.regime(vttbr), at.bits(), None, read).ok()
     }
 
     /// How many entries, of whatever kind, the CPUs have for a VMID.
@@ -266,9 +269,7 @@ impl State {
     }
 
     fn see_all(&mut self) {
-        let Self { frames, seen, .. } = self;
-        seen.clear();
-        seen.extend(frames.all());
+        self.frames.copy_changed(&mut self.seen);
     }
 
     /// Walks for a CPU, sets flags as the hardware does, and fills the CPU's caches.
@@ -387,6 +388,8 @@ impl State {
         if !combined.contains(&entry) {
             combined.push(entry);
         }
+        let capacity = self.capacity;
+        self.cpus[cpu].shrink(capacity);
         Ok(entry.output + (at - entry.base))
     }
 
@@ -488,29 +491,6 @@ impl State {
             return Err("the way leads to a table that was freed");
         }
         table.map(|_| ()).ok_or("the way is not there any more")
-    }
-}
-
-impl Cpu {
-    fn drop_entries(&mut self, reach: Reach, vmid: u16) {
-        match reach {
-            Reach::Pages(from, to) => {
-                let out = |v: u16, base: u64, bytes: u64| v != vmid || base >= to || base + bytes <= from;
-                self.stage2.retain(|c| out(c.vmid, c.base, c.bytes));
-                self.ways.retain(|w| out(w.vmid, w.base, w.bytes));
-            }
-            Reach::Combined => self.combined.retain(|c| c.vmid != vmid),
-            Reach::Guest => {
-                self.combined.retain(|c| c.vmid != vmid);
-                self.stage2.retain(|c| c.vmid != vmid);
-                self.ways.retain(|w| w.vmid != vmid);
-            }
-            Reach::Everything => {
-                self.combined.clear();
-                self.stage2.clear();
-                self.ways.clear();
-            }
-        }
     }
 }
 

@@ -6,11 +6,15 @@
 //! one is wrong against the other. [`Guest`] joins them to tables under test and to what ought to be true.
 //! Neighbours: every test; nothing in the product.
 
+mod caches;
+pub mod cpus;
 mod frames;
 mod guest;
+mod meanwhile;
 mod mmu;
 pub mod walker;
 
 pub use frames::Frames;
 pub use guest::{Checked, Guest};
-pub use mmu::{Access, Mmu, Op};
+pub use meanwhile::Meanwhile;
+pub use mmu::{Access, Fault, Mmu, Op};
