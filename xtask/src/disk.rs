@@ -24,6 +24,8 @@ pub(crate) struct Guest {
     pub(crate) memory_mib: u64,
     /// vCPUs.
     pub(crate) vcpus: u32,
+    /// Children that it may fork.
+    pub(crate) grant_fork: u32,
 }
 
 /// What goes onto the disk.
@@ -53,6 +55,7 @@ impl Disk {
                 let mut value = json!({
                     "name": guest.name, "append": guest.append,
                     "memory_mib": guest.memory_mib, "vcpus": guest.vcpus,
+                    "grant_fork": guest.grant_fork,
                 });
                 let named = [("kernel", &guest.kernel), ("initrd", &guest.initrd), ("bios", &guest.bios)];
                 for (key, image) in named {

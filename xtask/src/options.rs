@@ -140,8 +140,6 @@ pub(crate) struct Ahead<'a> {
     pub(crate) swap: Option<u64>,
     /// `--overcommit`.
     pub(crate) overcommit: Option<Overcommit>,
-    /// `--grant-fork`.
-    pub(crate) grant_fork: Option<u32>,
     /// `--image`.
     pub(crate) image: Option<&'a str>,
 }
@@ -166,9 +164,6 @@ impl Ahead<'_> {
                 bail!("--overcommit {limit}: memory is not charged in advance yet; only `none` holds today")
             }
         }
-        if let Some(children @ 1..) = self.grant_fork {
-            bail!("--grant-fork {children}: a guest cannot fork itself yet; only 0 holds today");
-        }
         if let Some(image) = self.image {
             bail!(
                 "--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios"
@@ -182,8 +177,7 @@ impl Ahead<'_> {
 mod tests {
     use super::*;
 
-    const NOTHING: Ahead<'_> =
-        Ahead { disks: &[], swap: None, overcommit: None, grant_fork: None, image: None };
+    const NOTHING: Ahead<'_> = Ahead { disks: &[], swap: None, overcommit: None, image: None };
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -231,15 +225,12 @@ mod tests {
     #[test]
     fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
         assert!(NOTHING.refuse().is_ok());
-        assert!(
-            Ahead { overcommit: Some(Overcommit::None), grant_fork: Some(0), ..NOTHING }.refuse().is_ok()
-        );
+        assert!(Ahead { overcommit: Some(Overcommit::None), ..NOTHING }.refuse().is_ok());
         let disks = [DiskFile { file: "root.img".into(), writes: Writes::Private }];
         for (refused, name) in [
             (Ahead { disks: &disks, ..NOTHING }, "--disk root.img,private: "),
             (Ahead { swap: Some(64), ..NOTHING }, "--swap 64M: "),
             (Ahead { overcommit: Some(Overcommit::Strict), ..NOTHING }, "--overcommit strict: "),
-            (Ahead { grant_fork: Some(3), ..NOTHING }, "--grant-fork 3: "),
             (Ahead { image: Some("nbd:a:1"), ..NOTHING }, "--image nbd:a:1: "),
         ] {
             assert!(refused.refuse().is_err_and(|why| why.to_string().starts_with(name)), "{name}");

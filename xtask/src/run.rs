@@ -58,8 +58,8 @@ pub(crate) struct Run {
     #[arg(long, value_name = "strict|RATIO|none", value_parser = options::overcommit)]
     pub(crate) overcommit: Option<options::Overcommit>,
     /// How many children the guest may fork of itself
-    #[arg(long, value_name = "N")]
-    pub(crate) grant_fork: Option<u32>,
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=i64::from(hv_abi::manifest::FORK_LIMIT)))]
+    pub(crate) grant_fork: u32,
     /// A stored guest image to resume
     #[arg(long, value_name = "FILE or nbd:URL", conflicts_with_all = ["kernel", "bios"], value_parser = options::image)]
     pub(crate) image: Option<String>,
@@ -178,6 +178,7 @@ impl Run {
                 append: append.trim().to_owned(),
                 memory_mib: self.memory,
                 vcpus: self.vcpus,
+                grant_fork: self.grant_fork,
             });
         }
         Ok(disk)
@@ -272,7 +273,6 @@ impl Run {
             disks: &self.disks,
             swap: self.swap,
             overcommit: self.overcommit,
-            grant_fork: self.grant_fork,
             image: self.image.as_deref(),
         }
     }

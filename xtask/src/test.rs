@@ -4,6 +4,7 @@
 //! test leaves its console and the hypervisor's log under `target/test-logs`.
 
 mod boot;
+mod clones;
 mod modules;
 mod terminal;
 mod tidy;
@@ -74,6 +75,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     }
     if both || options.boot {
         trials.extend(boot::trials());
+        trials.extend(clones::trials());
     }
     if options.matrix {
         trials.extend(boot::matrix());

@@ -41,6 +41,17 @@ pub mod smccc {
     pub const UID: [u32; 4] = [0x1f63_b08e, 0x4b97_c2d1, 0x7ea5_50a9, 0xd2e4_9c16];
 }
 
+/// Our vendor's services, all of the 64-bit convention. An answer's status is in X0, as [`status`] has it.
+pub mod vendor {
+    /// Who am I: X1 is the guest's number, X2 its place in the fork that made it (0 in one that was not
+    /// forked), X3 how many children that fork made.
+    pub const IDENTITY: u32 = 0xc600_0001;
+    /// Fork me: X1 is how many children. All go on from here: X1 is 0 in the parent and the child's place,
+    /// from 1 on, in a child; X2 how many children there are; X3 the guest's own number. DENIED to a guest
+    /// that was not granted that many, or that forks too often.
+    pub const FORK: u32 = 0xc600_0002;
+}
+
 /// A fast call in nobody's range, answered NOT_SUPPORTED: what measures the way through EL2. The number is
 /// the one that other hypervisors are measured by.
 pub const NULL: u32 = 0x4b00_0000;

@@ -42,6 +42,9 @@ pub const GICR_STRIDE: u64 = 0x0002_0000;
 pub const PL011: Region = Region::new(0x0900_0000, 0x1000);
 /// The clock, a PL031.
 pub const PL031: Region = Region::new(0x0901_0000, 0x1000);
+/// The page with the generation id: 16 bytes that change when the guest has become another. It is memory, and
+/// lies above all devices.
+pub const VMGENID: Region = Region::new(0x3fff_0000, 0x1000);
 /// The first virtio-mmio transport; the next ones are [`VIRTIO_STRIDE`] apart.
 pub const VIRTIO_BASE: u64 = 0x0a00_0000;
 /// Bytes of one virtio-mmio transport.
@@ -94,6 +97,8 @@ pub const INTID_PHYSICAL_TIMER: u32 = 30;
 pub const INTID_PL011: u32 = SPI_BASE + 1;
 /// The clock. SPI 2.
 pub const INTID_PL031: u32 = SPI_BASE + 2;
+/// Says that the generation id has changed; rising edge.
+pub const INTID_VMGENID: u32 = SPI_BASE + 10;
 /// The first virtio-mmio transport; the next ones follow. SPI 16.
 pub const INTID_VIRTIO: u32 = SPI_BASE + 16;
 /// What the PL011's and PL031's fixed clock counts at, in hertz.

@@ -12,7 +12,7 @@
 //!
 //! `version` must be [`VERSION`] when it is there. `images` gives exact lengths; an image that it leaves
 //! out counts as long as its partition. A guest has a `kernel` or a `bios`; `initrd`, `append`,
-//! `memory_mib` (256) and `vcpus` (1) may be left out. Any other key is an error.
+//! `memory_mib` (256), `vcpus` (1) and `grant_fork` (0) may be left out. Any other key is an error.
 
 /// The partition that holds the manifest.
 pub const PARTITION: &str = "manifest";
@@ -30,3 +30,5 @@ pub const APPEND_LIMIT: usize = 2047;
 pub const GUESTS_LIMIT: usize = 64;
 /// RAM of a guest whose entry does not say.
 pub const DEFAULT_MEMORY_MIB: u64 = 256;
+/// Children that a guest can be granted to fork at most.
+pub const FORK_LIMIT: u32 = 1024;

@@ -10,6 +10,7 @@ use crate::mmio::{read32, write8};
 const UARTDR: u64 = PL011.base;
 const UARTFR: u64 = PL011.base + 0x18;
 const TRANSMIT_FULL: u32 = 1 << 5;
+const RECEIVE_EMPTY: u32 = 1 << 4;
 
 /// One line at a time, whichever vCPU prints it.
 static LINE: AtomicBool = AtomicBool::new(false);
@@ -24,6 +25,14 @@ impl Write for Console {
         }
         Ok(())
     }
+}
+
+/// Waits for a typed byte.
+pub fn read() -> u8 {
+    while read32(UARTFR) & RECEIVE_EMPTY != 0 {
+        instruction!("yield");
+    }
+    read32(UARTDR).to_le_bytes()[0]
 }
 
 /// Prints a line. A line that is never finished, because a trap came in its middle, holds up the next one

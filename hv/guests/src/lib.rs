@@ -46,6 +46,8 @@ pub mod bench;
 #[cfg(target_os = "none")]
 pub mod devices;
 #[cfg(target_os = "none")]
+pub mod fork;
+#[cfg(target_os = "none")]
 pub mod fpstate;
 #[cfg(target_os = "none")]
 pub mod gicfuzz;

@@ -20,9 +20,10 @@ use vmobject::map::Share;
 
 use super::console::Log;
 use super::devices::Devices;
+use super::family::Birth;
 use super::trng::Generator;
 use super::vcpu::Vcpu;
-use super::{Guest, GuestId, rank};
+use super::{Guest, GuestId, genid, rank};
 use crate::arch::{gich, timer};
 use crate::loader::fdt::{self, Machine, TreeError};
 use crate::loader::plan::{Blob, Input, Plan, PlanError, Source, plan};
@@ -44,6 +45,8 @@ pub struct Parts {
     pub log: Arc<Log>,
     /// The host's counter when its own was zero.
     pub offset: u64,
+    /// Where it comes from.
+    pub birth: Birth,
 }
 
 /// A partition that guests may be made from.
@@ -183,7 +186,7 @@ fn fill(map: &Arc<Map>, plan: &Plan, held: &mut Held<'_, 0>) -> Result<(), Creat
 }
 
 /// Writes into a guest's memory before it runs; `poll` lets transfers finish meanwhile.
-fn write(
+pub(super) fn write(
     map: &Arc<Map>,
     at: Ipa,
     bytes: &[u8],
@@ -233,6 +236,8 @@ fn prepare(
     }
     let mut random = random(held);
     write(map, plan.tree, &tree(config, &plan, &mut random)?, poll, held)?;
+    genid::install(map, held)?;
+    genid::renew(map, &mut random, poll, held)?;
     let mut vcpus = Vec::new();
     vcpus.try_reserve_exact(config.vcpus).map_err(|_| CreateError::OutOfMemory)?;
     vcpus.extend((0..config.vcpus).map(Vcpu::new));
@@ -246,6 +251,7 @@ fn prepare(
         random,
         log: log.unwrap_or_default(),
         offset: timer::now(),
+        birth: Birth::first(config.grant_fork),
     })
 }
 

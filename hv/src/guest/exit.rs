@@ -77,6 +77,8 @@ pub enum Exit {
     Off,
     /// The guest ends.
     End(Ending),
+    /// The guest wants to be forked into that many children; the answer is still to be given.
+    Fork(u32),
 }
 
 /// Handles a synchronous exception.

@@ -8,7 +8,9 @@ use super::exit::{Ending, Exit, Run};
 use super::psci::{self, Request, code};
 use super::vcpu::Power;
 use super::{rank, smccc};
+use hv_abi::call::vendor;
 use hv_abi::machine::index_of;
+use hv_abi::manifest::FORK_LIMIT;
 use vmobject::lock::Held;
 
 /// Fast calls of the architecture.
@@ -36,7 +38,20 @@ pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
             Exit::Resume
         }
         Some(request) => power(run, request, held),
+        None if number == vendor::FORK => fork(run),
         None => service(run, number, held),
+    }
+}
+
+/// The caller's guest is forked once its registers are in memory.
+#[cold]
+fn fork(run: &mut Run<'_>) -> Exit {
+    match u32::try_from(run.context.regs.x[1]) {
+        Ok(count @ 1..=FORK_LIMIT) => Exit::Fork(count),
+        Ok(_) | Err(_) => {
+            run.context.regs.x[0] = code::INVALID_PARAMETERS;
+            Exit::Resume
+        }
     }
 }
 
@@ -44,7 +59,12 @@ pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
 fn service(run: &mut Run<'_>, number: u32, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
     let argument = run.context.regs.x[1];
     let guest = run.guest;
-    let answer = smccc::call(number, argument, || guest.random.lock(held).0.words());
+    let answer = if number == vendor::IDENTITY {
+        let (id, birth) = (u64::from(guest.id.0), &guest.birth);
+        [code::SUCCESS, id, birth.place.into(), birth.of.into()].map(Some)
+    } else {
+        smccc::call(number, argument, || guest.random.lock(held).0.words())
+    };
     for (register, value) in run.context.regs.x.iter_mut().zip(answer) {
         if let Some(value) = value {
             *register = value;

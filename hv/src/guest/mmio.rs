@@ -7,13 +7,13 @@
 use super::syndrome::Access;
 use crate::arch::context::GuestRegs;
 use crate::vdev::Kicks;
-use hv_abi::machine::{GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, RAM_BASE};
+use hv_abi::machine::{GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, VMGENID};
 use vmobject::addr::Ipa;
 
 /// The lowest address of the device window; below are the flash banks.
 pub const WINDOW_START: u64 = GICD.base;
-/// The first address above the device window: RAM.
-pub const WINDOW_END: u64 = RAM_BASE;
+/// The first address above the device window: the generation id's page, which is memory; then RAM.
+pub const WINDOW_END: u64 = VMGENID.base;
 
 /// A device, and where in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,8 @@ pub mod create;
 pub mod debug;
 pub mod devices;
 pub mod exit;
+pub mod family;
+pub mod genid;
 pub mod hypercall;
 pub mod idregs;
 pub mod inject;
@@ -36,6 +38,7 @@ use crate::loader::GuestConfig;
 use crate::mm::Map;
 use devices::Devices;
 use exit::Ending;
+use family::Birth;
 use idregs::GuestIds;
 use spin::Once;
 use stage2::vmid::Vmid;
@@ -144,6 +147,8 @@ pub struct Guest {
     pub log: Arc<console::Log>,
     /// The host's counter when this guest's counter was zero; moves only while it is kept still.
     offset: AtomicU64,
+    /// Where it comes from.
+    pub birth: Birth,
     /// The vCPU that each CPU ran last.
     pub last_ran: [AtomicUsize; MAX_CPUS],
     life: AtomicU8,
@@ -153,6 +158,14 @@ pub struct Guest {
     /// One CPU keeps its vCPUs still, to copy or to change what they are.
     still: AtomicBool,
     complaints: AtomicU32,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.birth.inside {
+            self.birth.family.dismiss(1);
+        }
+    }
 }
 
 impl Guest {
@@ -168,6 +181,7 @@ impl Guest {
             random: Ranked::new(parts.random),
             log: parts.log,
             offset: AtomicU64::new(parts.offset),
+            birth: parts.birth,
             last_ran: [const { AtomicUsize::new(usize::MAX) }; MAX_CPUS],
             life: AtomicU8::new(Life::Running as u8),
             ending: AtomicU8::new(Ending::Off as u8),

@@ -37,6 +37,8 @@ pub mod code {
     pub const NOT_SUPPORTED: u64 = u64::MAX;
     /// INVALID_PARAMETERS.
     pub const INVALID_PARAMETERS: u64 = -2i64 as u64;
+    /// DENIED.
+    pub const DENIED: u64 = -3i64 as u64;
     /// ALREADY_ON.
     pub const ALREADY_ON: u64 = -4i64 as u64;
     /// ON_PENDING.

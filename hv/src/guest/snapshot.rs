@@ -17,11 +17,13 @@ use core::sync::atomic::Ordering;
 use vmobject::VmError;
 use vmobject::lock::{Held, Ranked};
 
-use super::create::Parts;
+use super::create::{CreateError, Parts};
 use super::devices::Devices;
+use super::exit::Ending;
+use super::family::Birth;
 use super::trng::Generator;
 use super::vcpu::{Context, Power, Vcpu};
-use super::{Guest, GuestId, rank};
+use super::{Guest, GuestId, genid, rank};
 use crate::arch::timer;
 use crate::loader::GuestConfig;
 use crate::mm;
@@ -42,8 +44,15 @@ pub struct Snapshot {
     time: u64,
 }
 
+impl Snapshot {
+    /// How the guest was made.
+    pub const fn config(&self) -> &GuestConfig {
+        &self.config
+    }
+}
+
 /// Why a guest cannot be made what a snapshot is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SnapshotError {
     /// The memory manager refused.
     Vm(VmError),
@@ -53,6 +62,8 @@ pub enum SnapshotError {
     TooMany,
     /// There is one of that name.
     Exists,
+    /// What differs between twins could not be written.
+    Twin(CreateError),
 }
 
 impl fmt::Display for SnapshotError {
@@ -62,6 +73,7 @@ impl fmt::Display for SnapshotError {
             Self::Shape => f.write_str("it has other vCPUs or other RAM than the snapshot"),
             Self::TooMany => write!(f, "there are {MAX_KEPT} snapshots already"),
             Self::Exists => f.write_str("there is a snapshot of that name"),
+            Self::Twin(error) => error.fmt(f),
         }
     }
 }
@@ -69,6 +81,12 @@ impl fmt::Display for SnapshotError {
 impl From<VmError> for SnapshotError {
     fn from(error: VmError) -> Self {
         Self::Vm(error)
+    }
+}
+
+impl From<CreateError> for SnapshotError {
+    fn from(error: CreateError) -> Self {
+        Self::Twin(error)
     }
 }
 
@@ -88,11 +106,13 @@ pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Snapshot, SnapshotE
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
-/// the snapshot's stood.
+/// the snapshot's stood; `poll` lets transfers finish meanwhile.
 pub fn make(
     snapshot: &Snapshot,
     id: GuestId,
     name: String,
+    birth: Birth,
+    poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let mut vcpus = Vec::new();
@@ -102,35 +122,55 @@ pub fn make(
             .zip(&snapshot.vcpus)
             .map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
     );
+    let mut random = snapshot.twin(held);
+    let map = mm::map_of(&snapshot.memory, held)?;
+    if let Err(error) = genid::renew(&map, &mut random, poll, held) {
+        mm::vm().destroy_map(map, held);
+        return Err(error.into());
+    }
+    let mut devices = snapshot.devices.clone();
+    genid::announce(&mut devices);
     let parts = Parts {
         vcpus: vcpus.into_boxed_slice(),
-        devices: snapshot.devices.clone(),
-        random: snapshot.twin(held),
+        devices,
+        random,
         log: Arc::default(),
         offset: timer::now().wrapping_sub(snapshot.time),
+        birth,
     };
     let config = GuestConfig { name, ..snapshot.config.clone() };
-    let map = mm::map_of(&snapshot.memory, held)?;
     Ok(Arc::new(Guest::new(id, config, map, parts)))
 }
 
 /// Makes a guest again what the snapshot is: all that it did since is gone. None of its vCPUs runs or has
-/// registers in a CPU.
-pub fn restore(guest: &Guest, snapshot: &Snapshot, held: &mut Held<'_, 0>) -> Result<(), SnapshotError> {
+/// registers in a CPU. When the generation id cannot be written the guest must not go on.
+pub fn restore(
+    guest: &Guest,
+    snapshot: &Snapshot,
+    poll: &dyn Fn(&mut Held<'_, 0>),
+    held: &mut Held<'_, 0>,
+) -> Result<(), SnapshotError> {
     debug_assert!(guest.is_quiet());
     let config = &snapshot.config;
     if guest.vcpus.len() != snapshot.vcpus.len() || guest.config.memory != config.memory {
         return Err(SnapshotError::Shape);
     }
+    let mut random = snapshot.twin(held);
+    let mut devices = snapshot.devices.clone();
+    genid::announce(&mut devices);
     mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
     for (vcpu, (context, power)) in guest.vcpus.iter().zip(&snapshot.vcpus) {
         *vcpu.context.lock(held).0 = context.clone();
         *vcpu.power.lock(held).0 = *power;
     }
-    *guest.devices.lock(held).0 = snapshot.devices.clone();
-    let twin = snapshot.twin(held);
-    *guest.random.lock(held).0 = twin;
+    *guest.devices.lock(held).0 = devices;
     guest.offset.store(timer::now().wrapping_sub(snapshot.time), Ordering::SeqCst);
+    let renewed = genid::renew(&guest.map, &mut random, poll, held);
+    *guest.random.lock(held).0 = random;
+    if let Err(error) = renewed {
+        guest.end(Ending::Lost);
+        return Err(error.into());
+    }
     Ok(())
 }
 

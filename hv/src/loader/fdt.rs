@@ -13,8 +13,8 @@ use hv_abi::call::psci;
 use hv_abi::machine::{
     APB_CLOCK, FLASH0, FLASH1, GICD, GICR_BASE, GICR_STRIDE, INTID_HYP_TIMER, INTID_MAINTENANCE,
     INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, INTID_SECURE_TIMER, INTID_VIRTIO, INTID_VIRTUAL_TIMER,
-    MAX_VCPUS, PL011, PL031, PPI_BASE, RAM_BASE, SPI_BASE, VIRTIO_BASE, VIRTIO_SLOTS, VIRTIO_STRIDE,
-    affinity,
+    INTID_VMGENID, MAX_VCPUS, PL011, PL031, PPI_BASE, RAM_BASE, SPI_BASE, VIRTIO_BASE, VIRTIO_SLOTS,
+    VIRTIO_STRIDE, VMGENID, affinity,
 };
 
 /// Bytes that a tree has at most; `plan` keeps that much room.
@@ -97,6 +97,7 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, TreeError> {
     intc(&mut tree, machine.vcpus);
     pl011(&mut tree);
     pl031(&mut tree);
+    vmgenid(&mut tree);
     for slot in 0..machine.virtio {
         virtio(&mut tree, slot);
     }
@@ -209,6 +210,14 @@ fn pl031(tree: &mut Writer) {
     tree.cells("interrupts", &[SPI, INTID_PL031 - SPI_BASE, HIGH]);
     tree.cells("clocks", &[PHANDLE_CLOCK]);
     tree.string("clock-names", "apb_pclk");
+    tree.end();
+}
+
+fn vmgenid(tree: &mut Writer) {
+    tree.begin_at("rng", VMGENID.base);
+    tree.string("compatible", "microsoft,vmgenid");
+    tree.wide("reg", &[VMGENID.base, VMGENID.size]);
+    tree.cells("interrupts", &[SPI, INTID_VMGENID - SPI_BASE, RISING]);
     tree.end();
 }
 
@@ -438,6 +447,7 @@ mod tests {
         for (path, interrupt) in [("/pl011@9000000", 1), ("/pl031@9010000", 2)] {
             assert_eq!(words(&fdt.find_node(path).unwrap(), "interrupts"), [0, interrupt, 4]);
         }
+        assert_eq!(words(&fdt.find_node("/rng@3fff0000").unwrap(), "interrupts"), [0, 10, 1]);
         let parent = words(&fdt.find_node("/").unwrap(), "interrupt-parent");
         assert_eq!(parent, words(&intc, "phandle"));
     }

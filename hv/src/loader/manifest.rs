@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
-use hv_abi::manifest::{APPEND_LIMIT, DEFAULT_MEMORY_MIB, GUESTS_LIMIT, NAME_LIMIT, VERSION};
+use hv_abi::manifest::{APPEND_LIMIT, DEFAULT_MEMORY_MIB, FORK_LIMIT, GUESTS_LIMIT, NAME_LIMIT, VERSION};
 use serde_json::{Map, Value};
 
 /// All that the manifest says.
@@ -48,6 +48,8 @@ pub struct GuestConfig {
     pub memory: u64,
     /// vCPUs.
     pub vcpus: usize,
+    /// How many children, forked by itself or them, may live at once; 0 is none.
+    pub grant_fork: u32,
 }
 
 /// What a guest runs, by the names of partitions.
@@ -171,6 +173,7 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
     let append = object.text("append", APPEND_LIMIT)?.unwrap_or_default();
     let mib = object.number("memory_mib", RAM_LEAST / MIB, RAM_LIMIT / MIB)?;
     let vcpus = object.number("vcpus", 1, MAX_VCPUS as u64)?.unwrap_or(1);
+    let grant_fork = object.number("grant_fork", 0, u64::from(FORK_LIMIT))?.unwrap_or(0);
     object.nothing_else()?;
     Ok(GuestConfig {
         name,
@@ -179,6 +182,8 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
         memory: mib.unwrap_or(DEFAULT_MEMORY_MIB) * MIB,
         // At most MAX_VCPUS, which is a usize.
         vcpus: usize::try_from(vcpus).unwrap_or(MAX_VCPUS),
+        // At most FORK_LIMIT, which is a u32.
+        grant_fork: u32::try_from(grant_fork).unwrap_or(0),
     })
 }
 

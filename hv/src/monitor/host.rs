@@ -17,12 +17,14 @@ use super::cmd::Host;
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::guest::exit::Ending;
+use crate::guest::family::Birth;
 use crate::guest::snapshot::{self, SnapshotError};
 use crate::guest::vcpu::{Trace, Vcpu};
 use crate::guest::{Guest, GuestId, Life, console, create, table};
 use crate::loader::manifest::parse_guest;
 use crate::loader::{Boot, GuestConfig};
 use crate::mm;
+use crate::sched::fork::{Begin, fork};
 use crate::sched::load::Cpu;
 use crate::sched::{self, Outside};
 
@@ -74,19 +76,10 @@ impl<'a, 'h> Guests<'a, 'h> {
         }
     }
 
-    /// Lets a new guest run, or begin paused.
-    fn launch(&mut self, guest: Arc<Guest>, paused: bool) -> Result<u32, String> {
+    /// Lets a new guest run.
+    fn launch(&mut self, guest: Arc<Guest>) -> Result<u32, String> {
         let id = guest.id.0;
-        if paused {
-            guest.move_life(Life::Running, Life::Paused);
-        }
         if sched::launch(guest, self.held) { Ok(id) } else { Err("there are too many guests".into()) }
-    }
-
-    /// A name that no guest has: that of `of` with the number behind it.
-    fn name_for(&mut self, of: &str, id: GuestId) -> String {
-        let stem = of.rsplit_once('.').map_or(of, |(stem, _)| stem);
-        format!("{stem}.{id}")
     }
 
     fn guest(&mut self, id: u32) -> Result<Arc<Guest>, String> {
@@ -117,8 +110,10 @@ impl Guests<'_, '_> {
         if table::find(&name, self.held).is_some() {
             return Err(format!("there is a guest '{name}' already"));
         }
-        let guest = snapshot::make(&moment, id, name, self.held).map_err(|error| error.to_string())?;
-        self.launch(guest, false)
+        let (outside, birth) = (self.outside, Birth::first(moment.config().grant_fork));
+        let guest = snapshot::make(&moment, id, name, birth, &|held| outside.poll(held), self.held)
+            .map_err(|error| error.to_string())?;
+        self.launch(guest)
     }
 }
 
@@ -170,36 +165,16 @@ impl Host for Guests<'_, '_> {
         let outside = self.outside;
         let guest = create::create(id, config, None, &|held| outside.poll(held), self.held)
             .map_err(|error| error.to_string())?;
-        self.launch(guest, false)
+        self.launch(guest)
     }
 
     fn clone(&mut self, id: u32, count: u32, paused: bool) -> Result<Vec<u32>, String> {
         let source = self.guest(id)?;
-        let room = table::MAX_GUESTS - table::all(self.held).len();
-        if count as usize > room {
-            return Err(format!("there is room for {room} more guests"));
-        }
-        // One pause, however many children: they are made from what was then.
-        let moment = self.still(&source, snapshot::take)?;
-        let mut children = Vec::new();
-        let mut refused = None;
-        for _ in 0..count {
-            let id = table::next_id();
-            let name = self.name_for(source.name(), id);
-            let made = snapshot::make(&moment, id, name, self.held).map_err(|error| error.to_string());
-            match made.and_then(|guest| self.launch(guest, paused)) {
-                Ok(id) => children.push(id),
-                Err(error) => {
-                    refused = Some(error);
-                    break;
-                }
-            }
-        }
-        snapshot::delete(moment, self.held);
-        match refused {
-            Some(error) => Err(format!("made {} of {count} ({children:?}), then: {error}", children.len())),
-            None => Ok(children),
-        }
+        let begin = if paused { Begin::Paused } else { Begin::Running };
+        let children = fork(&source, count, begin, self.cpu, self.outside, self.held);
+        children
+            .map(|ids| ids.iter().map(|id| id.0).collect())
+            .map_err(|error| format!("guest {id}: {error}"))
     }
 
     fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
@@ -230,7 +205,10 @@ impl Host for Guests<'_, '_> {
                 .ok_or_else(|| format!("guest {id} came from no snapshot that is kept; name one"))?,
         };
         let moment = snapshot::find(&name, guest.id, self.held).ok_or_else(|| unknown(&name))?;
-        self.still(&guest, |guest, held| snapshot::restore(guest, &moment, held))?;
+        let outside = self.outside;
+        self.still(&guest, |guest, held| {
+            snapshot::restore(guest, &moment, &|held| outside.poll(held), held)
+        })?;
         sched::start_all(&guest, self.held);
         Ok(name)
     }
@@ -396,6 +374,11 @@ fn configure(
                 let number: u64 = value.parse().map_err(|_| format!("vcpus: '{value}' is not a number"))?;
                 fields["vcpus"] = json!(number);
             }
+            "grant-fork" => {
+                let number: u32 =
+                    value.parse().map_err(|_| format!("grant-fork: '{value}' is not a number"))?;
+                fields["grant_fork"] = json!(number);
+            }
             other => return Err(format!("create knows no '{other}'; 'help create' lists what it knows")),
         }
     }
@@ -416,6 +399,9 @@ fn configure(
         }
         if given("memory").is_none() {
             fields["memory_mib"] = json!(model.memory >> 20);
+        }
+        if given("grant-fork").is_none() {
+            fields["grant_fork"] = json!(model.grant_fork);
         }
         if given("vcpus").is_none() {
             fields["vcpus"] = json!(model.vcpus);
@@ -449,6 +435,7 @@ mod tests {
             append: "console=ttyAMA0 guest.name=guest quiet".into(),
             memory: 256 << 20,
             vcpus: 2,
+            grant_fork: 0,
         }
     }
 

@@ -28,7 +28,7 @@ pub const COMMANDS: &[Help] = &[
     help("clone", "G [-n N] [--paused]", "fork the running guest G into N live children"),
     help(
         "create",
-        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR] [--from SNAPSHOT]",
+        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR] [grant-fork=N] [--from SNAPSHOT]",
         "create and start a guest from the images on the disk, or from a snapshot",
     ),
     help("delete", "SNAPSHOT", "forget a snapshot; guests that were made from it go on"),

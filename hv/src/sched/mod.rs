@@ -8,6 +8,7 @@
 //! then looks for a note.
 
 mod daemon;
+pub mod fork;
 mod idle;
 pub mod load;
 pub mod quiet;
@@ -68,13 +69,14 @@ pub fn main_loop(outside: &dyn Outside) -> ! {
 /// One turn of the main loop: a chore, a slice or a sleep.
 pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     quiet::stand_by(held);
-    outside.look_around(cpu, held);
     if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() != Life::Running) {
         cpu.unload(outside, held);
     }
     if CHORES.swap(false, Ordering::SeqCst) {
         daemon::work(outside, held);
     }
+    // After the chores: what it asks for is for the next round.
+    outside.look_around(cpu, held);
     while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
         wake(&vcpu, held);
     }

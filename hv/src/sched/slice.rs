@@ -103,6 +103,8 @@ enum Leaves {
     Off,
     /// Its guest ends.
     End(Ending),
+    /// Its guest forks itself into that many children.
+    Fork(u32),
 }
 
 fn go(
@@ -182,6 +184,7 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
         Exit::Resume => None,
         Exit::Off => Some(Leaves::Off),
         Exit::End(ending) => Some(Leaves::End(ending)),
+        Exit::Fork(count) => Some(Leaves::Fork(count)),
         Exit::Idle => idle(cpu, entry, held),
         Exit::Wait(waiting) => {
             let vcpu = entry.vcpu();
@@ -256,6 +259,12 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
             if Cpu::is_starting(vcpu, held) {
                 start(entry, held);
             }
+        }
+        Leaves::Fork(count) => {
+            // Ready, and in no queue: nobody but us touches it.
+            vcpu.set_state(State::Ready);
+            super::fork::by_itself(cpu, entry, count, outside, held);
+            enqueue(entry, held);
         }
         Leaves::End(ending) => {
             entry.guest.end(ending);

@@ -11,16 +11,16 @@ use std::fs;
 use std::path::PathBuf;
 
 /// `run` with these words; the machine's files and logs are kept under the test's name.
-fn start(name: &str, words: &[&str]) -> Result<Session> {
+pub(super) fn start(name: &str, words: &[&str]) -> Result<Session> {
     Run::from_words(words)?.session(&logs(name), false)
 }
 
-fn logs(name: &str) -> PathBuf {
+pub(super) fn logs(name: &str) -> PathBuf {
     crate::root().join("target/test-logs").join(name.replace("::", "-"))
 }
 
 /// A boot test: its logs go when it passes.
-fn boot(name: impl Into<String>, test: impl FnOnce(&str) -> Result<()> + Send + 'static) -> Trial {
+pub(super) fn boot(name: impl Into<String>, test: impl FnOnce(&str) -> Result<()> + Send + 'static) -> Trial {
     let name = name.into();
     trial(format!("boot::{name}"), move || {
         let name = name.as_str();

@@ -1,0 +1,137 @@
+//! Forks itself, and looks at every relative's memory: each sees what was written before the fork, and nobody sees what
+//! another wrote after it.
+//!
+//! Parent, two children and a grandchild. Each has a pattern in every page, a word that lives in RAM only, a place in
+//! the family, random bytes and a generation id of its own, and ends when a byte is typed to it.
+//! Options: `pages=512`, and `granted`, without which a fork must be refused.
+
+use hv_abi::call::{status, vendor};
+use hv_abi::machine::{RAM_BASE, VMGENID};
+
+use crate::memory::{peek, poke};
+use crate::power::hvc;
+use crate::runtime::Machine;
+use crate::{console, mmu, timer};
+
+const PAGE: u64 = 4096;
+/// Where the pages are: above the image.
+const START: u64 = RAM_BASE + 0x20_0000;
+/// SMCCC's TRNG_RND, 64-bit.
+const TRNG_RND: u64 = 0xc400_0053;
+
+/// What an answer says of a relative.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    place: u64,
+    of: u64,
+}
+
+/// Writes, forks, looks.
+pub fn run(machine: &Machine) {
+    mmu::enable();
+    let pages = machine.option("pages", 512);
+    assert_eq!(identity(), (0, 0), "nobody forked this guest");
+    assert_eq!(ask(0), Err(status::INVALID_PARAMETERS), "no children");
+    assert_eq!(ask(1 << 40), Err(status::INVALID_PARAMETERS), "more children than a number holds");
+    if !machine.flag("granted") {
+        assert_eq!(ask(1), Err(status::DENIED), "a fork that was not granted");
+        return;
+    }
+    assert_eq!(ask(1000), Err(status::DENIED), "more children than were granted");
+    let mut story = [0; 4];
+    write(pages, 0, &mut story, 0);
+    let id = generation();
+    let me = fork(2);
+    assert!(me.place == 0 || id != generation(), "a child has the parent's generation id");
+    check(pages, &story);
+    write(pages, 1 + me.place, &mut story, 1);
+    check(pages, &story);
+    // A page that nobody but one relative writes: the others must not see it.
+    let depth = if me.place == 1 {
+        let id = generation();
+        let grandchild = fork(1);
+        check(pages, &story);
+        write(pages, 10 + grandchild.place, &mut story, 2);
+        assert!(grandchild.place == 0 || id != generation(), "a grandchild has the child's generation id");
+        grandchild.place
+    } else {
+        0
+    };
+    check(pages, &story);
+    println!("fork: place {} depth {depth} of {} random {:#x} ready", me.place, me.of, random());
+    console::read();
+    check(pages, &story);
+}
+
+/// Fills every third page, beginning at `round`, and remembers what with.
+fn write(pages: u64, value: u64, story: &mut [u64; 4], round: usize) {
+    story[round] = value + 1;
+    let step = if round == 0 { 1 } else { 3 };
+    for page in (round as u64..pages).step_by(step) {
+        poke(START + page * PAGE, pattern(page, value, round));
+        poke(START + page * PAGE + PAGE - 8, !pattern(page, value, round));
+    }
+}
+
+/// Every page must hold what the last round that wrote it left there.
+fn check(pages: u64, story: &[u64; 4]) {
+    for page in 0..pages {
+        let wrote = |round: usize| {
+            story[round] != 0
+                && (round == 0 || (page >= round as u64 && (page - round as u64).is_multiple_of(3)))
+        };
+        let round = (0..story.len()).rev().find(|&round| wrote(round)).unwrap_or(0);
+        let expected = pattern(page, story[round] - 1, round);
+        assert_eq!(peek(START + page * PAGE), expected, "the start of page {page}");
+        assert_eq!(peek(START + page * PAGE + PAGE - 8), !expected, "the end of page {page}");
+        assert_eq!(peek(START + page * PAGE + PAGE / 2), 0, "the middle of page {page}");
+    }
+}
+
+fn pattern(page: u64, value: u64, round: usize) -> u64 {
+    (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ value << 8 ^ round as u64
+}
+
+fn ask(count: u64) -> Result<Place, i64> {
+    let [answer, place, of, _] = hvc(vendor::FORK.into(), [count, 0, 0]);
+    match answer.cast_signed() {
+        status::SUCCESS => Ok(Place { place, of }),
+        error => Err(error),
+    }
+}
+
+/// Forks; a family may not do so too often, so it asks until it may.
+fn fork(count: u64) -> Place {
+    loop {
+        match ask(count) {
+            Ok(place) => {
+                assert_eq!(place.of, count, "as many as were asked for");
+                assert!(
+                    place.place == 0 || identity() == (place.place, place.of),
+                    "the call and the guest differ"
+                );
+                return place;
+            }
+            Err(status::DENIED) => {
+                timer::wait_until(1, || false);
+            }
+            Err(error) => panic!("the fork answers {error}"),
+        }
+    }
+}
+
+fn identity() -> (u64, u64) {
+    let [answer, id, place, of] = hvc(vendor::IDENTITY.into(), [0; 3]);
+    assert_eq!((answer.cast_signed(), id == 0), (status::SUCCESS, false));
+    (place, of)
+}
+
+fn generation() -> [u64; 2] {
+    [peek(VMGENID.base), peek(VMGENID.base + 8)]
+}
+
+fn random() -> u64 {
+    let [answer, _, _, word] = hvc(TRNG_RND, [64, 0, 0]);
+    assert_eq!(answer, 0, "TRNG_RND");
+    word
+}

@@ -1,0 +1,167 @@
+//! Forking a running guest into live children.
+//!
+//! The source is kept still for as long as its snapshot takes, which does not grow with its memory; the children are made
+//! afterwards, from the snapshot, so that many cost one pause. All are made before any runs: a refusal leaves none
+//! behind. A person forks through the monitor; a guest that was granted it, by an HVC.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+
+use crate::arch::timer;
+use crate::guest::psci::code;
+use crate::guest::snapshot::{self, Snapshot, SnapshotError};
+use crate::guest::vcpu::VcpuRef;
+use crate::guest::{Guest, GuestId, Life, create, table};
+use vmobject::lock::Held;
+
+use super::load::Cpu;
+use super::still::{Restless, while_still};
+use super::{Outside, launch};
+
+/// A family forks from inside at most once in so many microseconds (invariant I16).
+const INTERVAL_US: u64 = 100;
+
+/// Why there are no children.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ForkError {
+    /// The source does not stand still.
+    Restless(Restless),
+    /// Its state could not be kept, or a child not made of it.
+    Snapshot(SnapshotError),
+    /// There is room for only so many guests more.
+    Room(usize),
+}
+
+impl fmt::Display for ForkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Restless(error) => error.fmt(f),
+            Self::Snapshot(error) => error.fmt(f),
+            Self::Room(room) => write!(f, "there is room for {room} more guests"),
+        }
+    }
+}
+
+impl From<Restless> for ForkError {
+    fn from(error: Restless) -> Self {
+        Self::Restless(error)
+    }
+}
+
+impl From<SnapshotError> for ForkError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(error)
+    }
+}
+
+/// How children begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// They run.
+    Running,
+    /// They are paused.
+    Paused,
+    /// They run, and the HVC that forked them returns in this vCPU.
+    Returning(usize),
+}
+
+/// Forks a guest into `count` children; all or none. Their numbers.
+pub fn fork(
+    source: &Arc<Guest>,
+    count: u32,
+    begin: Begin,
+    cpu: &mut Cpu,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+) -> Result<Vec<GuestId>, ForkError> {
+    let room = table::MAX_GUESTS.saturating_sub(table::all(held).len());
+    if usize::try_from(count).is_ok_and(|count| count > room) {
+        return Err(ForkError::Room(room));
+    }
+    let moment = while_still(source, cpu, outside, held, |held| snapshot::take(source, held))??;
+    let mut children = Vec::new();
+    let mut result = Ok(());
+    for place in 1..=count {
+        match child(source, &moment, (place, count), begin, outside, held) {
+            Ok(guest) => children.push(guest),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+    }
+    snapshot::delete(moment, held);
+    if let Err(error) = result {
+        children.into_iter().for_each(|guest| create::destroy(guest, held));
+        return Err(error.into());
+    }
+    let mut ids = Vec::new();
+    for guest in children {
+        let id = guest.id;
+        if launch(guest, held) {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+fn child(
+    source: &Guest,
+    moment: &Snapshot,
+    (place, of): (u32, u32),
+    begin: Begin,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+) -> Result<Arc<Guest>, SnapshotError> {
+    let id = table::next_id();
+    let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(_)));
+    let name = name_for(source.name(), id);
+    let guest = snapshot::make(moment, id, name, birth, &|held| outside.poll(held), held)?;
+    match begin {
+        Begin::Running => {}
+        Begin::Paused => {
+            guest.move_life(Life::Running, Life::Paused);
+        }
+        Begin::Returning(vcpu) => answer(&guest, vcpu, (place, of), held),
+    }
+    Ok(guest)
+}
+
+/// A name that no guest has: the source's, with the number behind it.
+fn name_for(source: &str, id: GuestId) -> String {
+    let stem = source.rsplit_once('.').map_or(source, |(stem, _)| stem);
+    format!("{stem}.{id}")
+}
+
+/// What the call that forks answers, in a vCPU whose registers are in memory.
+fn answer(guest: &Guest, vcpu: usize, (place, of): (u32, u32), held: &mut Held<'_, 0>) {
+    let Some(vcpu) = guest.vcpus.get(vcpu) else { return };
+    let (mut context, _held) = vcpu.context.lock(held);
+    let answer = [code::SUCCESS, place.into(), of.into(), guest.id.0.into()];
+    context.regs.x[..answer.len()].copy_from_slice(&answer);
+}
+
+/// Carries out a guest's wish to be forked. Its vCPU is on no CPU's queue, and its registers are here.
+pub(super) fn by_itself(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    count: u32,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+) {
+    let (guest, index) = (&entry.guest, entry.vcpu().index);
+    let interval = timer::freq().saturating_mul(INTERVAL_US) / 1_000_000;
+    let family = &guest.birth.family;
+    let admitted = family.admit(count, interval, timer::now());
+    let forked = admitted && fork(guest, count, Begin::Returning(index), cpu, outside, held).is_ok();
+    // A vCPU that has been forked is unloaded; one that was refused may not be.
+    cpu.unload(outside, held);
+    if forked {
+        answer(guest, index, (0, count), held);
+    } else {
+        entry.vcpu().context.lock(held).0.regs.x[0] = code::DENIED;
+    }
+}

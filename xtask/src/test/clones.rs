@@ -1,0 +1,218 @@
+//! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
+
+use super::boot::{boot, logs, start};
+use crate::build;
+use crate::session::Session;
+use crate::toolchain::Toolchain;
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+
+pub(super) fn trials() -> Vec<Trial> {
+    let models = ["cortex-a53", "neoverse-n1", "max"];
+    let each = |cpu: &'static str| {
+        let name = format!("relatives_of_a_fork_see_what_they_should_on_{}", cpu.replace('-', "_"));
+        boot(name, move |name| relatives(name, cpu))
+    };
+    let mut trials: Vec<Trial> = models.into_iter().map(each).collect();
+    trials.push(boot("a_guest_forks_itself_only_if_granted", not_granted));
+    trials.push(boot("clones_of_a_running_linux_go_on_alone_and_come_back", linux_clones));
+    trials.push(boot("a_reset_clone_is_what_its_snapshot_was", linux_reset));
+    trials
+}
+
+/// A machine and the monitor's other end.
+struct Machine {
+    session: Session,
+    socket: PathBuf,
+}
+
+impl Machine {
+    fn start(name: &str, words: &[&str]) -> Result<Self> {
+        fs::create_dir_all(logs(name))?;
+        // The kernel takes short names for sockets only.
+        let socket = std::env::temp_dir().join(format!("hv-{}-{:x}", std::process::id(), hash(name)));
+        let path = socket.display().to_string();
+        let mut all = vec!["--socket", path.as_str()];
+        all.extend_from_slice(words);
+        Ok(Self { session: start(name, &all)?, socket })
+    }
+
+    /// The monitor's answer; a refusal is an error.
+    fn ask(&self, command: &str) -> Result<Value> {
+        let reply = crate::ctl::ask(&self.socket, command)?;
+        ensure!(reply["ok"] == true, "'{command}' was refused: {}", reply["reply"]);
+        Ok(reply["reply"].clone())
+    }
+
+    /// Types a line into a guest and waits until it has answered.
+    fn talk(&self, guest: u64, line: &str, answer: &str) -> Result<()> {
+        self.ask(&format!("send {guest} \"{line}\""))?;
+        self.ask(&format!("wait {guest} \"{answer}\"")).map(|_| ())
+    }
+
+    fn children(&self, command: &str) -> Result<Vec<u64>> {
+        let reply = self.ask(command)?;
+        let ids = reply["children"].as_array().context("no children")?;
+        ids.iter().map(|id| id.as_u64().context("not a number")).collect()
+    }
+
+    fn resident(&self) -> Result<u64> {
+        self.ask("memory")?["owners"]["guests_resident"].as_u64().context("guests_resident")
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // QEMU made it.
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// FNV-1a, for a short name.
+fn hash(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+fn tiny(name: &str) -> Result<String> {
+    let image = build::guest(&Toolchain::provide()?, "fork")?;
+    let file = logs(name).join("guest.bin");
+    fs::create_dir_all(logs(name))?;
+    fs::write(&file, image)?;
+    Ok(file.display().to_string())
+}
+
+/// Parent, two children and a grandchild: each looks at every page after all have written. Contents at both ends of the
+/// CPU range, with hardware dirty state and without.
+fn relatives(name: &str, cpu: &str) -> Result<()> {
+    let file = tiny(name)?;
+    let words =
+        ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--append", "granted"];
+    let mut machine = Machine::start(name, &[&words[..], &["--kernel", &file]].concat())?;
+    machine.session.wait("fork: place 0")?;
+    let mut seen = BTreeSet::new();
+    let guests = loop {
+        let guests = machine.ask("guests")?;
+        let guests: Vec<u64> =
+            guests.as_array().into_iter().flatten().filter_map(|guest| guest["id"].as_u64()).collect();
+        if guests.len() == 4 {
+            break guests;
+        }
+        ensure!(guests.len() < 4, "more relatives than were forked: {guests:?}");
+    };
+    for guest in &guests {
+        machine.ask(&format!("wait {guest} \"ready\""))?;
+        let log = machine.ask(&format!("log {guest}"))?;
+        let line = log["log"].as_str().unwrap_or_default();
+        let line = line.lines().rfind(|line| line.contains("ready")).context("no story")?.to_owned();
+        ensure!(seen.insert(line.clone()), "two relatives tell the same: {line}");
+    }
+    let places: BTreeSet<&str> =
+        seen.iter().filter_map(|line| line.split(" of ").next()?.split("place ").nth(1)).collect();
+    ensure!(places == BTreeSet::from(["0 depth 0", "1 depth 0", "1 depth 1", "2 depth 0"]), "{places:?}");
+    machine.ask("check")?;
+    for guest in guests.iter().rev() {
+        machine.ask(&format!("send {guest} x"))?;
+        machine.ask(&format!("wait {guest} gone")).or_else(|error| {
+            // It may have gone before we asked; the last takes the machine along.
+            if *guest == guests[0] { Ok(Value::Null) } else { gone(&error) }
+        })?;
+    }
+    machine.session.finish()?;
+    ensure!(machine.session.text().contains("guest fork: ok"), "the parent did not end well");
+    Ok(())
+}
+
+fn gone(error: &anyhow::Error) -> Result<Value> {
+    if format!("{error:#}").contains("there is no guest") { Ok(Value::Null) } else { bail!("{error:#}") }
+}
+
+fn not_granted(name: &str) -> Result<()> {
+    let file = tiny(name)?;
+    let mut session = start(name, &["--batch", "--timeout", "120", "--kernel", &file])?;
+    session.finish()?;
+    ensure!(session.text().contains("guest fork: ok"), "a fork that was not granted was not refused");
+    Ok(())
+}
+
+/// Forks a Linux guest that has something in memory into four, changes each, kills them in another order, and looks
+/// for what is left.
+fn linux_clones(name: &str) -> Result<()> {
+    let words = ["--timeout", "600", "--vcpus", "2", "--host-memory", "1G"];
+    let mut machine = Machine::start(name, &words)?;
+    machine.session.wait("guest ready")?;
+    machine.talk(
+        1,
+        "X=parent; head -c 4000000 /dev/urandom > /data; md5sum /data > /sum; echo go-$((1+1))",
+        "go-2",
+    )?;
+    let before = machine.resident()?;
+    let children = machine.children("clone 1 -n 4")?;
+    ensure!(children.len() == 4, "{children:?}");
+    machine.ask("check")?;
+    let mut random = BTreeSet::new();
+    for child in &children {
+        machine.talk(*child, "echo $X-$((20+1)); md5sum -c /sum", "/data: OK")?;
+        machine.talk(
+            *child,
+            &format!("X=child{child}; echo $X > /mine; dd if=/dev/zero of=/data bs=1k count=99 conv=notrunc"),
+            "99+0 records out",
+        )?;
+        machine.talk(*child, "echo r-$((3+4)) $(head -c 8 /dev/urandom | od -An -tx1)", "r-7")?;
+        machine.talk(*child, "echo e-$((3+5))", "e-8")?;
+        let log = machine.ask(&format!("log {child}"))?;
+        let line = log["log"].as_str().and_then(|log| log.lines().rfind(|line| line.starts_with("r-7")));
+        random.insert(line.context("no random bytes")?.to_owned());
+    }
+    ensure!(random.len() == children.len(), "clones drew the same random bytes: {random:?}");
+    machine.talk(1, "echo $X-$((20+2)); md5sum -c /sum", "/data: OK")?;
+    for child in &children {
+        machine.talk(*child, "echo I-am-$(cat /mine)-$((5+5))", &format!("I-am-child{child}-10"))?;
+    }
+    machine.ask("check")?;
+    for place in [2, 0, 3, 1] {
+        machine.ask(&format!("kill {}", children[place]))?;
+        machine.ask("check")?;
+        machine.talk(1, "md5sum -c /sum", "/data: OK")?;
+    }
+    let after = machine.resident()?;
+    // The parent went on meanwhile; four children with 256 MiB each did not stay.
+    ensure!(after < before + 2048, "{before} pages before, {after} after all clones are dead");
+    machine.ask("shutdown")?;
+    machine.session.finish()
+}
+
+/// A clone made from a snapshot is changed and reset; the snapshot outlives its source.
+fn linux_reset(name: &str) -> Result<()> {
+    let mut machine = Machine::start(name, &["--timeout", "600", "--cpu", "cortex-a53"])?;
+    machine.session.wait("guest ready")?;
+    machine.talk(1, "X=golden; echo go-$((1+1))", "go-2")?;
+    machine.ask("snapshot 1 golden")?;
+    let child = machine.ask("create --from golden")?["created"].as_u64().context("no child")?;
+    machine.ask("kill 1")?;
+    for round in 0..3 {
+        machine.talk(child, &format!("echo $X-$((30+{round}))"), &format!("golden-{}", 30 + round))?;
+        machine.talk(
+            child,
+            "X=spoilt; dd if=/dev/urandom of=/junk bs=1k count=500; echo $X-$((40+1))",
+            "spoilt-41",
+        )?;
+        machine.ask(&format!("reset {child}"))?;
+        machine.talk(child, "ls /junk; echo $X-$((50+1))", "golden-51")?;
+        let log = machine.ask(&format!("log {child}"))?;
+        let last =
+            log["log"].as_str().unwrap_or_default().rsplit("ls /junk").next().unwrap_or_default().to_owned();
+        ensure!(last.contains("No such file"), "a file outlived the reset: {last}");
+        machine.ask("check")?;
+    }
+    let refused = crate::ctl::ask(&machine.socket, &format!("reset {child} iron"))?;
+    ensure!(refused["ok"] == false, "reset to a snapshot that is not there");
+    machine.ask("delete golden")?;
+    machine.talk(child, "echo $X-$((60+1))", "golden-61")?;
+    machine.ask("check")?;
+    machine.ask("shutdown")?;
+    machine.session.finish()
+}
