@@ -39,9 +39,14 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
+    /// True when there is an image of that name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.images.iter().any(|(have, _)| have == name)
+    }
+
     /// Adds an image; its partition's name comes back. The same name is added once.
     pub(crate) fn add(&mut self, name: &str, bytes: Vec<u8>) -> String {
-        if !self.images.iter().any(|(have, _)| have == name) {
+        if !self.has(name) {
             self.images.push((name.to_owned(), bytes));
         }
         name.to_owned()

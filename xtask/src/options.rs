@@ -4,6 +4,7 @@
 //! refused by name, never dropped.
 
 use anyhow::{Result, bail};
+use hv_abi::manifest::{NAME_LIMIT, PARTITION, SWAP_PARTITION};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -34,6 +35,15 @@ pub(crate) fn file(text: &str) -> Result<PathBuf, String> {
         Ok(_) => Ok(path),
         Err(why) => Err(why.to_string()),
     }
+}
+
+/// `NAME=FILE`, a partition's name and a file that is there.
+pub(crate) fn named_image(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("another image is written NAME=FILE")?;
+    if name.is_empty() || name.len() > NAME_LIMIT || [PARTITION, SWAP_PARTITION].contains(&name) {
+        return Err(format!("no image can be called '{name}'"));
+    }
+    Ok((name.to_owned(), file(path)?))
 }
 
 /// A place for a socket: the kernel takes names of 107 bytes.
@@ -199,6 +209,18 @@ mod tests {
         assert_eq!(disk(&format!("{file},private")).map(|d| d.to_string()), Ok(format!("{file},private")));
         assert!(disk(&format!("{file},rw")).is_err_and(|why| why.contains("'rw' after the comma")));
         assert!(disk("/nowhere,ro").is_err());
+    }
+
+    #[test]
+    fn another_image_is_a_name_that_a_partition_can_have_and_a_file_that_is_there() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert_eq!(named_image(&format!("tiny={file}")), Ok(("tiny".to_owned(), file.into())));
+        for wrong in ["", "manifest", "swap", &"n".repeat(37)] {
+            assert!(named_image(&format!("{wrong}={file}")).is_err(), "{wrong}");
+        }
+        for wrong in [file, "tiny=/nowhere", "tiny="] {
+            assert!(named_image(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

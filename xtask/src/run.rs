@@ -33,6 +33,9 @@ pub(crate) struct Run {
     /// The guest's command line, after what the console needs
     #[arg(long, default_value = "")]
     pub(crate) append: String,
+    /// Another image on the disk, for the monitor's `create kernel=NAME`; may be repeated
+    #[arg(long, value_name = "NAME=FILE", value_parser = options::named_image)]
+    pub(crate) with: Vec<(String, PathBuf)>,
     /// Guest RAM
     #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = options::guest_memory_mib)]
     pub(crate) memory: u64,
@@ -157,6 +160,10 @@ impl Run {
             initrd = Some(disk.add("initrd", read(file)?));
         } else if linux {
             initrd = Some(disk.add("initrd", std::fs::read(images::initramfs()?)?));
+        }
+        for (name, file) in &self.with {
+            ensure!(!disk.has(name), "there is an image '{name}' already");
+            disk.add(name, images::plain_image(file)?);
         }
         for number in 0..self.guests {
             let name = if self.guests == 1 { "guest".to_owned() } else { format!("guest{number}") };
