@@ -3,7 +3,8 @@
 //! A guest is a module with a `run` function, and a program in `bin/` that names it. It is entered at RAM
 //! start + 512 KiB with the MMU off and the device tree in X0, prints to the PL011, ends with one line,
 //! `guest NAME: ok` or `guest NAME: FAILED why`, and switches itself off. A failed `assert!` is the usual
-//! way to fail. Options come from the command line as words, `seed=7`.
+//! way to fail. Options come from the command line as words, `seed=7`; with `linger` any of them stays until
+//! something is typed.
 //!
 //! The runtime first: `start.S` is the way in, `trap` what happens on an exception, `runtime` the machine
 //! as a guest knows it; `register`, `mmio`, `console`, `power`, `mmu`, `gic`, `timer` are thin. On the host

@@ -9,7 +9,7 @@ use hv_abi::call::smccc;
 use hv_abi::machine::RAM_BASE;
 use hv_abi::manifest::APPEND_LIMIT;
 
-use crate::{mmu, power};
+use crate::{console, mmu, power};
 
 core::arch::global_asm!(include_str!("start.S"));
 
@@ -98,11 +98,23 @@ fn last_word(bytes: &[u8]) -> u64 {
     bytes.last_chunk().map_or(0, |word| u64::from_be_bytes(*word))
 }
 
+/// The word `linger` is on the command line.
+static LINGER: AtomicBool = AtomicBool::new(false);
+
 /// Runs a guest to its end.
 pub fn run(name: &str, guest: fn(&Machine), tree: u64) -> ! {
     let machine = Machine::read(tree);
+    LINGER.store(machine.flag("linger"), Ordering::Relaxed);
     guest(&machine);
     println!("guest {name}: ok");
+    end()
+}
+
+/// Switches the machine off, after a typed byte if its last words are to be read before.
+fn end() -> ! {
+    if LINGER.load(Ordering::Relaxed) {
+        console::read();
+    }
     power::off()
 }
 
@@ -116,7 +128,7 @@ pub fn fail(name: &str, info: &core::panic::PanicInfo<'_>) -> ! {
 
 fn failed(name: &str, why: fmt::Arguments<'_>) -> ! {
     println!("guest {name}: FAILED {why}");
-    power::off()
+    end()
 }
 
 /// What a secondary runs, as a function's address; with the MMU on, or not.

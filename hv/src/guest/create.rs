@@ -14,7 +14,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use spin::Once;
 use vmobject::VmError;
 use vmobject::addr::{Ipa, PageIndex, pages_for};
-use vmobject::fault::{Copied, FaultError};
+use vmobject::fault::{Copied, FaultError, WaitFor};
 use vmobject::lock::{Held, Ranked};
 use vmobject::map::Share;
 
@@ -32,6 +32,8 @@ use crate::mm::{self, Map};
 
 /// How long a transfer that creation needs may take, in seconds (invariant I12).
 const PATIENCE_S: u64 = 10;
+/// How long creation waits for others to give memory back, in milliseconds: what is being freed comes soon.
+const PATIENCE_FOR_MEMORY_MS: u64 = 100;
 
 /// What a guest is made of besides its memory.
 pub struct Parts {
@@ -112,6 +114,8 @@ pub enum CreateError {
     Fault(FaultError),
     /// The disk did not answer.
     Stalled,
+    /// Too few frames are free.
+    NoFrames,
     /// The hypervisor's heap is full.
     OutOfMemory,
 }
@@ -122,10 +126,13 @@ impl fmt::Display for CreateError {
             Self::NoImage(name) => write!(f, "there is no image '{name}'"),
             Self::Plan(error) => error.fmt(f),
             Self::Tree(error) => error.fmt(f),
+            Self::Vm(VmError::NoFrames) | Self::NoFrames => f.write_str("there is not enough free memory"),
+            Self::Vm(VmError::NoMemory) | Self::OutOfMemory => {
+                f.write_str("the hypervisor's own memory is full")
+            }
             Self::Vm(error) => write!(f, "memory: {error:?}"),
             Self::Fault(error) => write!(f, "cannot fill its memory: {error:?}"),
             Self::Stalled => f.write_str("the disk does not answer"),
-            Self::OutOfMemory => f.write_str("the hypervisor's own memory is full"),
         }
     }
 }
@@ -193,11 +200,17 @@ pub(super) fn write(
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<(), CreateError> {
-    let patience = timer::now().saturating_add(timer::freq().saturating_mul(PATIENCE_S));
+    let start = timer::now();
     loop {
+        let waited = timer::now().saturating_sub(start);
         match mm::vm().write(map, at, bytes, held)? {
             Copied::Done => return Ok(()),
-            Copied::Wait(_) if timer::now() > patience => return Err(CreateError::Stalled),
+            Copied::Wait(WaitFor::Memory) if waited > timer::freq() / 1000 * PATIENCE_FOR_MEMORY_MS => {
+                return Err(CreateError::NoFrames);
+            }
+            Copied::Wait(WaitFor::Io(_)) if waited > timer::freq().saturating_mul(PATIENCE_S) => {
+                return Err(CreateError::Stalled);
+            }
             Copied::Wait(_) => poll(held),
         }
     }

@@ -52,6 +52,18 @@ impl State {
     }
 }
 
+/// What a [`State::Blocked`] vCPU waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Cause {
+    /// An interrupt, or that its guest is resumed.
+    Event,
+    /// A page that is on its way.
+    Transfer,
+    /// Memory becoming free.
+    Memory,
+}
+
 /// Whether PSCI has switched a vCPU on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Power {
@@ -197,6 +209,7 @@ pub struct Vcpu {
     /// Its last exits.
     pub trace: Trace,
     state: AtomicU8,
+    cause: AtomicU8,
     woken: AtomicBool,
     /// The CPU whose run queue it uses.
     pub home: AtomicUsize,
@@ -222,6 +235,7 @@ impl Vcpu {
             counts: Counts::default(),
             trace: Trace::new(),
             state: AtomicU8::new(State::Off as u8),
+            cause: AtomicU8::new(Cause::Event as u8),
             woken: AtomicBool::new(false),
             home: AtomicUsize::new(0),
             loaded_on: AtomicUsize::new(NOWHERE),
@@ -232,6 +246,21 @@ impl Vcpu {
     /// Where the scheduler has it.
     pub fn state(&self) -> State {
         State::from_bits(self.state.load(Ordering::SeqCst))
+    }
+
+    /// Where it is, in a word for people; of one that waits, for what if that is not an interrupt.
+    pub fn word(&self) -> &'static str {
+        let cause = self.cause.load(Ordering::Relaxed);
+        match self.state() {
+            State::Blocked if cause == Cause::Transfer as u8 => "transfer",
+            State::Blocked if cause == Cause::Memory as u8 => "no-memory",
+            state @ (State::Off | State::Ready | State::Running | State::Blocked) => state.name(),
+        }
+    }
+
+    /// Says what it is about to wait for. Only its owner may.
+    pub fn set_cause(&self, cause: Cause) {
+        self.cause.store(cause as u8, Ordering::Relaxed);
     }
 
     /// Moves it, whatever it was. Only its owner may: the CPU that runs it, or that took it from a queue.

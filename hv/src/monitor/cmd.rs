@@ -191,7 +191,14 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Stats(guest) => optional(host, guest).and_then(|id| host.stats(id)),
         Command::Trace(guest) => optional(host, guest).and_then(|id| host.trace(id)),
         Command::Wait(guest, until) => {
-            let id = host.find(guest)?;
+            let id = match host.find(guest) {
+                Ok(id) => id,
+                // It may have gone while the question was on its way: who is not there is gone.
+                Err(_) if *until == Until::State("gone".to_owned()) => {
+                    return Ok(Answer::Now(json!({"waited": guest})));
+                }
+                Err(error) => return Err(error),
+            };
             return Ok(Answer::Later(Later { id, until: until.clone(), answer: done("waited", id) }));
         }
     };
@@ -400,6 +407,13 @@ mod tests {
     fn a_wait_answers_at_once_when_there_is_nothing_to_wait_for() {
         assert!(run("wait one \"hello\"", &mut Fake::default()).ok);
         assert!(!run("wait one paused", &mut Fake::default()).ok);
+    }
+
+    #[test]
+    fn a_guest_that_is_not_there_is_gone_and_nothing_else() {
+        assert!(run("wait nobody gone", &mut Fake::default()).ok);
+        assert!(!run("wait nobody running", &mut Fake::default()).ok);
+        assert!(!run("wait nobody \"gone\"", &mut Fake::default()).ok);
     }
 
     #[test]

@@ -123,7 +123,7 @@ impl Host for Guests<'_, '_> {
         let attached = console::attached();
         let rows = table::all(self.held).into_iter().map(|guest| {
             let holding = objects.holding(&guest, self.held);
-            let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.state().name()).collect();
+            let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.word()).collect();
             json!({
                 "id": guest.id.0,
                 "name": guest.name(),

@@ -11,7 +11,7 @@ use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, switch, timer};
 use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Ending, Exit, Run, Waiting};
-use crate::guest::vcpu::{Context, Power, State, VcpuRef, count};
+use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, rank};
 use crate::vdev::vtimer::virtual_deadline;
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
@@ -49,6 +49,7 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
         Life::Running => {}
         Life::Paused => {
             // The note brings it back when the guest is resumed.
+            vcpu.set_cause(Cause::Event);
             vcpu.set_state(State::Blocked);
             vcpu.note();
             if entry.guest.life() == Life::Running && vcpu.move_state(State::Blocked, State::Ready) {
@@ -189,6 +190,10 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
         Exit::Wait(waiting) => {
             let vcpu = entry.vcpu();
             count(&vcpu.counts.waits);
+            vcpu.set_cause(match waiting {
+                Waiting::Io(_) => Cause::Transfer,
+                Waiting::Memory => Cause::Memory,
+            });
             WAITERS.add(waiting, entry, held);
             // Look once more now that a completion would find us: it may have come before.
             if matches!(waiting, Waiting::Io(token) if !crate::mm::vm().in_flight(token, held)) {
@@ -217,6 +222,7 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
         return None;
     }
     count(&vcpu.counts.waits);
+    vcpu.set_cause(Cause::Event);
     let virtual_timer =
         virtual_deadline(control, compare, guest.offset()).filter(|_| !timer_is_high(control));
     let physical = physical.map(|at| at.saturating_add(guest.offset()));
