@@ -8,14 +8,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long an answer may take: a little more than the monitor waits for a guest.
-const PATIENCE: Duration = Duration::from_secs(620);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(620);
 
-/// Sends one command, returns the answer.
-pub(crate) fn ask(socket: &Path, command: &str) -> Result<Value> {
+/// Sends one command, returns the answer, which may take as long as `patience`.
+pub(crate) fn ask(socket: &Path, command: &str, patience: Duration) -> Result<Value> {
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!("connecting to {}; is `cargo xtask run` running, with this --socket?", socket.display())
     })?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience))?;
     // The port does not tell its clients apart: what an earlier one left behind, half a question or an answer,
     // is passed over. A line of our own begins afresh, and the answer repeats our mark.
     let mark = format!("{}-{:?}", std::process::id(), Instant::now());
@@ -40,7 +40,7 @@ pub(crate) fn shown(reply: &Value) -> &str {
 /// The command: prints the answer; a refusal is an error.
 pub(crate) fn run(socket: &Path, json: bool, words: &[String]) -> Result<()> {
     let quote = |w: &String| if w.contains(' ') { format!("\"{w}\"") } else { w.clone() };
-    let reply = ask(socket, &words.iter().map(quote).collect::<Vec<_>>().join(" "))?;
+    let reply = ask(socket, &words.iter().map(quote).collect::<Vec<_>>().join(" "), PATIENCE)?;
     if json {
         println!("{}", json!({"ok": reply.get("ok"), "reply": reply.get("reply")}));
     } else {

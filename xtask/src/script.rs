@@ -67,7 +67,7 @@ impl Step {
             Self::Wait(text) => session.wait(text).map(|_| ()),
             Self::Send(text) => session.send(&format!("{text}\n")),
             Self::Monitor(command) => {
-                let reply = ctl::ask(socket, command)?;
+                let reply = ctl::ask(socket, command, ctl::PATIENCE)?;
                 session.end_line();
                 println!("{}", ctl::shown(&reply));
                 ensure!(ctl::is_ok(&reply), "the monitor refused");

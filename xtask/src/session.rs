@@ -152,7 +152,7 @@ impl Session {
     }
 
     /// The console's last lines if nobody saw them, and what the hypervisor says of it.
-    fn tail(&self) -> String {
+    pub(crate) fn tail(&self) -> String {
         const LAST: usize = 15;
         if self.echo {
             return self.log.told();

@@ -5,7 +5,10 @@
 
 mod boot;
 mod clones;
+mod guests;
+mod machine;
 mod modules;
+mod monitor;
 mod terminal;
 mod tidy;
 
@@ -76,6 +79,8 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     if both || options.boot {
         trials.extend(boot::trials());
         trials.extend(clones::trials());
+        trials.extend(monitor::trials());
+        trials.extend(guests::trials());
     }
     if options.matrix {
         trials.extend(boot::matrix());

@@ -1,37 +1,11 @@
 //! Boot tests: the hypervisor under QEMU, real kernels and tiny guests, each with its own bound on time.
 
-use super::{terminal, trial};
-use crate::run::Run;
-use crate::session::Session;
-use crate::toolchain::Toolchain;
-use crate::{build, images};
-use anyhow::{Context, Result, bail, ensure};
+use super::machine::{boot, logs, start, tiny_guest};
+use super::terminal;
+use crate::images;
+use anyhow::{Result, bail, ensure};
 use libtest_mimic::Trial;
 use std::fs;
-use std::path::PathBuf;
-
-/// `run` with these words; the machine's files and logs are kept under the test's name.
-pub(super) fn start(name: &str, words: &[&str]) -> Result<Session> {
-    Run::from_words(words)?.session(&logs(name), false)
-}
-
-pub(super) fn logs(name: &str) -> PathBuf {
-    crate::root().join("target/test-logs").join(name.replace("::", "-"))
-}
-
-/// A boot test: its logs go when it passes.
-pub(super) fn boot(name: impl Into<String>, test: impl FnOnce(&str) -> Result<()> + Send + 'static) -> Trial {
-    let name = name.into();
-    trial(format!("boot::{name}"), move || {
-        let name = name.as_str();
-        let result = test(name).with_context(|| format!("logs are in {}", logs(name).display()));
-        if result.is_ok() {
-            // What stays is only in the way.
-            let _ = fs::remove_dir_all(logs(name));
-        }
-        result
-    })
-}
 
 /// What EL2 does wrong on purpose, and what it must tell of it beside the function's name: the syndrome in ESR_EL2 is
 /// a write or a read where nothing is mapped, a write to what is read-only, a fetch from what is not executable.
@@ -110,11 +84,7 @@ pub(super) fn matrix() -> Vec<Trial> {
 /// A tiny guest that says `ok` and powers off.
 fn tiny(name: &'static str) -> Trial {
     boot(name, move |name| {
-        let image = build::guest(&Toolchain::provide()?, name)?;
-        let file = logs(name).join("guest.bin");
-        fs::create_dir_all(logs(name))?;
-        fs::write(&file, image)?;
-        let file = file.display().to_string();
+        let file = tiny_guest(name, name)?;
         let mut session = start(name, &["--batch", "--timeout", "60", "--vcpus", "2", "--kernel", &file])?;
         session.finish()?;
         let ok = format!("guest {name}: ok");

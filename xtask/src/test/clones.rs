@@ -1,9 +1,9 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
-use super::boot::{boot, logs, start};
-use crate::build;
+use super::machine::{boot, logs, start};
 use crate::session::Session;
 use crate::toolchain::Toolchain;
+use crate::{build, ctl};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -43,7 +43,7 @@ impl Machine {
 
     /// The monitor's answer; a refusal is an error.
     fn ask(&self, command: &str) -> Result<Value> {
-        let reply = crate::ctl::ask(&self.socket, command)?;
+        let reply = ctl::ask(&self.socket, command, ctl::PATIENCE)?;
         ensure!(reply["ok"] == true, "'{command}' was refused: {}", reply["reply"]);
         Ok(reply["reply"].clone())
     }
@@ -208,7 +208,7 @@ fn linux_reset(name: &str) -> Result<()> {
         ensure!(last.contains("No such file"), "a file outlived the reset: {last}");
         machine.ask("check")?;
     }
-    let refused = crate::ctl::ask(&machine.socket, &format!("reset {child} iron"))?;
+    let refused = ctl::ask(&machine.socket, &format!("reset {child} iron"), ctl::PATIENCE)?;
     ensure!(refused["ok"] == false, "reset to a snapshot that is not there");
     machine.ask("delete golden")?;
     machine.talk(child, "echo $X-$((60+1))", "golden-61")?;
