@@ -13,7 +13,7 @@ use crate::addr::{Ipa, PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::map::{Entry, Map};
 use crate::object::index::Slot;
-use crate::object::{Life, Pager, State};
+use crate::object::{Life, ObjectId, Pager, State};
 use crate::page::{Owner, Queue};
 use crate::pmap::{Leaf, Pmap as _};
 use crate::prot::Prot;
@@ -214,9 +214,11 @@ impl<M: Machine> Vm<M> {
             audit.charged += entry.charge();
             let known = {
                 let (links, _held) = self.links.read(&mut held);
-                links.mapping(entry.link).map(|(m, object)| (object, m.at, m.first, u64::from(m.pages)))
+                let known = links.mapping(entry.link);
+                known.map(|(m, object)| (object, m.at, m.first, u64::from(m.pages), m.writes))
             };
-            if known != Some((entry.object.number(), start, entry.first, entry.range.pages())) {
+            let writes = entry.prot.allows(Prot::WRITE) && !entry.needs_copy;
+            if known != Some((entry.object.number(), start, entry.first, entry.range.pages(), writes)) {
                 return broken("R2", "the reverse map has another entry", start.bits(), 0u32);
             }
             if u64::from(entry.first.number()) + entry.range.pages() > u64::from(pages) {
@@ -225,6 +227,7 @@ impl<M: Machine> Vm<M> {
             if !entry.needs_copy && entry.prot.allows(Prot::WRITE) && matches!(pager, Pager::Image(_)) {
                 return broken("M3", "an image is mapped writable", start.bits(), entry.object.number());
             }
+            let copy = self.newest_copy(entry.object, &mut held);
             for at in entry.range.iter_pages() {
                 let leaf = map.pmap.lock(&mut held).0.lookup(at);
                 let Some(leaf) = leaf else { continue };
@@ -232,6 +235,19 @@ impl<M: Machine> Vm<M> {
                 let sight = self.survey(entry, at, &mut held);
                 Self::check_leaf(entry, at, leaf, sight.slot, sight.shared)?;
                 let page = self.frames.page(leaf.frame);
+                if let (Some(copy), Some(index), false) = (copy, entry.page_at(at), entry.needs_copy)
+                    && leaf.prot.allows(Prot::WRITE)
+                {
+                    let (copy, _held) = self.objects.get(copy).read(&mut held);
+                    if copy.page_above(index).is_some_and(|ours| copy.slots.get(ours) == Slot::Absent) {
+                        return broken(
+                            "O6",
+                            "a page that a copy sees is writable",
+                            at.bits(),
+                            index.number(),
+                        );
+                    }
+                }
                 if page.is_unmapped() && in_hand != Some(leaf.frame) {
                     return broken("P4", "a page marked unmapped is mapped", at.bits(), leaf.frame.number());
                 }
@@ -244,6 +260,13 @@ impl<M: Machine> Vm<M> {
             }
         }
         Ok(())
+    }
+
+    /// The object that receives what changes in another one.
+    fn newest_copy<const OUTER: u8>(&self, source: ObjectId, held: &mut Held<'_, OUTER>) -> Option<ObjectId> {
+        let copy = self.objects.get(source).read(held).0.copy?;
+        let (state, _held) = self.objects.get(copy).read(held);
+        (state.id() == copy && state.receives_from(source)).then_some(copy)
     }
 
     fn check_leaf(entry: &Entry, at: Ipa, leaf: Leaf, slot: Slot, shared: bool) -> Result<(), Violation> {

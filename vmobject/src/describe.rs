@@ -9,7 +9,7 @@ use crate::Vm;
 use crate::lock::Held;
 use crate::map::{Entry, Map};
 use crate::object::index::SlotCounts;
-use crate::object::{Life, ObjectId, Pager, Shadow};
+use crate::object::{Life, ObjectId, Pager, Role, Shadow};
 use crate::page::{Owner, QueueLengths};
 use crate::store::Machine;
 
@@ -26,6 +26,10 @@ pub struct ObjectInfo {
     pub counts: SlotCounts,
     /// What it shadows.
     pub shadow: Option<Shadow>,
+    /// Whether it receives what changes in what it shadows.
+    pub role: Role,
+    /// Its newest asymmetric copy, perhaps a stale name.
+    pub copy: Option<ObjectId>,
     /// Its pager.
     pub pager: Pager,
     /// Transfers in flight.
@@ -71,6 +75,8 @@ impl<M: Machine> Vm<M> {
                     refs: state.refs,
                     counts: state.slots.counts(),
                     shadow: state.shadow,
+                    role: state.role,
+                    copy: state.copy,
                     pager: state.pager,
                     paging: state.paging,
                     index_bytes: state.slots.bytes(),

@@ -10,7 +10,8 @@
 //!
 //! # Invariants
 //! R1. An object's node has the parent, offset and limit that its state's shadow has.
-//! R2. Each entry of a map has one mapping, on the object that the entry names.
+//! R2. Each entry of a map has one mapping, on the object that the entry names; it writes if the entry allows
+//!     that and is not to be copied first.
 
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -64,6 +65,8 @@ pub struct Mapping<H> {
     pub first: PageIndex,
     /// How many.
     pub pages: u32,
+    /// The object may be changed through it.
+    pub writes: bool,
     object: u32,
     next: u32,
     prev: u32,
@@ -206,6 +209,13 @@ impl<H> Links<H> {
         None
     }
 
+    /// What holds the mappings of an object, one by one.
+    pub fn holders(&self, object: u32) -> impl Iterator<Item = &H> + '_ {
+        let at = |place: u32| self.mappings.get(place as usize).and_then(Option::as_ref);
+        let first = self.nodes.get(object as usize).and_then(|node| at(node.first_mapping));
+        core::iter::successors(first, move |mapping| at(mapping.next)).map(|mapping| &mapping.holder)
+    }
+
     /// How many shadows and how many mappings an object has.
     pub fn counts(&self, object: u32) -> (u32, u32) {
         self.nodes.get(object as usize).map_or((0, 0), |node| (node.children, node.mappings))
@@ -219,6 +229,7 @@ impl<H> Links<H> {
         at: Ipa,
         first: PageIndex,
         pages: u32,
+        writes: bool,
     ) -> Result<MappingId, VmError> {
         let place = match self.vacant.pop() {
             Some(place) => place,
@@ -231,7 +242,7 @@ impl<H> Links<H> {
                 place
             }
         };
-        let mapping = Mapping { holder, at, first, pages, object, next: NIL, prev: NIL };
+        let mapping = Mapping { holder, at, first, pages, writes, object, next: NIL, prev: NIL };
         self.mappings[place as usize] = Some(mapping);
         self.hang(place, object);
         Ok(MappingId(place))
@@ -275,6 +286,19 @@ impl<H> Links<H> {
         self.unhang(id.0);
         self.mapping_mut(id.0).first = first;
         self.hang(id.0, object);
+    }
+
+    /// The object may be changed through the entry from now on, or not any more.
+    pub fn set_writes(&mut self, id: MappingId, writes: bool) {
+        self.mapping_mut(id.0).writes = writes;
+    }
+
+    /// True if an object may be changed through another entry than this one.
+    pub fn is_written(&self, object: u32, besides: Option<MappingId>) -> bool {
+        let at = |place: u32| self.mappings.get(place as usize)?.as_ref().map(|mapping| (place, mapping));
+        let first = self.nodes.get(object as usize).and_then(|node| at(node.first_mapping));
+        let mut all = core::iter::successors(first, |(_, mapping)| at(mapping.next));
+        all.any(|(place, mapping)| mapping.writes && besides != Some(MappingId(place)))
     }
 
     /// The entry is gone.
@@ -415,7 +439,7 @@ mod tests {
         links.adopt(2, 0, PageIndex::new(0), 100);
         links.adopt(3, 1, PageIndex::new(5), 5);
         for (holder, object) in [(20, 2), (30, 3), (31, 3)] {
-            links.attach(holder, object, Ipa::new(0x10_0000), PageIndex::new(0), 100).unwrap();
+            links.attach(holder, object, Ipa::new(0x10_0000), PageIndex::new(0), 100, true).unwrap();
         }
         links
     }
@@ -461,11 +485,11 @@ mod tests {
     fn a_mapping_moves_with_its_entry_and_its_place_is_used_again() {
         let mut links: Links<u32> = Links::new();
         links.make_room(1).unwrap();
-        let id = links.attach(7, 0, Ipa::new(0), PageIndex::new(4), 4).unwrap();
+        let id = links.attach(7, 0, Ipa::new(0), PageIndex::new(4), 4, true).unwrap();
         links.rehang(id, 1, PageIndex::new(0));
         assert_eq!((links.counts(0), links.counts(1)), ((0, 0), (0, 1)));
         assert_eq!(seen(&links, 1, 3), vec![(7, 3)]);
         links.detach(id);
-        assert_eq!(links.attach(8, 0, Ipa::new(0), PageIndex::new(0), 1).unwrap(), id);
+        assert_eq!(links.attach(8, 0, Ipa::new(0), PageIndex::new(0), 1, true).unwrap(), id);
     }
 }

@@ -59,6 +59,12 @@ events! {
     ShadowSpared shadow_spared;
     /// Maps copied: clones and snapshots.
     MapCopied map_copied;
+    /// Copy-objects made.
+    CopyMade copy_made;
+    /// Copy-objects that were empty and handed out again.
+    CopyShared copy_shared;
+    /// Pages pushed to a copy-object before they changed.
+    Pushed pushed;
     /// Objects merged into their only shadow.
     Collapsed collapsed;
     /// Slots that a collapse moved.

@@ -77,6 +77,9 @@ struct World {
     random: Random,
     guests: Vec<Guest>,
     kept: Vec<(Snapshot, Oracle)>,
+    /// Some guests' memory is somebody else's, too, and images are made of running guests.
+    asymmetric: bool,
+    owned: Vec<TestMap>,
     wired: Vec<Wired>,
     frames: u32,
     met: Met,
@@ -105,10 +108,12 @@ struct Met {
     orphans: u64,
     collapsed_swapped: u64,
     discards: u64,
+    pushed: u64,
+    copies_shared: u64,
 }
 
 impl Met {
-    fn counts(&self) -> [(&'static str, u64); 20] {
+    fn counts(&self) -> [(&'static str, u64); 22] {
         [
             ("waits", self.waits),
             ("lost", self.lost),
@@ -130,6 +135,8 @@ impl Met {
             ("orphans", self.orphans),
             ("collapsed_swapped", self.collapsed_swapped),
             ("discards", self.discards),
+            ("pushed", self.pushed),
+            ("copies_shared", self.copies_shared),
         ]
     }
 }
@@ -145,14 +152,15 @@ impl World {
             }
         }
         machine.store.add(IMAGE, contents);
-        let frames = [120, 200, 600][random.below(3) as usize];
+        let frames = [70, 120, 600][random.below(3) as usize];
         let rig = Rig::with(machine, frames);
         match random.below(4) {
             0 => {}
             size => rig.add_swap([40, 200, 1000][size as usize - 1]),
         }
         let (guests, kept, wired) = (Vec::new(), Vec::new(), Vec::new());
-        Self { rig, random, guests, kept, wired, frames, met: Met::default() }
+        let (asymmetric, owned) = (seed % 2 == 1, Vec::new());
+        Self { rig, random, guests, kept, asymmetric, owned, wired, frames, met: Met::default() }
     }
 
     fn some_guest(&mut self) -> Option<usize> {
@@ -193,6 +201,12 @@ impl World {
         rig.put(&map, 0, IMAGE_PAGES + 10, image, 0, Prot::ALL, Share::Copy).unwrap();
         let rest = PAGES - IMAGE_PAGES - 10;
         let ram = rig.anonymous(rest + 3);
+        if self.asymmetric && self.random.one_in(2) && self.owned.len() < 4 {
+            rig.vm.reference(ram, &mut Held::root()).unwrap();
+            let other = rig.map();
+            rig.put(&other, 0, rest, ram, 3, Prot::ALL, Share::Shared).unwrap();
+            self.owned.push(other);
+        }
         rig.put(&map, IMAGE_PAGES + 10, rest, ram, 3, Prot::ALL, Share::Shared).unwrap();
         self.guests.push(Guest { map, oracle: Oracle::new() });
     }
@@ -203,8 +217,17 @@ impl World {
         }
         let Some(source) = self.some_guest() else { return };
         let map = self.rig.clone(&self.guests[source].map);
-        let oracle = self.guests[source].oracle.clone();
+        let oracle = self.copied(source);
         self.guests.push(Guest { map, oracle });
+    }
+
+    /// What an eager copy of a guest has. Where old pages are pushed, from below as well, it has all pages.
+    fn copied(&self, source: usize) -> Oracle {
+        let mut oracle = self.guests[source].oracle.clone();
+        if self.asymmetric {
+            oracle.frames = (0..PAGES).collect();
+        }
+        oracle
     }
 
     fn keep(&mut self) {
@@ -212,8 +235,10 @@ impl World {
             return;
         }
         let Some(source) = self.some_guest() else { return };
-        let snapshot = self.rig.vm.snapshot(&self.guests[source].map, &mut Held::root()).unwrap();
-        self.kept.push((snapshot, self.guests[source].oracle.clone()));
+        let (map, held) = (&self.guests[source].map, &mut Held::root());
+        let freeze = self.asymmetric && self.random.one_in(2);
+        let made = if freeze { self.rig.vm.freeze(map, held) } else { self.rig.vm.snapshot(map, held) };
+        self.kept.push((made.unwrap(), self.copied(source)));
     }
 
     fn make_from_kept(&mut self) {
@@ -239,6 +264,11 @@ impl World {
     }
 
     fn end(&mut self) {
+        if self.random.one_in(3)
+            && let Some(map) = self.owned.pop()
+        {
+            self.rig.vm.destroy_map(map, &mut Held::root());
+        }
         let Some(which) = self.some_guest() else { return };
         let guest = self.guests.swap_remove(which);
         self.rig.vm.destroy_map(guest.map, &mut Held::root());
@@ -313,23 +343,26 @@ impl World {
         let pages = (self.random.below(12) + 1).min(PAGES - first);
         let range = IpaRange::from_pages(at(first, 0), pages).unwrap();
         let guest = &mut self.guests[which];
-        match self.rig.vm.discard(&guest.map, range, &mut Held::root()) {
-            Ok(Discarded::Done(_)) => {
-                self.met.discards += 1;
-                for page in first..first + pages {
-                    guest.oracle.bytes[page as usize] = [0, 0];
-                    guest.oracle.frames.remove(&page);
+        loop {
+            match self.rig.vm.discard(&guest.map, range, &mut Held::root()) {
+                Ok(Discarded::Done(_)) => break,
+                Ok(Discarded::Wait(_)) => {
+                    let free = self.rig.free();
+                    let delivered = self.rig.deliver_all();
+                    self.rig.settle();
+                    if delivered == 0 && self.rig.free() <= free {
+                        // Part of it is done, and no memory for the rest: this guest ends.
+                        let guest = self.guests.swap_remove(which);
+                        return self.rig.vm.destroy_map(guest.map, &mut Held::root());
+                    }
                 }
+                Err(other) => panic!("{other:?}"),
             }
-            Ok(Discarded::Wait(_)) => {
-                self.rig.deliver_all();
-                self.rig.discard(&guest.map, first, pages).unwrap();
-                for page in first..first + pages {
-                    guest.oracle.bytes[page as usize] = [0, 0];
-                    guest.oracle.frames.remove(&page);
-                }
-            }
-            Err(other) => panic!("{other:?}"),
+        }
+        self.met.discards += 1;
+        for page in first..first + pages {
+            guest.oracle.bytes[page as usize] = [0, 0];
+            guest.oracle.frames.remove(&page);
         }
     }
 
@@ -420,6 +453,7 @@ impl World {
         self.verify(seed, step);
         let guests = self.guests.iter().map(|guest| &guest.oracle);
         let eager: usize = guests.chain(self.kept.iter().map(|(_, o)| o)).map(|o| o.frames.len()).sum();
+        let eager = eager + self.owned.len() * PAGES as usize;
         let used = (self.frames - self.rig.free()) as usize;
         let (mut image, mut swapped) = (0, 0);
         self.rig.vm.for_each_object(&mut Held::root(), |info| {
@@ -433,6 +467,8 @@ impl World {
             "seed {seed} step {step}: {used} frames, {swapped} swapped, eager {eager}, image {image}"
         );
         let counts = self.rig.vm.stats();
+        self.met.pushed = counts.pushed;
+        self.met.copies_shared = counts.copy_shared;
         self.met.collapsed = counts.collapsed;
         self.met.exchanged = counts.collapse_exchanged;
         self.met.moved = counts.collapse_moved;
@@ -450,7 +486,7 @@ impl World {
     }
 
     fn finish(mut self, seed: u64) -> Met {
-        while !self.guests.is_empty() || !self.kept.is_empty() {
+        while !self.guests.is_empty() || !self.kept.is_empty() || !self.owned.is_empty() {
             for guest in &self.guests {
                 self.met.move_faults += guest.map.stats().fault_move;
             }
@@ -487,7 +523,7 @@ fn random_lives_end_as_the_oracle_says_and_leave_nothing() {
     let many = number("MODEL_SEEDS").map_or(40, u64::from);
     let seeds = seed.map_or(1..many + 1, |seed| seed..seed + 1);
     let steps = number("MODEL_STEPS").unwrap_or(1500);
-    let mut total = [0; 20];
+    let mut total = [0; 22];
     for seed in seeds {
         let met = run(seed, steps);
         for (sum, (_, count)) in total.iter_mut().zip(met.counts()) {

@@ -17,6 +17,8 @@
 mod around;
 mod chain;
 mod cow;
+mod push;
+mod snapshot;
 mod wire;
 
 use crate::addr::{Ipa, PageIndex, Pfn};
@@ -93,6 +95,8 @@ enum Step {
     Shadow,
     /// The page must come from this object's pager.
     PageIn(ObjectId, PageIndex),
+    /// This object's copy must have the page first.
+    Push(ObjectId, PageIndex),
 }
 
 /// The page that a fault is about.
@@ -102,6 +106,8 @@ struct Place<'e> {
     access: Prot,
     entry: &'e Entry,
     index: PageIndex,
+    /// The most that a leaf may allow.
+    prot: Prot,
 }
 
 impl Place<'_> {
@@ -204,7 +210,7 @@ impl<M: Machine> Vm<M> {
             let wait = match self.attempt(map, at, access, purpose, held)? {
                 Step::Done => return Ok(Copied::Done),
                 Step::Again => continue,
-                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..)) => {
+                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Push(..)) => {
                     match self.help(map, at, step, held) {
                         Ok(None) => continue,
                         Ok(Some(WaitFor::Memory)) if self.step_frees(held) => continue,
@@ -246,6 +252,7 @@ impl<M: Machine> Vm<M> {
             Step::Wait(wait) => Ok(Some(wait)),
             Step::Shadow => memory(self.resolve_copy(map, at, held)),
             Step::PageIn(object, index) => self.page_in(object, index, held).map_err(FaultError::Lost),
+            Step::Push(object, index) => self.push(object, index, held).map_err(FaultError::Lost),
         }
     }
 
@@ -270,7 +277,7 @@ impl<M: Machine> Vm<M> {
             return Err(FaultError::Denied { at, wanted: access });
         }
         let Some(index) = entry.page_at(page) else { return Err(FaultError::Hole(at)) };
-        let place = Place { page, access, entry, index };
+        let place = Place { page, access, entry, index, prot: entry.prot };
         if !entry.needs_copy {
             return Ok(self.in_top(map, place, purpose, &mut held));
         }
@@ -291,6 +298,13 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let (mut top, mut held) = self.objects.get(place.entry.object).write(held);
         debug_assert_eq!(top.id(), place.entry.object);
+        let mut place = place;
+        if top.copy.is_some() && self.is_guarded(&top, place.index, &mut held) {
+            if place.writes() {
+                return Step::Push(top.id(), place.index);
+            }
+            place.prot = place.prot.without(Prot::WRITE);
+        }
         match top.slots.get(place.index) {
             Slot::Absent if top.pager != Pager::None => Step::PageIn(top.id(), place.index),
             Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
@@ -302,7 +316,7 @@ impl<M: Machine> Vm<M> {
                 if page.is_filling() || (page.is_busy() && place.writes()) {
                     return self.await_page(map, purpose, frame);
                 }
-                let mut prot = place.entry.prot;
+                let mut prot = place.prot;
                 match page.clean_slot() {
                     Some(_) if place.writes() => self.drop_clean_slot(frame, &mut held),
                     // The first write is to be noticed (P5).
@@ -320,6 +334,8 @@ impl<M: Machine> Vm<M> {
                 map.stats.count(Event::FaultResident);
                 let step = self.finish_found(map, place, purpose, frame, prot, &mut held);
                 if matches!((&step, &purpose), (Step::Done, Purpose::Enter(_))) {
+                    // The copy may have received this page and not its neighbours.
+                    let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
                     self.enter_neighbours(map, place, &Around::Own(&top, prot), &mut held);
                 }
                 step
@@ -440,7 +456,7 @@ impl<M: Machine> Vm<M> {
         };
         self.machine.memory().zero(frame);
         map.stats.count(Event::FaultZero);
-        self.finish(map, place, purpose, frame, place.entry.prot, held)
+        self.finish(map, place, purpose, frame, place.prot, held)
     }
 
     /// A page of zeros in an object whose store has something else there.

@@ -1,7 +1,9 @@
 //! Copying a map: the clone primitive, and snapshots.
 //!
-//! A copy is symmetric: both sides share each object and must shadow it before they write, so the call
-//! costs the map's entries and not its pages (D15). The source's leaves lose their write permission in
+//! A copy is symmetric where it can be: both sides share each object and must shadow it before they write, so
+//! the call costs the map's entries and not its pages (D15). An object that others write to as well, or whose
+//! store must see its changes, is copied asymmetrically: the source goes on with it, and the copy gets a
+//! copy-object. An entry that a map has twice, over the same pages, is two separate ones in the copy. The source's leaves lose their write permission in
 //! time that does not depend on how many there are ([`crate::pmap::Pmap::park`]). The whole map is copied under its
 //! lock: a fault of another vCPU comes before the copy or after it.
 //! Called by whoever clones guests. Calls `insert`, `object`.
@@ -10,7 +12,8 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use super::{Entry, Map};
-use crate::lock::Held;
+use crate::lock::{Held, MAP};
+use crate::object::ObjectId;
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
@@ -36,6 +39,15 @@ fn charge_of(list: &[Entry]) -> u64 {
     list.iter().map(Entry::charge).sum()
 }
 
+/// How entries are copied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Symmetrically unless somebody else writes to the object.
+    AsNeeded,
+    /// Asymmetrically if the source writes to the object.
+    Asymmetric,
+}
+
 impl<M: Machine> Vm<M> {
     /// A new map, over empty tables, with the memory that `source` has now; neither sees what the other
     /// writes from now on. The caller sees to it that the guest's devices stand still.
@@ -46,7 +58,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Arc<Map<M>>, VmError> {
         let map = self.create_map(pmap, held)?;
-        let list = self.copy_entries(source, &Arc::downgrade(&map), held)?;
+        let list = self.copy_entries(source, &Arc::downgrade(&map), Kind::AsNeeded, held)?;
         map.entries.write(held).0.list = list;
         Ok(map)
     }
@@ -57,7 +69,19 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        let list = self.copy_entries(source, &Weak::new(), held)?;
+        let list = self.copy_entries(source, &Weak::new(), Kind::AsNeeded, held)?;
+        self.keep(charge_of(&list), true, held);
+        Ok(Snapshot { list })
+    }
+
+    /// The same, so that `source` goes on with its objects as they are and its depth does not grow: what it
+    /// overwrites is pushed to the snapshot first. For an image that is written out while the guest runs.
+    pub fn freeze<const OUTER: u8>(
+        &self,
+        source: &Map<M>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Snapshot, VmError> {
+        let list = self.copy_entries(source, &Weak::new(), Kind::Asymmetric, held)?;
         self.keep(charge_of(&list), true, held);
         Ok(Snapshot { list })
     }
@@ -100,25 +124,57 @@ impl<M: Machine> Vm<M> {
         self.drop_entries(snapshot.list, held);
     }
 
-    /// Copies a live map's entries, and makes its next writes copy.
+    /// Copies a live map's entries, and makes its next writes copy, or push.
     fn copy_entries<const OUTER: u8>(
         &self,
         source: &Map<M>,
         holder: &Weak<Map<M>>,
+        kind: Kind,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Vec<Entry>, VmError> {
         let (mut entries, mut held) = source.entries.write(held);
-        let list = self.duplicate(&entries.list, holder, 0, &mut held)?;
+        let mut views = Vec::new();
+        views.try_reserve_exact(entries.list.len()).map_err(|_| VmError::NoMemory)?;
+        let mut made = Ok(());
+        for entry in &entries.list {
+            match self.view(entry, kind, &mut held) {
+                Ok(object) => views.push(Entry { object, ..*entry }),
+                Err(error) => {
+                    made = Err(error);
+                    break;
+                }
+            }
+        }
+        let list = made.and_then(|()| self.duplicate(&views, holder, 0, &mut held));
+        // The copies have references of their own; those that came with the views go.
+        for (view, entry) in views.iter().zip(&entries.list) {
+            if view.object != entry.object {
+                self.unreference(view.object, &mut held);
+            }
+        }
+        let list = list?;
         let mut park = false;
-        for entry in entries.list.iter_mut().filter(|entry| entry.prot.allows(Prot::WRITE)) {
-            park |= !entry.needs_copy;
-            entry.needs_copy = true;
+        for (entry, copy) in entries.list.iter_mut().zip(&list) {
+            if entry.prot.allows(Prot::WRITE) && entry.object == copy.object {
+                park |= !entry.needs_copy;
+                entry.needs_copy = true;
+                self.links.write(&mut held).0.set_writes(entry.link, false);
+            }
         }
         if park {
             source.pmap.lock(&mut held).0.park();
         }
         self.stats.count(Event::MapCopied);
         Ok(list)
+    }
+
+    /// The object that a copy of an entry is to have: the entry's own, or a copy-object with a reference.
+    fn view(&self, entry: &Entry, kind: Kind, held: &mut Held<'_, MAP>) -> Result<ObjectId, VmError> {
+        let wanted = kind == Kind::Asymmetric && entry.prot.allows(Prot::WRITE);
+        // Nobody writes to what is to be copied before it is written.
+        let pushes =
+            !entry.needs_copy && (wanted || self.is_written_elsewhere(entry.object, Some(entry.link), held));
+        if pushes { self.copy_object(entry.object, held) } else { Ok(entry.object) }
     }
 
     /// The same entries for another holder, each with a reference, and charged except for what the holder
@@ -173,7 +229,7 @@ impl<M: Machine> Vm<M> {
         let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
         self.add_reference(entry.object, held)?;
         let (number, at) = (entry.object.number(), entry.range.start());
-        let attached = self.links.write(held).0.attach(holder.clone(), number, at, entry.first, pages);
+        let attached = self.links.write(held).0.attach(holder.clone(), number, at, entry.first, pages, false);
         match attached {
             Ok(link) => {
                 let needs_copy = entry.needs_copy || entry.prot.allows(Prot::WRITE);

@@ -8,9 +8,10 @@ use super::{Entry, Map};
 use crate::addr::{CHUNK_PAGES, Ipa, IpaRange};
 use crate::lock::{Held, MAP};
 use crate::object::Kept;
+use crate::pager::WaitFor;
 use crate::prot::Prot;
 use crate::stats::Event;
-use crate::store::{IoToken, Machine};
+use crate::store::{Machine, StoreError};
 use crate::{Vm, VmError};
 
 /// How a discard went.
@@ -18,8 +19,8 @@ use crate::{Vm, VmError};
 pub enum Discarded {
     /// Everything in the range reads as zero; so many frames and swap slots came back.
     Done(u32),
-    /// A transfer has a page: do it again when it has ended.
-    Wait(IoToken),
+    /// A transfer has a page, or there is no memory for what others are to keep: do it again after this.
+    Wait(WaitFor),
 }
 
 /// Why a discard was refused; part of the range may have been done.
@@ -31,6 +32,8 @@ pub enum NotDiscarded {
     Denied(Ipa),
     /// There is no memory for the marks.
     Refused(VmError),
+    /// What others are to keep cannot be read.
+    Lost(StoreError),
 }
 
 impl<M: Machine> Vm<M> {
@@ -55,7 +58,17 @@ impl<M: Machine> Vm<M> {
             let part = part.intersection(entry.range).unwrap_or(part);
             match self.discard_part(entry, part, &mut held) {
                 Ok(more) => given += more,
-                Err(Kept::Busy(frame)) => return Ok(Discarded::Wait(self.frames.page(frame).transfer())),
+                Err(Kept::Guarded(page)) => {
+                    let object = entry.object;
+                    match self.push(object, page, &mut held) {
+                        Ok(None) => continue,
+                        Ok(Some(wait)) => return Ok(Discarded::Wait(wait)),
+                        Err(error) => return Err(NotDiscarded::Lost(error)),
+                    }
+                }
+                Err(Kept::Busy(frame)) => {
+                    return Ok(Discarded::Wait(WaitFor::Io(self.frames.page(frame).transfer())));
+                }
                 Err(Kept::Refused(error)) => return Err(NotDiscarded::Refused(error)),
             }
             from = part.end();

@@ -10,7 +10,7 @@ use super::{Entry, Map, Share};
 use crate::addr::{Ipa, IpaRange, PageIndex};
 use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
-use crate::object::{ObjectId, Pager, Shadow};
+use crate::object::{ObjectId, Pager, Role, Shadow};
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
@@ -36,7 +36,8 @@ impl<M: Machine> Vm<M> {
 
     /// Puts pages of an object, from `first` on, at a range of a map, and takes over a reference to it.
     ///
-    /// With [`Share::Copy`] the range may go on behind the object's end; what is there reads as zero. An
+    /// With [`Share::Shared`] and [`Prot::WRITE`] the caller sees to it that nobody has a copy that was made
+    /// when nobody wrote to the object. With [`Share::Copy`] the range may go on behind the object's end; what is there reads as zero. An
     /// object with a read-only pager can be shared only without [`Prot::WRITE`].
     #[expect(clippy::too_many_arguments, reason = "each is a different noun, and all callers name them")]
     pub fn insert<const OUTER: u8>(
@@ -80,6 +81,11 @@ impl<M: Machine> Vm<M> {
             assert_eq!(state.id(), object, "{object:?} is gone");
             (state.pages, state.pager)
         };
+        if share == Share::Copy && self.is_written_elsewhere(object, None, held) {
+            let copy = self.copy_object(object, held).map_err(|error| (error, object))?;
+            self.unreference(object, held);
+            object = copy;
+        }
         let fits = first.checked_add(pages).is_some_and(|end| end.number() <= size);
         let mut needs_copy = match share {
             Share::Copy => true,
@@ -124,7 +130,8 @@ impl<M: Machine> Vm<M> {
         }
         let attached = {
             let (mut links, _held) = self.links.write(&mut held);
-            links.attach(Arc::downgrade(map), object.number(), start, first, pages)
+            let writes = prot.allows(Prot::WRITE) && !needs_copy;
+            links.attach(Arc::downgrade(map), object.number(), start, first, pages, writes)
         };
         let link = match attached {
             Ok(link) => link,
@@ -164,7 +171,10 @@ impl<M: Machine> Vm<M> {
     }
 
     pub(super) fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
-        let sole = self.objects.get(entry.object).read(held).0.is_sole_anonymous();
+        let sole = {
+            let (state, _held) = self.objects.get(entry.object).read(held);
+            state.is_sole_anonymous() && state.role != Role::Copy // which nobody writes to (D28)
+        };
         if sole {
             self.stats.count(Event::ShadowSpared);
         } else {
@@ -176,6 +186,7 @@ impl<M: Machine> Vm<M> {
             (entry.object, entry.first) = (object, first);
             self.stats.count(Event::ShadowMade);
         }
+        self.links.write(held).0.set_writes(entry.link, entry.prot.allows(Prot::WRITE));
         entry.needs_copy = false;
         Ok(())
     }

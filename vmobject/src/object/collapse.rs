@@ -15,7 +15,7 @@
 
 use super::index::Slot;
 use super::work::Progress;
-use super::{NOWHERE, Pager, Shadow, State};
+use super::{NOWHERE, Pager, Role, Shadow, State};
 use crate::Vm;
 use crate::addr::PageIndex;
 use crate::lock::{Held, OBJECT};
@@ -192,6 +192,7 @@ impl<M: Machine> Vm<M> {
     /// The backing is empty where it matters: the top shadows what it shadowed, and it ends.
     fn splice(&self, top: &mut State, backing: &mut State, shadow: Shadow, held: &mut Held<'_, OBJECT>) {
         self.relink(top, shadow, backing.shadow, held);
+        self.inherit(top, backing, held);
         // Our reference to the backing goes; its reference to what is below is ours now, if we need it.
         if top.shadow.is_some() {
             backing.shadow = None;
@@ -222,6 +223,9 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Progress> {
         let full = top.slots.counts().present() >= top.pages;
+        if backing.role != Role::Plain && !full {
+            return None; // what is pushed there is for us, too
+        }
         if backing.pager != Pager::None && !full {
             return None; // what is absent there may be in its store
         }
@@ -256,6 +260,10 @@ impl<M: Machine> Vm<M> {
             below.refs = below.refs.checked_add(1)?;
         }
         self.relink(top, shadow, below, held);
+        if backing.copy == Some(top.id) {
+            backing.copy = None; // another copy of it still receives (D3)
+        }
+        top.role = Role::Plain;
         self.drop_reference(backing, held);
         self.stats.count(Event::Bypassed);
         Some(Progress::Done)

@@ -14,9 +14,11 @@
 //! O3. At most one live object has a given pager identity (D27).
 //! O4. `paging` is the transfers in flight for it; an object with any is not freed.
 //! O5. No object has a page at or behind its end.
+//! O6. A page that an object's newest copy sees in it and has not received is mapped nowhere writable.
 
 mod cache;
 mod collapse;
+mod copy;
 pub mod index;
 mod pages;
 mod prune;
@@ -26,6 +28,7 @@ mod table;
 mod work;
 
 pub(crate) use cache::Put;
+pub use copy::Role;
 pub(crate) use pages::Kept;
 pub use slots::Slots;
 pub use table::{Object, Objects};
@@ -136,6 +139,10 @@ pub struct State {
     blocked_since: u32,
     /// Counts the pages that this object came to have.
     gains: u32,
+    /// The newest asymmetric copy of this object, perhaps a stale name.
+    pub copy: Option<ObjectId>,
+    /// Whether this object receives what changes in the one that it shadows.
+    pub role: Role,
     /// Pages that its store did not take: they stayed.
     pub(crate) unwritten: u32,
     /// In the cache: pages before this one were moved to the inactive queue.
@@ -157,6 +164,8 @@ impl State {
             blocked_at: NOWHERE,
             blocked_since: 0,
             gains: 0,
+            copy: None,
+            role: Role::Plain,
             unwritten: 0,
             deactivated: 0,
         }

@@ -21,6 +21,8 @@ use crate::{Vm, VmError};
 pub(crate) enum Kept {
     /// A transfer has this frame.
     Busy(Pfn),
+    /// The object's copy must have this page first.
+    Guarded(PageIndex),
     /// There is no memory for the marks.
     Refused(VmError),
 }
@@ -60,6 +62,17 @@ impl<M: Machine> Vm<M> {
         let range = range.start..range.end.min(state.pages);
         if range.is_empty() {
             return Ok(0); // an empty range is empty (D23)
+        }
+        if state.copy.is_some() {
+            for page in range.clone().map(PageIndex::new) {
+                let shown = state.slots.get(page) != Slot::Zero
+                    && (state.slots.get(page) != Slot::Absent
+                        || state.pager != Pager::None
+                        || state.below(page).is_some());
+                if shown && self.is_guarded(state, page, held) {
+                    return Err(Kept::Guarded(page));
+                }
+            }
         }
         self.pmap_remove(state, range.clone(), held);
         let below = match state.pager {

@@ -6,7 +6,7 @@
 //! it on the list (D6). Called by `map` and by holders of ids.
 
 use super::index::Slot;
-use super::{Life, NOWHERE, ObjectId, Pager, Shadow, State};
+use super::{Life, NOWHERE, ObjectId, Pager, Role, Shadow, State};
 use crate::addr::{PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::page::Queue;
@@ -39,6 +39,7 @@ impl<M: Machine> Vm<M> {
         state.shadow = shadow;
         state.blocked_at = NOWHERE;
         (state.unwritten, state.deactivated) = (0, 0);
+        (state.copy, state.role) = (None, Role::Plain);
         if let Some(Shadow { object, offset, limit }) = shadow {
             self.links.write(&mut held).0.adopt(number, object.number(), offset, limit);
             self.objects.chore(number, &mut held); // to find out what stops a bypass

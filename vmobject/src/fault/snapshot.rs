@@ -1,0 +1,57 @@
+//! Reading a snapshot: what a guest would see there, without a guest.
+//!
+//! For whoever writes an image out: it walks the snapshot's whole range, and reads through to what lies below a
+//! copy-object wherever nothing was pushed. A page is locked while it is read, so what is read is what was there
+//! when the snapshot was made. Called by the image writer.
+
+use super::chain::Found;
+use super::{Copied, FaultError, Step, WaitFor};
+use crate::Vm;
+use crate::addr::Ipa;
+use crate::lock::Held;
+use crate::map::Snapshot;
+use crate::prot::Prot;
+use crate::store::{Machine, PhysMemory as _};
+
+impl<M: Machine> Vm<M> {
+    /// Reads bytes of one page of a snapshot; `at` and all of `out` lie in it.
+    pub fn read_snapshot<const OUTER: u8>(
+        &self,
+        snapshot: &Snapshot,
+        at: Ipa,
+        out: &mut [u8],
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Copied, FaultError> {
+        if at.offset_in_page() + out.len() > 1 << crate::addr::PAGE_SHIFT {
+            return Err(FaultError::Denied { at, wanted: Prot::READ });
+        }
+        let entry = snapshot.iter().find(|entry| entry.range.contains(at)).ok_or(FaultError::Hole(at))?;
+        let index = entry.page_at(at.page()).ok_or(FaultError::Hole(at))?;
+        loop {
+            let step = {
+                let mut chain = self.objects.get(entry.object).descend(held);
+                match self.look(&mut chain, index) {
+                    Found::Page(page) => {
+                        self.machine.memory().read(page.frame, at.offset_in_page(), out);
+                        return Ok(Copied::Done);
+                    }
+                    Found::Nothing => {
+                        out.fill(0);
+                        return Ok(Copied::Done);
+                    }
+                    Found::Busy(frame) => Step::Wait(WaitFor::Io(self.frames.page(frame).transfer())),
+                    Found::PageIn(object, index) => Step::PageIn(object, index),
+                }
+            };
+            match step {
+                Step::Wait(wait) => return Ok(Copied::Wait(wait)),
+                Step::PageIn(object, index) => {
+                    if let Some(wait) = self.page_in(object, index, held).map_err(FaultError::Lost)? {
+                        return Ok(Copied::Wait(wait));
+                    }
+                }
+                Step::Done | Step::Again | Step::Shadow | Step::Push(..) => {}
+            }
+        }
+    }
+}
