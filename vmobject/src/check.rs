@@ -238,8 +238,7 @@ impl<M: Machine> Vm<M> {
                 if let (Some(copy), Some(index), false) = (copy, entry.page_at(at), entry.needs_copy)
                     && leaf.prot.allows(Prot::WRITE)
                 {
-                    let (copy, _held) = self.objects.get(copy).read(&mut held);
-                    if copy.page_above(index).is_some_and(|ours| copy.slots.get(ours) == Slot::Absent) {
+                    if self.sees_below(copy, index, &mut held) {
                         return broken(
                             "O6",
                             "a page that a copy sees is writable",
@@ -260,6 +259,32 @@ impl<M: Machine> Vm<M> {
             }
         }
         Ok(())
+    }
+
+    /// True if a page of what a copy shadows is seen through it: not if the copy has received it, nor if all
+    /// that shadow the copy have taken it from there.
+    fn sees_below<const OUTER: u8>(
+        &self,
+        copy: ObjectId,
+        below: PageIndex,
+        held: &mut Held<'_, OUTER>,
+    ) -> bool {
+        let (children, mappings) = self.links.read(held).0.counts(copy.number());
+        let (ours, refs) = {
+            let (state, _held) = self.objects.get(copy).read(held);
+            let ours = state.page_above(below).filter(|&ours| state.slots.get(ours) == Slot::Absent);
+            (ours, state.refs)
+        };
+        let Some(ours) = ours else { return false };
+        if mappings > 0 || refs > children {
+            return true;
+        }
+        let shadows: Vec<u32> = self.links.read(held).0.children(copy.number()).collect();
+        shadows.iter().any(|&number| {
+            let Some(object) = self.objects.at(number) else { return false };
+            let (state, _held) = object.read(held);
+            state.page_above(ours).is_some_and(|theirs| state.slots.get(theirs) == Slot::Absent)
+        })
     }
 
     /// The object that receives what changes in another one.
