@@ -2,9 +2,13 @@
 //!
 //! The tiny guest `bench` does the measuring and prints `bench METRIC VALUE KEY=VALUE...`; QEMU counts instructions
 //! instead of time, so the figures repeat. One host CPU for everything; two where one vCPU wakes another, since
-//! then both CPUs' work is the figure. Read `run` first, then the two types.
+//! then both CPUs' work is the figure. Where the instructions of a figure go is `trace`'s. Read `run` first, then
+//! the two types.
+
+mod trace;
 
 use crate::run::Run;
+use crate::symbols::Symbols;
 use crate::toolchain::Toolchain;
 use crate::{build, progress};
 use anyhow::{Context, Result, bail, ensure};
@@ -14,12 +18,16 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use trace::{Counter, Follower};
 
 /// Options of `bench`.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Bench {
     /// Only figures whose names start so, such as `exit` or `fault.zero`
     names: Vec<String>,
+    /// Show where the instructions of these figures go, function by function
+    #[arg(long)]
+    profile: bool,
     /// Write the figures here, as a JSON list
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -81,10 +89,20 @@ impl Figure {
         self.value + (self.value * percent / 100).max(8)
     }
 
+    /// The most instructions in a row for which interrupts waited.
+    fn longest(counter: &Counter) -> Self {
+        let value = counter.longest();
+        let (metric, unit) = (LONGEST.to_owned(), "insn".to_owned());
+        Self { metric, value, unit, params: BTreeMap::new(), min: value, max: value, n: 1 }
+    }
+
     fn two_cpus(&self) -> bool {
         self.metric == "irq.sgi" && self.params.get("to").and_then(Value::as_str) == Some("other")
     }
 }
+
+/// The figure that only a run followed instruction by instruction gives.
+const LONGEST: &str = "el2.longest";
 
 /// One run of the measuring guest.
 struct Setting {
@@ -104,11 +122,30 @@ impl Bench {
     pub(crate) fn run(&self) -> Result<()> {
         let dir = crate::root().join("target/bench");
         fs::create_dir_all(&dir)?;
+        let toolchain = Toolchain::provide()?;
+        let guest = build::guest(&toolchain, "bench")?;
         let image = dir.join("bench.bin");
-        fs::write(&image, build::guest(&Toolchain::provide()?, "bench")?)?;
+        fs::write(&image, &guest)?;
+        let hypervisor = build::hypervisor(&toolchain)?;
         let mut figures = Vec::new();
         for setting in &SETTINGS {
-            let found = measure(setting, &image, &dir.join(format!("on-{}", setting.cpus)))?;
+            let dir = dir.join(format!("on-{}", setting.cpus));
+            let mut options = setting.options(&image)?;
+            let mut follower = None;
+            if self.follows(setting) {
+                fs::create_dir_all(&dir)?;
+                let (started, trace) = Follower::start(&hypervisor, &guest, dir.join("instructions"))?;
+                options.trace = Some(trace);
+                follower = Some(started);
+            }
+            let mut found = measure(setting, &options, &dir)?;
+            if let Some(follower) = follower {
+                let counter = follower.finish()?;
+                if self.profile {
+                    self.explain(setting, &found, &counter, &Symbols::open(&hypervisor)?)?;
+                }
+                found.push(Figure::longest(&counter));
+            }
             figures.extend(found.into_iter().filter(|f| (setting.wanted)(f) && self.asks_for(f)));
         }
         ensure!(!figures.is_empty(), "no figure has a name that starts with {}", self.names.join(" or "));
@@ -136,29 +173,66 @@ impl Bench {
     }
 
     fn asks_for(&self, figure: &Figure) -> bool {
-        self.names.is_empty() || self.names.iter().any(|n| figure.metric.starts_with(n.as_str()))
+        self.asks_for_metric(&figure.metric)
+    }
+
+    fn asks_for_metric(&self, metric: &str) -> bool {
+        self.names.is_empty() || self.names.iter().any(|n| metric.starts_with(n.as_str()))
+    }
+
+    /// Following the run changes no figure, but takes a minute or two: only where somebody wants what it gives,
+    /// and on one CPU, since with two the one that spins would be followed for ever.
+    fn follows(&self, setting: &Setting) -> bool {
+        setting.cpus == 1 && (self.profile || self.asks_for_metric(LONGEST))
+    }
+
+    /// Tells where the instructions of the figures that are asked for go.
+    fn explain(
+        &self,
+        setting: &Setting,
+        found: &[Figure],
+        counter: &Counter,
+        symbols: &Symbols,
+    ) -> Result<()> {
+        let all = counter.figures();
+        ensure!(all.len() == found.len(), "{} figures, and marks of {}", found.len(), all.len());
+        for (figure, operations) in found.iter().zip(all) {
+            if (setting.wanted)(figure) && self.asks_for(figure) && !operations.is_empty() {
+                println!("{}: {} instructions\n{}", figure.name(), figure.value, operations.table(symbols));
+            }
+        }
+        let longest = Figure::longest(counter);
+        if self.asks_for(&longest) {
+            println!("{}: {}\n{}", longest.name(), longest.value, counter.longest_operation().table(symbols));
+        }
+        Ok(())
     }
 }
 
-fn measure(setting: &Setting, image: &Path, dir: &Path) -> Result<Vec<Figure>> {
-    let cpus = setting.cpus.to_string();
-    let image = image.display().to_string();
-    let options = Run::from_words(&[
-        "--batch",
-        "--icount",
-        "--cpu",
-        "neoverse-n1",
-        "--timeout",
-        "300",
-        "--kernel",
-        &image,
-        "--vcpus",
-        &cpus,
-        "--host-cpus",
-        &cpus,
-    ])?;
+impl Setting {
+    fn options(&self, image: &Path) -> Result<Run> {
+        let cpus = self.cpus.to_string();
+        let image = image.display().to_string();
+        Run::from_words(&[
+            "--batch",
+            "--icount",
+            "--cpu",
+            "neoverse-n1",
+            "--timeout",
+            "600",
+            "--kernel",
+            &image,
+            "--vcpus",
+            &cpus,
+            "--host-cpus",
+            &cpus,
+        ])
+    }
+}
+
+fn measure(setting: &Setting, options: &Run, dir: &Path) -> Result<Vec<Figure>> {
     let mut session = options.session(dir, false)?;
-    progress::step(&format!("measuring on {cpus} CPU(s)"), || session.finish())
+    progress::step(&format!("measuring on {} CPU(s)", setting.cpus), || session.finish())
         .with_context(|| format!("the measuring guest; logs are in {}", dir.display()))?;
     let text = session.text();
     ensure!(text.contains("guest bench: ok"), "the measuring guest did not come to its end:\n{text}");

@@ -31,6 +31,17 @@ pub(crate) struct Machine {
     pub(crate) socket: Option<PathBuf>,
     /// Wait for gdb on this port.
     pub(crate) gdb: Option<u16>,
+    /// Tell every instruction in some ranges of addresses.
+    pub(crate) trace: Option<Trace>,
+}
+
+/// A log of instructions.
+#[derive(Clone, Debug)]
+pub(crate) struct Trace {
+    /// Where QEMU writes it: a pipe, for it is long.
+    pub(crate) pipe: PathBuf,
+    /// Of which addresses, as first address and bytes.
+    pub(crate) of: Vec<(u64, u64)>,
 }
 
 /// The QEMU that is here and new enough; else how to come by one.
@@ -95,6 +106,12 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
     if let Some(socket) = &machine.socket {
         command.arg("-chardev").arg(format!("socket,id=control,server=on,wait=off,path={}", name(socket)));
         command.args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=control"]);
+    }
+    if let Some(trace) = &machine.trace {
+        let of: Vec<String> =
+            trace.of.iter().map(|(first, bytes)| format!("{first:#x}+{bytes:#x}")).collect();
+        command.args(["-accel", "tcg,one-insn-per-tb=on", "-d", "exec,nochain", "-dfilter", &of.join(",")]);
+        command.arg("-D").arg(&trace.pipe);
     }
     if let Some(port) = machine.gdb {
         command.args(["-S", "-gdb", &format!("tcp:127.0.0.1:{port}")]);

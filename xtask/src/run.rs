@@ -96,6 +96,9 @@ pub(crate) struct Run {
     /// Wait for gdb on this port
     #[arg(skip)]
     pub(crate) gdb: Option<u16>,
+    /// Tell every instruction
+    #[arg(skip)]
+    pub(crate) trace: Option<qemu::Trace>,
 }
 
 /// A Debian version that we know, or a file.
@@ -203,6 +206,7 @@ impl Run {
             log: dir.join("hv.log"),
             socket: self.socket.clone(),
             gdb: self.gdb,
+            trace: self.trace.clone(),
         }
     }
 

@@ -59,11 +59,29 @@ impl Log {
 }
 
 /// An image's debug information.
-struct Symbols(Loader);
+pub(crate) struct Symbols(Loader);
 
 impl Symbols {
-    fn open(elf: &Path) -> Result<Self> {
+    /// Reads an image's.
+    pub(crate) fn open(elf: &Path) -> Result<Self> {
         Loader::new(elf).map(Self).map_err(|why| anyhow!("{}: {why}", elf.display()))
+    }
+
+    /// Whose an instruction is: the innermost function of ours, with its file, or else a symbol.
+    pub(crate) fn owner(&self, address: u64) -> String {
+        if let Ok(mut frames) = self.0.find_frames(address) {
+            while let Ok(Some(frame)) = frames.next() {
+                let name = frame.function.as_ref().and_then(|f| f.demangle().ok().map(|n| plain(&n)));
+                let file = frame.location.as_ref().and_then(|at| at.file).map(Path::new);
+                let file = file.and_then(|file| file.strip_prefix(crate::root()).ok());
+                if let (Some(name), Some(file)) = (name, file) {
+                    return format!("{} {}", file.display(), last(&name));
+                }
+            }
+        }
+        self.0
+            .find_symbol(address)
+            .map_or_else(|| format!("{address:#x}"), |name| last(&plain(name)).to_owned())
     }
 
     /// The functions that an instruction belongs to, innermost first: more than one where some were inlined.
@@ -99,6 +117,11 @@ fn plain(name: &str) -> String {
         }
         _ => name.to_owned(),
     }
+}
+
+/// A function's own name, without its path, its generics and the closure that it may be.
+fn last(name: &str) -> &str {
+    name.rsplit("::").find(|part| !part.starts_with(['<', '{'])).unwrap_or(name)
 }
 
 /// A file's path, from the project's folder on if it is there.
@@ -163,6 +186,14 @@ mod tests {
         let log = [line(0, 16), line(1, 16), line(2, 16), line(3, 32)].concat();
         let want = format!("{}hv: backtrace    the same 2 times more\n{}", line(0, 16), line(3, 32));
         assert_eq!(annotate(&log, |_| Vec::new()), want);
+    }
+
+    #[test]
+    fn a_functions_own_name_is_the_last_that_is_no_closure_and_no_generic() {
+        assert_eq!(last("<v::Vm<hv::mm::Metal>>::serve"), "serve");
+        assert_eq!(last("<v::page::Frames>::allocate::<20>"), "allocate");
+        assert_eq!(last("v::index::set::{closure#0}"), "set");
+        assert_eq!(last("hv_enter"), "hv_enter");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use hv_abi::call::{self, status};
 use hv_abi::machine::{GICD, INTID_VIRTUAL_TIMER, PL011, RAM_BASE};
+use hv_abi::mark;
 
 use crate::runtime::{Machine, start_vcpu};
 use crate::timer::{self, frequency, wait_until};
@@ -31,6 +32,14 @@ macro_rules! ticks {
     }};
 }
 
+/// Leaves a mark in a log of the run, of which the guest knows nothing.
+macro_rules! mark {
+    ($which:ident) => {
+        // SAFETY: a hint without a meaning.
+        unsafe { core::arch::asm!("hint #{}", const mark::$which, options(nostack)) }
+    };
+}
+
 /// Figures of one metric.
 struct Samples {
     values: [u64; SAMPLES],
@@ -42,10 +51,14 @@ impl Samples {
         let mut samples = Self { values: [0; SAMPLES], taken: 0 };
         // The first few meet cold paths: they are not kept.
         for index in 0..SAMPLES + 8 {
-            let value = sample(index);
-            if index >= 8 {
-                samples.add(value);
+            if index < 8 {
+                sample(index);
+                continue;
             }
+            mark!(BEGIN);
+            let value = sample(index);
+            mark!(END);
+            samples.add(value);
         }
         samples
     }
@@ -66,6 +79,7 @@ impl Samples {
 
     fn report(mut self, metric: &str, parameters: &str, less: u64) {
         let [median, least, most] = self.summary().map(|ticks| instructions(ticks.saturating_sub(less)));
+        mark!(REPORT);
         println!("bench {metric} {median} {parameters} min={least} max={most} n={}", self.taken);
     }
 }
@@ -130,10 +144,13 @@ fn faults(mode: &str, pages: u64, empty: u64, page: impl Fn(u64) -> u64) {
     let (mut least, mut most, mut total) = (u64::MAX, 0, 0);
     for index in 0..pages {
         let at = page(index);
+        mark!(BEGIN);
         let ticks = ticks!("str xzr, [{at}]", at = in(reg) at).saturating_sub(empty);
+        mark!(END);
         (least, most, total) = (least.min(ticks), most.max(ticks), total + ticks);
     }
     let [mean, least, most] = [total / pages, least, most].map(instructions);
+    mark!(REPORT);
     println!("bench fault.zero {mean} mode={mode} min={least} max={most} n={pages}");
 }
 

@@ -48,18 +48,29 @@ pub fn data(
     }
     let write = data.is_write();
     let Some(at) = address(data.abort, write, far, hpfar) else { return Exit::Resume };
-    let external =
-        Exception::DataAbort { far, walk: data.abort.walk, wnr: data.wnr, maintenance: data.maintenance };
     if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
-        return device(run, data, at, esr, external, held);
+        return device(run, data, at, esr, far, held);
     }
     if write && !data.abort.walk && FLASH0.contains(at.bits()) {
         // A command for a flash chip that has none: it goes nowhere, and the bus does not mind.
         aarch32::advance(&mut run.context.regs, esr);
         return Exit::Resume;
     }
-    let denied = Exception::Denied { far, fetch: false, wnr: data.wnr };
-    fault(run, at, if write { Prot::WRITE } else { Prot::READ }, external, denied, held)
+    let wanted = if write { Prot::WRITE } else { Prot::READ };
+    match served(run, at, wanted, held) {
+        Ok(exit) => exit,
+        Err(error) => refused(run, at, error, external(data, far), denied(data, far)),
+    }
+}
+
+/// What a load or store gets where nothing is.
+const fn external(data: DataAbort, far: u64) -> Exception {
+    Exception::DataAbort { far, walk: data.abort.walk, wnr: data.wnr, maintenance: data.maintenance }
+}
+
+/// What a load or store gets that is not allowed.
+const fn denied(data: DataAbort, far: u64) -> Exception {
+    Exception::Denied { far, fetch: false, wnr: data.wnr }
 }
 
 /// An instruction fetch.
@@ -76,16 +87,19 @@ pub fn fetch(
     }
     let write = abort.walk && matches!(abort.fault, Fault::Permission);
     let Some(at) = address(abort, write, far, hpfar) else { return Exit::Resume };
-    let external = Exception::FetchAbort { far, walk: abort.walk };
+    let nothing = Exception::FetchAbort { far, walk: abort.walk };
     if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
-        return hole(run, at, external);
+        return hole(run, at, nothing);
     }
     let wanted = match (abort.walk, write) {
         (true, true) => Prot::WRITE,
         (true, false) => Prot::READ,
         (false, _) => Prot::EXECUTE,
     };
-    fault(run, at, wanted, external, Exception::Denied { far, fetch: true, wnr: false }, held)
+    match served(run, at, wanted, held) {
+        Ok(exit) => exit,
+        Err(error) => refused(run, at, error, nothing, Exception::Denied { far, fetch: true, wnr: false }),
+    }
 }
 
 /// Stage 2 made these; everything else came from the guest's own doing or from the bus.
@@ -114,22 +128,29 @@ fn hole(run: &mut Run<'_>, at: Ipa, exception: Exception) -> Exit {
     inject(run, exception)
 }
 
+/// What the memory manager makes of an access.
 #[inline]
-fn fault(
-    run: &mut Run<'_>,
+fn served(
+    run: &Run<'_>,
     at: Ipa,
     wanted: Prot,
-    external: Exception,
-    denied: Exception,
     held: &mut Held<'_, { rank::VCPU }>,
-) -> Exit {
+) -> Result<Exit, FaultError> {
     count(&run.vcpu.counts.faults);
     match mm::vm().fault(&run.guest.map, at, wanted, held) {
-        Ok(Faulted::Mapped) => Exit::Resume,
-        Ok(Faulted::Wait(wait)) => Exit::Wait(waiting(wait)),
-        Err(FaultError::Hole(_)) => hole(run, at, external),
-        Err(FaultError::Denied { .. }) => inject(run, denied),
-        Err(FaultError::Lost(error)) => {
+        Ok(Faulted::Mapped) => Ok(Exit::Resume),
+        Ok(Faulted::Wait(wait)) => Ok(Exit::Wait(waiting(wait))),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the guest feels of an access that it cannot have.
+#[cold]
+fn refused(run: &mut Run<'_>, at: Ipa, error: FaultError, nothing: Exception, denied: Exception) -> Exit {
+    match error {
+        FaultError::Hole(_) => hole(run, at, nothing),
+        FaultError::Denied { .. } => inject(run, denied),
+        FaultError::Lost(error) => {
             log::error!("guest {}: the page at {at} is lost: {error:?}", run.guest.id);
             Exit::End(Ending::Lost)
         }
@@ -143,15 +164,17 @@ fn device(
     data: DataAbort,
     at: Ipa,
     esr: u64,
-    external: Exception,
+    far: u64,
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Exit {
-    let Some(target) = mmio::find(at, run.guest.vcpus.len()) else { return hole(run, at, external) };
+    let Some(target) = mmio::find(at, run.guest.vcpus.len()) else {
+        return hole(run, at, external(data, far));
+    };
     let (Some(access), false, false) = (data.access, data.abort.walk, data.maintenance) else {
-        return undecodable(run, at, external);
+        return undecodable(run, at, external(data, far));
     };
     if access.size > target.widest() {
-        return undecodable(run, at, external);
+        return undecodable(run, at, external(data, far));
     }
     count(&run.vcpu.counts.mmio);
     let effect = {

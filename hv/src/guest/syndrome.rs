@@ -209,11 +209,17 @@ pub enum Fault {
 
 impl Fault {
     const fn decode(code: u8) -> Self {
+        // The four of stage 2 first, by their kind: the rest are rare.
+        match code >> 2 {
+            0 => return Self::AddressSize,
+            1 => return Self::Translation,
+            2 => return Self::AccessFlag,
+            3 => return Self::Permission,
+            _ => {}
+        }
         match code {
-            0x00..=0x03 | 0x29 | 0x2c => Self::AddressSize,
-            0x04..=0x07 | 0x2b | 0x2a => Self::Translation,
-            0x08..=0x0b => Self::AccessFlag,
-            0x0c..=0x0f => Self::Permission,
+            0x29 | 0x2c => Self::AddressSize,
+            0x2b | 0x2a => Self::Translation,
             0x10 | 0x18 => Self::External(false),
             0x12..=0x17 | 0x1a..=0x1f => Self::External(true),
             0x30 => Self::Conflict,

@@ -90,13 +90,15 @@ pub fn disks() -> &'static Disks {
 
 /// A new, empty map with tables of its own.
 pub fn new_map<const OUTER: u8>(held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
-    let tables = Stage2::new(Tables, HardwareTlb, geometry()).map_err(|OutOfTables| VmError::NoFrames)?;
+    let tables = Stage2::new(Tables::of_machine(), HardwareTlb, geometry())
+        .map_err(|OutOfTables| VmError::NoFrames)?;
     vm().create_map(tables, held)
 }
 
 /// A map with tables of its own, and the memory of a snapshot.
 pub fn map_of<const OUTER: u8>(snapshot: &Snapshot, held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
-    let tables = Stage2::new(Tables, HardwareTlb, geometry()).map_err(|OutOfTables| VmError::NoFrames)?;
+    let tables = Stage2::new(Tables::of_machine(), HardwareTlb, geometry())
+        .map_err(|OutOfTables| VmError::NoFrames)?;
     vm().map_snapshot(snapshot, tables, held)
 }
 

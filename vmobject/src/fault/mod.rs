@@ -206,24 +206,46 @@ impl<M: Machine> Vm<M> {
         purpose: &mut Purpose<'_>,
         held: &mut Held<'_, CALLER>,
     ) -> Result<Copied, FaultError> {
-        for _ in 0..MAX_RESTARTS {
-            let wait = match self.attempt(map, at, access, purpose, held)? {
-                Step::Done => return Ok(Copied::Done),
-                Step::Again => continue,
-                step @ (Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Push(..)) => {
-                    match self.help(map, at, step, held) {
-                        Ok(None) => continue,
-                        Ok(Some(WaitFor::Memory)) if self.step_frees(held) => continue,
-                        Ok(Some(wait)) => wait,
-                        Err(error) => {
-                            map.stats.count(Event::FaultLost);
-                            return Err(error);
-                        }
-                    }
+        let first = self.attempt(map, at, access, purpose, held);
+        if matches!(first, Ok(Step::Done)) {
+            return Ok(Copied::Done);
+        }
+        self.retry(map, at, access, purpose, first, held)
+    }
+
+    /// From the top again and again, each time after what the attempt before it asked for; `first` came to
+    /// something else than the end.
+    #[cold]
+    fn retry(
+        &self,
+        map: &Map<M>,
+        at: Ipa,
+        access: Prot,
+        purpose: &mut Purpose<'_>,
+        first: Result<Step, FaultError>,
+        held: &mut Held<'_, CALLER>,
+    ) -> Result<Copied, FaultError> {
+        let mut step = first?;
+        for _ in 1..MAX_RESTARTS {
+            let wait = match self.help(map, at, step, held) {
+                Ok(None) => None,
+                Ok(Some(WaitFor::Memory)) if self.step_frees(held) => None,
+                Ok(Some(wait)) => Some(wait),
+                Err(error) => {
+                    map.stats.count(Event::FaultLost);
+                    return Err(error);
                 }
             };
-            map.stats.count(Event::FaultWait);
-            return Ok(Copied::Wait(wait));
+            if let Some(wait) = wait {
+                map.stats.count(Event::FaultWait);
+                return Ok(Copied::Wait(wait));
+            }
+            step = match self.attempt(map, at, access, purpose, held)? {
+                Step::Done => return Ok(Copied::Done),
+                step @ (Step::Again | Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Push(..)) => {
+                    step
+                }
+            };
         }
         // Somebody keeps changing what we look at. The others must get on, too.
         Ok(Copied::Wait(WaitFor::Memory))
@@ -311,39 +333,51 @@ impl<M: Machine> Vm<M> {
             Slot::Zero if top.pager != Pager::None => self.zero_over_store(place, &mut top, &mut held),
             Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
             Slot::Swapped(_) => Step::PageIn(top.id(), place.index),
-            Slot::Resident(frame) => {
-                let page = self.frames.page(frame);
-                if page.is_filling() || (page.is_busy() && place.writes()) {
-                    return self.await_page(map, purpose, frame);
-                }
-                let mut prot = place.prot;
-                match page.clean_slot() {
-                    Some(_) if place.writes() => self.drop_clean_slot(frame, &mut held),
-                    // The first write is to be noticed (P5).
-                    Some(_) => prot = prot.without(Prot::WRITE),
-                    None => {}
-                }
-                if top.pager != Pager::None {
-                    match place.writes() {
-                        true => page.set_dirty(true),
-                        // The same for its store (P7).
-                        false if !page.is_dirty() => prot = prot.without(Prot::WRITE),
-                        false => {}
-                    }
-                }
-                map.stats.count(Event::FaultResident);
-                let step = self.finish_found(map, place, purpose, frame, prot, &mut held);
-                if matches!((&step, &purpose), (Step::Done, Purpose::Enter(_))) {
-                    // The copy may have received this page and not its neighbours.
-                    let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
-                    self.enter_neighbours(map, place, &Around::Own(&top, prot), &mut held);
-                }
-                step
-            }
+            Slot::Resident(frame) => self.resident(map, place, purpose, (&top, frame), &mut held),
         }
     }
 
+    /// The top object has the page in a frame.
+    #[inline(never)]
+    fn resident(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        (top, frame): (&State, Pfn),
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        let page = self.frames.page(frame);
+        if page.is_filling() || (page.is_busy() && place.writes()) {
+            return self.await_page(map, purpose, frame);
+        }
+        let mut prot = place.prot;
+        match page.clean_slot() {
+            Some(_) if place.writes() => self.drop_clean_slot(frame, held),
+            // The first write is to be noticed (P5).
+            Some(_) => prot = prot.without(Prot::WRITE),
+            None => {}
+        }
+        if top.pager != Pager::None {
+            match place.writes() {
+                true => page.set_dirty(true),
+                // The same for its store (P7).
+                false if !page.is_dirty() => prot = prot.without(Prot::WRITE),
+                false => {}
+            }
+        }
+        map.stats.count(Event::FaultResident);
+        let step = self.finish_found(map, place, purpose, frame, prot, held);
+        if matches!((&step, &purpose), (Step::Done, Purpose::Enter(_))) {
+            // The copy may have received this page and not its neighbours.
+            let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
+            self.enter_neighbours(map, place, &Around::Own(top, prot), held);
+        }
+        step
+    }
+
     /// The top object has nothing: look below it.
+    #[inline(never)]
     fn below_top(
         &self,
         map: &Map<M>,
@@ -404,6 +438,7 @@ impl<M: Machine> Vm<M> {
     }
 
     /// A read through an entry whose object must not change: the whole chain is only looked at.
+    #[inline(never)]
     fn in_shared(
         &self,
         map: &Map<M>,
@@ -510,6 +545,17 @@ impl<M: Machine> Vm<M> {
                     Err(OutOfTables) => Step::Wait(WaitFor::Memory),
                 }
             }
+            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => {
+                self.finish_unmapped(purpose, frame, held)
+            }
+        }
+    }
+
+    /// The same where EL2 itself wanted the page.
+    #[inline(never)]
+    fn finish_unmapped(&self, purpose: &mut Purpose<'_>, frame: Pfn, held: &mut Held<'_, OBJECT>) -> Step {
+        match purpose {
+            Purpose::Enter(_) => unreachable!("that one is mapped"),
             Purpose::Read(offset, out) => {
                 self.machine.memory().read(frame, *offset, out);
                 Step::Done
