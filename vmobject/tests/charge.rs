@@ -7,7 +7,7 @@ use vmobject::addr::{Ipa, PageIndex};
 use vmobject::charge::Overcommit;
 use vmobject::fault::Faulted;
 use vmobject::lock::Held;
-use vmobject::map::Share;
+use vmobject::map::{Instruction, Share};
 use vmobject::pmap::Pmap as _;
 use vmobject::prot::Prot;
 use vmobject::testing::{FakePmap, Rig, TestMap, at};
@@ -107,7 +107,8 @@ fn run(rig: &Rig, guest: &TestMap, vcpu: Option<usize>) -> Option<u32> {
             leaf.is_none_or(|leaf| !leaf.prot.allows(Prot::WRITE))
         });
         let Some(&page) = missing else { return Some(faults) };
-        match rig.vm.fault_for(guest, vcpu, at(page, 0), Prot::WRITE, held).unwrap() {
+        let by = vcpu.map(|vcpu| Instruction { vcpu, pc: 0x4008_0000 });
+        match rig.vm.fault_for(guest, by, at(page, 0), Prot::WRITE, held).unwrap() {
             Faulted::Mapped => {}
             Faulted::Wait(_) => {
                 rig.deliver_all();

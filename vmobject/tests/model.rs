@@ -271,6 +271,7 @@ impl World {
         }
         let Some(which) = self.some_guest() else { return };
         let guest = self.guests.swap_remove(which);
+        self.met.move_faults += guest.map.stats().fault_move;
         self.rig.vm.destroy_map(guest.map, &mut Held::root());
     }
 
@@ -487,9 +488,6 @@ impl World {
 
     fn finish(mut self, seed: u64) -> Met {
         while !self.guests.is_empty() || !self.kept.is_empty() || !self.owned.is_empty() {
-            for guest in &self.guests {
-                self.met.move_faults += guest.map.stats().fault_move;
-            }
             self.end();
             self.delete();
             self.at_rest(seed, u32::MAX);

@@ -32,6 +32,10 @@ pub(crate) struct Guest {
 #[derive(Default)]
 pub(crate) struct Disk {
     images: Vec<(String, Vec<u8>)>,
+    /// Bytes of a partition to swap to.
+    pub(crate) swap: u64,
+    /// How much memory may be promised, in hundredths of what there is.
+    pub(crate) overcommit: Option<u32>,
     /// The guests to start.
     pub(crate) guests: Vec<Guest>,
     /// The machine stays when its last guest has ended, until the monitor is told `shutdown`.
@@ -73,16 +77,24 @@ impl Disk {
             .collect();
         let images: Vec<Value> =
             self.images.iter().map(|(name, b)| json!({"partition": name, "bytes": b.len()})).collect();
-        json!({"version": 1, "batch": !self.stays, "images": images, "guests": guests}).to_string()
+        let mut manifest = json!({"version": 1, "batch": !self.stays, "images": images, "guests": guests});
+        if let Some(percent) = self.overcommit {
+            manifest["overcommit_percent"] = json!(percent);
+        }
+        manifest.to_string()
     }
 
     /// Writes the disk.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let manifest = self.manifest().into_bytes();
-        let parts: Vec<(&str, &[u8])> = std::iter::once((hv_abi::manifest::PARTITION, manifest.as_slice()))
-            .chain(self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())))
-            .collect();
-        let room: u64 = parts.iter().map(|(_, b)| (b.len() as u64).next_multiple_of(ALIGN) + ALIGN).sum();
+        let swap = (self.swap > 0).then_some((hv_abi::manifest::SWAP_PARTITION, [].as_slice(), self.swap));
+        let parts: Vec<(&str, &[u8], u64)> =
+            std::iter::once((hv_abi::manifest::PARTITION, manifest.as_slice()))
+                .chain(self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())))
+                .map(|(name, bytes)| (name, bytes, (bytes.len() as u64).next_multiple_of(4096).max(4096)))
+                .chain(swap)
+                .collect();
+        let room: u64 = parts.iter().map(|(_, _, size)| size.next_multiple_of(ALIGN) + ALIGN).sum();
         let size = room + 4 * ALIGN;
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir)?;
@@ -103,10 +115,9 @@ impl Disk {
             .create_from_device(file, None)?;
         table.update_partitions(BTreeMap::new())?;
         let mut places = Vec::new();
-        for (name, bytes) in &parts {
-            let size = (bytes.len() as u64).next_multiple_of(4096).max(4096);
+        for (name, bytes, size) in &parts {
             let id = table
-                .add_partition(name, size, gpt::partition_types::LINUX_FS, 0, Some(ALIGN / 512))
+                .add_partition(name, *size, gpt::partition_types::LINUX_FS, 0, Some(ALIGN / 512))
                 .with_context(|| format!("no place for {name} on {}", path.display()))?;
             let start = table.partitions().get(&id).map(|p| p.first_lba * 512);
             places.push((start.context("a partition just made is not there")?, bytes));

@@ -101,34 +101,37 @@ impl fmt::Display for DiskFile {
 /// `--overcommit strict|RATIO|none`: how much memory guests may be promised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Overcommit {
-    /// What is there.
-    Strict,
-    /// So many times what is there.
-    Ratio(f64),
+    /// So many hundredths of what is there.
+    Percent(u32),
     /// Without bound.
     None,
 }
 
-/// Reads `strict`, `none` or a ratio such as 1.5.
-pub(crate) fn overcommit(text: &str) -> Result<Overcommit, String> {
-    match text {
-        "strict" => Ok(Overcommit::Strict),
-        "none" => Ok(Overcommit::None),
-        ratio => match ratio.parse::<f64>() {
-            Ok(ratio) if ratio.is_finite() && ratio >= 1.0 => Ok(Overcommit::Ratio(ratio)),
-            Ok(_) => Err("a ratio is at least 1".to_owned()),
-            Err(_) => Err("it is strict, none or a ratio such as 1.5".to_owned()),
-        },
+impl Overcommit {
+    /// The bound, if there is one.
+    pub(crate) const fn percent(self) -> Option<u32> {
+        match self {
+            Self::Percent(percent) => Some(percent),
+            Self::None => None,
+        }
     }
 }
 
-impl fmt::Display for Overcommit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Strict => f.write_str("strict"),
-            Self::Ratio(ratio) => write!(f, "{ratio}"),
-            Self::None => f.write_str("none"),
-        }
+/// Reads `strict`, `none` or a ratio such as 1.5, of two decimals at most.
+pub(crate) fn overcommit(text: &str) -> Result<Overcommit, String> {
+    let ratio = match text {
+        "strict" => return Ok(Overcommit::Percent(100)),
+        "none" => return Ok(Overcommit::None),
+        ratio => ratio,
+    };
+    let (whole, part) = ratio.split_once('.').unwrap_or((ratio, ""));
+    let part = if part.len() <= 2 { format!("{part:0<2}") } else { "too long".to_owned() };
+    let percent =
+        || whole.parse::<u32>().ok()?.checked_mul(100)?.checked_add(part.parse::<u8>().ok()?.into());
+    match percent() {
+        Some(percent @ 100..) => Ok(Overcommit::Percent(percent)),
+        Some(_) => Err("a ratio is at least 1".to_owned()),
+        None => Err("it is strict, none or a ratio such as 1.5".to_owned()),
     }
 }
 
@@ -146,10 +149,6 @@ pub(crate) fn image(text: &str) -> Result<String, String> {
 pub(crate) struct Ahead<'a> {
     /// `--disk`.
     pub(crate) disks: &'a [DiskFile],
-    /// `--swap`, in MiB.
-    pub(crate) swap: Option<u64>,
-    /// `--overcommit`.
-    pub(crate) overcommit: Option<Overcommit>,
     /// `--image`.
     pub(crate) image: Option<&'a str>,
 }
@@ -161,18 +160,6 @@ impl Ahead<'_> {
             bail!(
                 "--disk {disk}: guests have no disk device yet; what they need goes into the initramfs (--initrd FILE)"
             );
-        }
-        if let Some(mib) = self.swap {
-            bail!(
-                "--swap {mib}M: the hypervisor cannot swap yet; give it more memory instead (--host-memory SIZE)"
-            );
-        }
-        match self.overcommit {
-            // Which is what happens without a word.
-            None | Some(Overcommit::None) => {}
-            Some(limit) => {
-                bail!("--overcommit {limit}: memory is not charged in advance yet; only `none` holds today")
-            }
         }
         if let Some(image) = self.image {
             bail!(
@@ -187,7 +174,7 @@ impl Ahead<'_> {
 mod tests {
     use super::*;
 
-    const NOTHING: Ahead<'_> = Ahead { disks: &[], swap: None, overcommit: None, image: None };
+    const NOTHING: Ahead<'_> = Ahead { disks: &[], image: None };
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -225,8 +212,10 @@ mod tests {
 
     #[test]
     fn an_overcommit_is_a_word_or_a_ratio_of_at_least_one() {
-        assert_eq!(overcommit("strict"), Ok(Overcommit::Strict));
-        assert_eq!(overcommit("1.5"), Ok(Overcommit::Ratio(1.5)));
+        assert_eq!(overcommit("strict"), Ok(Overcommit::Percent(100)));
+        assert_eq!(overcommit("1.5"), Ok(Overcommit::Percent(150)));
+        assert_eq!(overcommit("3.25"), Ok(Overcommit::Percent(325)));
+        assert_eq!(overcommit("none"), Ok(Overcommit::None));
         for wrong in ["0.5", "inf", "NaN", "loose", ""] {
             assert!(overcommit(wrong).is_err(), "{wrong}");
         }
@@ -247,12 +236,9 @@ mod tests {
     #[test]
     fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
         assert!(NOTHING.refuse().is_ok());
-        assert!(Ahead { overcommit: Some(Overcommit::None), ..NOTHING }.refuse().is_ok());
         let disks = [DiskFile { file: "root.img".into(), writes: Writes::Private }];
         for (refused, name) in [
             (Ahead { disks: &disks, ..NOTHING }, "--disk root.img,private: "),
-            (Ahead { swap: Some(64), ..NOTHING }, "--swap 64M: "),
-            (Ahead { overcommit: Some(Overcommit::Strict), ..NOTHING }, "--overcommit strict: "),
             (Ahead { image: Some("nbd:a:1"), ..NOTHING }, "--image nbd:a:1: "),
         ] {
             assert!(refused.refuse().is_err_and(|why| why.to_string().starts_with(name)), "{name}");

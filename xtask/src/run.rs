@@ -139,6 +139,8 @@ impl Run {
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
         let mut disk = Disk::default();
         disk.stays = self.stays();
+        disk.swap = self.swap.unwrap_or(0) << 20;
+        disk.overcommit = self.overcommit.and_then(options::Overcommit::percent);
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
@@ -280,12 +282,7 @@ impl Run {
     }
 
     fn ahead(&self) -> Ahead<'_> {
-        Ahead {
-            disks: &self.disks,
-            swap: self.swap,
-            overcommit: self.overcommit,
-            image: self.image.as_deref(),
-        }
+        Ahead { disks: &self.disks, image: self.image.as_deref() }
     }
 }
 

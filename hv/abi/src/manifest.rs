@@ -11,8 +11,10 @@
 //! ```
 //!
 //! `version` must be [`VERSION`] when it is there. `images` gives exact lengths; an image that it leaves
-//! out counts as long as its partition. A guest has a `kernel` or a `bios`; `initrd`, `append`,
-//! `memory_mib` (256), `vcpus` (1) and `grant_fork` (0) may be left out. Any other key is an error.
+//! out counts as long as its partition. `overcommit_percent`, 100 or more, bounds how much memory is promised
+//! to guests, in hundredths of frames and swap together; without it there is no bound. A guest has a `kernel`
+//! or a `bios`; `initrd`, `append`, `memory_mib` (256), `vcpus` (1) and `grant_fork` (0) may be left out. Any
+//! other key is an error.
 
 /// The partition that holds the manifest.
 pub const PARTITION: &str = "manifest";

@@ -17,6 +17,7 @@ use alloc::string::ToString;
 use alloc::vec;
 use alloc::vec::Vec;
 use board::platform::Platform;
+use vmobject::charge::Overcommit;
 use vmobject::lock::Held;
 use vmobject::store::StoreId;
 
@@ -30,6 +31,7 @@ pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut H
         warn!("there is no manifest on any disk: nothing to run");
         return;
     };
+    swap(&manifest, held);
     if manifest.batch {
         host::leave_with_the_last_guest();
     }
@@ -44,6 +46,19 @@ pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut H
     if failed && manifest.batch {
         error!("not every guest could be made");
         crate::arch::power::exit(1);
+    }
+}
+
+/// Gives the memory manager its swap partition, and says how much may be promised.
+fn swap(manifest: &Manifest, held: &mut Held<'_, 0>) {
+    if let Some(store) = mm::disks().find(hv_abi::manifest::SWAP_PARTITION) {
+        match mm::vm().add_swap(store, held) {
+            Ok(pages) => info!("swap: {} MiB", pages >> 8),
+            Err(error) => warn!("the swap partition cannot be used: {error:?}"),
+        }
+    }
+    if let Some(percent) = manifest.overcommit {
+        mm::vm().set_overcommit(Overcommit::Percent(percent), held);
     }
 }
 

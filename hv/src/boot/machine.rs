@@ -126,10 +126,14 @@ impl Front for Machine {
 /// Delivers what disks have finished.
 fn complete<const R: u8>(held: &mut Held<'_, R>) {
     const { assert!(R < rank::WAITERS) };
-    mm::disks().poll(&mut |token, result| {
+    let count = mm::disks().poll(&mut |token, result| {
         mm::vm().complete(token, result, held);
         sched::io_done(token, held);
     });
+    if count > 0 {
+        // Frames, or places in a queue.
+        sched::memory_freed(held);
+    }
 }
 
 impl Outside for Machine {

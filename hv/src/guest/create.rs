@@ -278,7 +278,8 @@ pub fn create(
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, CreateError> {
     let map = mm::new_map(held)?;
-    match prepare(&map, &config, log, poll, held) {
+    let promised = mm::vm().set_vcpus(&map, config.vcpus, held).map_err(CreateError::from);
+    match promised.and_then(|()| prepare(&map, &config, log, poll, held)) {
         Ok(parts) => Ok(Arc::new(Guest::new(id, config, map, parts))),
         Err(error) => {
             mm::vm().destroy_map(map, held);

@@ -17,6 +17,7 @@ use hv_abi::machine::FLASH0;
 use vmobject::addr::Ipa;
 use vmobject::fault::{FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
+use vmobject::map::Instruction;
 use vmobject::prot::Prot;
 
 /// The page number's place in HPFAR_EL2, and how far it has to move.
@@ -137,7 +138,8 @@ fn served(
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Result<Exit, FaultError> {
     count(&run.vcpu.counts.faults);
-    match mm::vm().fault(&run.guest.map, at, wanted, held) {
+    let by = Instruction { vcpu: run.vcpu.index, pc: run.context.regs.pc };
+    match mm::vm().fault_for(&run.guest.map, Some(by), at, wanted, held) {
         Ok(Faulted::Mapped) => Ok(Exit::Resume),
         Ok(Faulted::Wait(wait)) => Ok(Exit::Wait(waiting(wait))),
         Err(error) => Err(error),

@@ -124,7 +124,8 @@ pub fn make(
     );
     let mut random = snapshot.twin(held);
     let map = mm::map_of(&snapshot.memory, held)?;
-    if let Err(error) = genid::renew(&map, &mut random, poll, held) {
+    let promised = mm::vm().set_vcpus(&map, vcpus.len(), held).map_err(CreateError::from);
+    if let Err(error) = promised.and_then(|()| genid::renew(&map, &mut random, poll, held)) {
         mm::vm().destroy_map(map, held);
         return Err(error.into());
     }

@@ -20,6 +20,8 @@ use serde_json::{Map, Value};
 pub struct Manifest {
     /// True to leave QEMU once the last guest has gone.
     pub batch: bool,
+    /// How much memory may be promised, in hundredths of what there is; without it, any.
+    pub overcommit: Option<u32>,
     /// Exact lengths of images.
     pub images: Vec<Image>,
     /// What to start.
@@ -127,6 +129,8 @@ pub fn parse(bytes: &[u8]) -> Parsed<Manifest> {
         return wrong("version", format!("{version}; this hypervisor reads {VERSION}"));
     }
     let mut manifest = Manifest { batch: top.flag("batch")?.unwrap_or(false), ..Manifest::default() };
+    let percent = top.number("overcommit_percent", 100, u64::from(u32::MAX))?;
+    manifest.overcommit = percent.and_then(|percent| u32::try_from(percent).ok());
     for (place, value) in top.list("images")? {
         let mut object = Object::new(&place, value)?;
         let partition = object.required_name("partition")?;

@@ -16,7 +16,7 @@ const CHORES: u32 = 64;
 
 /// Sleeps until something happens, and handles the interrupt.
 pub(super) fn sleep(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
-    if crate::mm::vm().step(CHORES, held) {
+    if crate::mm::vm().step(CHORES, held) | super::page_out(held) {
         slice::idle_interrupts(cpu, outside, held);
         return;
     }

@@ -34,6 +34,9 @@ use wait::Waiters;
 /// How long a vCPU may run while others wait.
 pub const SLICE_MS: u64 = 10;
 
+/// Pages and leaves that pageout looks at between two looks around (invariant I6).
+const PAGEOUT: u32 = 64;
+
 static QUEUES: [RunQueue<VcpuRef>; MAX_CPUS] = [const { RunQueue::new() }; MAX_CPUS];
 static WAITERS: Waiters<VcpuRef> = Waiters::new();
 /// CPUs that sleep, by number: a vCPU that becomes ready elsewhere may be worth waking one.
@@ -80,6 +83,7 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
         wake(&vcpu, held);
     }
+    page_out(held);
     match next(cpu.id, held) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
         None => idle::sleep(cpu, outside, held),
@@ -233,6 +237,15 @@ pub fn memory_freed<const R: u8>(held: &mut Held<'_, R>) {
     while let Some(vcpu) = WAITERS.take_memory(held) {
         wake(&vcpu, held);
     }
+}
+
+/// Frees memory for a while if it is short; true if more could be done now.
+fn page_out(held: &mut Held<'_, 0>) -> bool {
+    let done = crate::mm::vm().pageout(PAGEOUT, held);
+    if done.freed > 0 {
+        memory_freed(held);
+    }
+    done.more
 }
 
 /// Makes room for a new guest's vCPUs in every list, so that running it allocates nothing here.

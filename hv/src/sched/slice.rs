@@ -221,6 +221,9 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
     if here {
         return None;
     }
+    if crate::mm::vm().is_short() {
+        guest.map.forget_needs(vcpu.index);
+    }
     count(&vcpu.counts.waits);
     vcpu.set_cause(Cause::Event);
     let virtual_timer =

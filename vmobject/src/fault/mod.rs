@@ -24,7 +24,7 @@ mod wire;
 use crate::addr::{Ipa, PageIndex, Pfn};
 use crate::limits::MAX_RESTARTS;
 use crate::lock::{CALLER, Held, MAP, OBJECT};
-use crate::map::{Entry, Map};
+use crate::map::{Entry, Instruction, Map};
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
 use crate::page::Queue;
@@ -75,8 +75,8 @@ pub enum FaultError {
 
 /// What the page is wanted for.
 enum Purpose<'b> {
-    /// To be mapped, for this vCPU if for any in particular.
-    Enter(Option<usize>),
+    /// To be mapped, for this instruction if for any in particular.
+    Enter(Option<Instruction>),
     /// To read bytes from this offset on.
     Read(usize, &'b mut [u8]),
     /// To write bytes from this offset on.
@@ -129,17 +129,17 @@ impl<M: Machine> Vm<M> {
         self.fault_for(map, None, at, access, held)
     }
 
-    /// The same for one vCPU of a guest, by its number: it gets on although memory is short (I15).
+    /// The same for one instruction of a vCPU: it gets on although memory is short (I15).
     #[inline]
     pub fn fault_for<const OUTER: u8>(
         &self,
         map: &Map<M>,
-        vcpu: Option<usize>,
+        by: Option<Instruction>,
         at: Ipa,
         access: Prot,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Faulted, FaultError> {
-        match self.serve(map, at, access, &mut Purpose::Enter(vcpu), &mut held.deepen()) {
+        match self.serve(map, at, access, &mut Purpose::Enter(by), &mut held.deepen()) {
             Ok(Copied::Done) => Ok(Faulted::Mapped),
             Ok(Copied::Wait(wait)) => Ok(Faulted::Wait(wait)),
             Err(error) => Err(error),
@@ -470,8 +470,8 @@ impl<M: Machine> Vm<M> {
     fn await_page(&self, map: &Map<M>, purpose: &Purpose<'_>, frame: Pfn) -> Step {
         let page = self.frames.page(frame);
         page.map();
-        if let Purpose::Enter(Some(vcpu)) = *purpose {
-            map.need(vcpu, frame);
+        if let Purpose::Enter(Some(by)) = *purpose {
+            map.need(by, frame);
         }
         Step::Wait(WaitFor::Io(page.transfer()))
     }
@@ -533,11 +533,11 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
         match purpose {
-            Purpose::Enter(vcpu) => {
+            Purpose::Enter(by) => {
                 if self.frames.is_short()
-                    && let Some(vcpu) = *vcpu
+                    && let Some(by) = *by
                 {
-                    map.need(vcpu, frame);
+                    map.need(by, frame);
                 }
                 let (mut pmap, _held) = map.pmap.lock(held);
                 match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {

@@ -18,6 +18,7 @@ mod need;
 
 pub use copy::Snapshot;
 pub use discard::{Discarded, NotDiscarded};
+pub use need::Instruction;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;

@@ -7,7 +7,7 @@
 //! asked by `pageout`.
 
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use super::Map;
 use crate::addr::Pfn;
@@ -23,18 +23,37 @@ const NONE: u32 = u32::MAX;
 pub(crate) struct Needs {
     frames: [AtomicU32; NEED_PAGES],
     next: AtomicUsize,
+    /// Where the instruction is that needs them.
+    pc: AtomicU64,
+}
+
+/// Which instruction faults: of which vCPU, and where. When a vCPU faults elsewhere it has got on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Instruction {
+    /// The vCPU's number.
+    pub vcpu: usize,
+    /// Its program counter.
+    pub pc: u64,
 }
 
 impl Needs {
     const fn new() -> Self {
-        Self { frames: [const { AtomicU32::new(NONE) }; NEED_PAGES], next: AtomicUsize::new(0) }
+        let frames = [const { AtomicU32::new(NONE) }; NEED_PAGES];
+        Self { frames, next: AtomicUsize::new(0), pc: AtomicU64::new(0) }
     }
 
     fn has(&self, frame: Pfn) -> bool {
         self.frames.iter().any(|known| known.load(Relaxed) == frame.number())
     }
 
-    fn add(&self, frame: Pfn) {
+    fn forget(&self) {
+        self.frames.iter().for_each(|known| known.store(NONE, Relaxed));
+    }
+
+    fn add(&self, pc: u64, frame: Pfn) {
+        if self.pc.swap(pc, Relaxed) != pc {
+            self.forget();
+        }
         if !self.has(frame) {
             let place = self.next.fetch_add(1, Relaxed) % NEED_PAGES;
             self.frames[place].store(frame.number(), Relaxed);
@@ -43,11 +62,11 @@ impl Needs {
 }
 
 impl<M: Machine> Map<M> {
-    /// Remembers that a vCPU needs a page. The owner is locked.
+    /// Remembers that an instruction needs a page. The owner is locked.
     #[cold]
-    pub(crate) fn need(&self, vcpu: usize, frame: Pfn) {
-        if let Some(needs) = self.needs.get().and_then(|all| all.get(vcpu)) {
-            needs.add(frame);
+    pub(crate) fn need(&self, by: Instruction, frame: Pfn) {
+        if let Some(needs) = self.needs.get().and_then(|all| all.get(by.vcpu)) {
+            needs.add(by.pc, frame);
         }
     }
 
@@ -56,11 +75,10 @@ impl<M: Machine> Map<M> {
         self.needs.get().is_some_and(|all| all.iter().any(|needs| needs.has(frame)))
     }
 
-    /// The vCPU has retired an instruction since its last fault, or will not run for a while: what it needed
-    /// may go.
+    /// The vCPU has got on, and will not run for a while: what it needed may go.
     pub fn forget_needs(&self, vcpu: usize) {
         if let Some(needs) = self.needs.get().and_then(|all| all.get(vcpu)) {
-            needs.frames.iter().for_each(|known| known.store(NONE, Relaxed));
+            needs.forget();
         }
     }
 }

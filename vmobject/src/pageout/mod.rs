@@ -99,6 +99,12 @@ impl<M: Machine> Vm<M> {
         done
     }
 
+    /// True while memory is short and pageout has something to do about it.
+    #[inline]
+    pub fn is_short(&self) -> bool {
+        self.frames.is_short()
+    }
+
     /// How many frames pageout tries to keep free: it begins when fewer than `low` are, the reserve among
     /// them, and ends when `high` are.
     pub fn set_free_target(&self, low: u32, high: u32) {
