@@ -5,7 +5,6 @@
 //! in the modules' headers and in the design's list (I1, I3).
 
 use alloc::sync::{Arc, Weak};
-use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::Vm;
@@ -161,7 +160,10 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), Violation> {
         let info = self.swap_info(held);
-        let mut owned = vec![false; info.slots as usize];
+        let mut owned = Vec::new();
+        if owned.try_reserve_exact(info.slots.div_ceil(u64::BITS) as usize).is_ok() {
+            owned.resize(info.slots.div_ceil(u64::BITS) as usize, 0u64);
+        } // Without memory for that only the sum is looked at.
         for number in 0..self.objects.used(held) {
             let Some(object) = self.objects.at(number) else { continue };
             let (state, mut held) = object.read(held);
@@ -172,8 +174,10 @@ impl<M: Machine> Vm<M> {
                     Slot::Absent | Slot::Zero => None,
                 };
                 let Some(slot) = known else { continue };
-                let taken = self.swap.holds(slot, &mut held);
-                if !taken || core::mem::replace(&mut owned[slot as usize], true) {
+                let bit = 1 << (slot % u64::BITS);
+                let word = owned.get_mut((slot / u64::BITS) as usize);
+                let twice = word.is_some_and(|word| core::mem::replace(word, *word | bit) & bit != 0);
+                if twice || !self.swap.holds(slot, &mut held) {
                     return broken("W1", "a swap slot is free or has two owners", number, place.number());
                 }
                 audit.swap_slots += 1;

@@ -12,6 +12,7 @@ mod target;
 
 use crate::Vm;
 use crate::addr::Pfn;
+use crate::limits::CLUSTER_PAGES;
 use crate::lock::{Alone, CALLER, Held};
 use crate::object::index::Slot;
 use crate::object::{Life, Pager};
@@ -22,6 +23,11 @@ use launder::Laundered;
 use sweep::{Aim, Sweep, Swept};
 use target::{Next, Target};
 
+/// What a transfer out costs of a step's budget: its pages are looked through twice, for zeros and for a sum.
+const LAUNDERING: u32 = 8 * CLUSTER_PAGES;
+/// Steps that are left out when nothing could go and nothing is on its way: looking has a price for guests.
+const PAUSE: u32 = 64;
+
 /// What the daemon remembers between two steps.
 #[derive(Default)]
 struct Daemon {
@@ -31,6 +37,8 @@ struct Daemon {
     working: bool,
     /// Pages looked at since the last one that went anywhere.
     fruitless: u32,
+    /// Steps to leave out, after everything was looked at in vain.
+    pause: u32,
 }
 
 /// The pageout daemon.
@@ -61,6 +69,10 @@ impl<M: Machine> Vm<M> {
     pub fn pageout<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> PagedOut {
         let mut done = PagedOut::default();
         let Some(mut daemon) = self.pageout.daemon.enter() else { return done };
+        if daemon.pause > 0 {
+            daemon.pause -= 1;
+            return done;
+        }
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
         while left > 0 {
@@ -73,6 +85,7 @@ impl<M: Machine> Vm<M> {
             let queue = match next {
                 Next::Rest | Next::Stuck => return done,
                 Next::Launder => {
+                    left = left.saturating_sub(LAUNDERING);
                     let laundered = self.launder(held);
                     if laundered == Laundered::Blocked {
                         return done;
@@ -109,6 +122,9 @@ impl<M: Machine> Vm<M> {
     /// them, and ends when `high` are.
     pub fn set_free_target(&self, low: u32, high: u32) {
         self.pageout.target.set(low, high);
+        if let Some(mut daemon) = self.pageout.daemon.enter() {
+            daemon.pause = 0;
+        }
     }
 
     /// The page that a step of pageout left half done.
@@ -129,6 +145,7 @@ impl<M: Machine> Vm<M> {
         if daemon.fruitless > 5 * all {
             // Everything was looked at on each queue, with a second chance: nothing can go now.
             daemon.fruitless = 0;
+            daemon.pause = if leaving == 0 { PAUSE } else { 0 };
             return Next::Stuck;
         }
         Target::next(lengths, can_write, daemon.fruitless > 3 * all)

@@ -60,6 +60,7 @@ pub(super) fn trials() -> Vec<Trial> {
     trials.push(boot("a_terminal_is_as_it_was_whichever_way_a_run_ends", |name| {
         terminal::is_as_it_was(&logs(name))
     }));
+    trials.push(boot("a_guest_with_more_memory_than_the_host_swaps_and_keeps_its_contents", swaps));
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
     trials
 }
@@ -103,6 +104,15 @@ fn boots_to_a_shell(name: &str, words: &[&str]) -> Result<()> {
     session.wait(&format!("guest ready: guest {version}."))?;
     session.send("memtest 32 2; poweroff -f\n")?;
     session.wait("memtest: 32 MiB, 2 rounds, ok")?;
+    session.finish()
+}
+
+/// Linux fills and compares more memory than the host has.
+fn swaps(name: &str) -> Result<()> {
+    let words =
+        "--batch --timeout 400 --memory 512M --host-memory 192M --swap 512M --append guest.run=memtest+220";
+    let mut session = start(name, &words.split(' ').collect::<Vec<_>>())?;
+    session.wait("memtest: 220 MiB, 2 rounds, ok")?;
     session.finish()
 }
 
