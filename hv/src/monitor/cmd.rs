@@ -49,6 +49,8 @@ pub trait Host {
     fn objects(&mut self, id: Option<u32>) -> Result<Value, String>;
     /// Frames by owner and queue.
     fn memory(&mut self) -> Value;
+    /// Swap slots, and pageout's counters.
+    fn swap(&mut self) -> Value;
     /// Counters.
     fn stats(&mut self, id: Option<u32>) -> Result<Value, String>;
     /// Recent exits.
@@ -168,6 +170,7 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Log(guest) => host.find(guest).and_then(|id| host.log(id)).map(|text| json!({"log": text})),
         Command::Map(guest) => host.find(guest).and_then(|id| host.map(id)),
         Command::Memory => Ok(host.memory()),
+        Command::Swap => Ok(host.swap()),
         Command::Objects(guest) => optional(host, guest).and_then(|id| host.objects(id)),
         Command::Pause(guest) => host.find(guest).and_then(|id| host.pause(id).map(|()| done("paused", id))),
         Command::Reset(guest, name) => {
@@ -337,6 +340,9 @@ mod tests {
         }
         fn memory(&mut self) -> Value {
             json!({"frames": {"free": 3, "wired": 1}})
+        }
+        fn swap(&mut self) -> Value {
+            json!({"slots": {"free": 9}})
         }
         fn stats(&mut self, _: Option<u32>) -> Result<Value, String> {
             Ok(json!({}))

@@ -265,6 +265,10 @@ impl Host for Guests<'_, '_> {
         value
     }
 
+    fn swap(&mut self) -> Value {
+        view::swap(self.held)
+    }
+
     fn stats(&mut self, id: Option<u32>) -> Result<Value, String> {
         let guest = id.map(|id| self.guest(id)).transpose()?;
         let guests = guest.clone().map_or_else(|| table::all(self.held), |guest| [guest].into());

@@ -38,6 +38,7 @@ pub const COMMANDS: &[Help] = &[
     help("log", "G", "what guest G has printed lately"),
     help("map", "G", "the map of guest G: ranges, objects, protection"),
     help("memory", "", "frames by owner and queue"),
+    help("swap", "", "slots of the swap partition, and what went in and out"),
     help("objects", "[G]", "the memory objects: size, resident, shared, references, pager"),
     help("pause", "G", "stop the vCPUs of guest G"),
     help("reset", "G [SNAPSHOT]", "make guest G what it was in the snapshot, else the one that it came from"),
@@ -90,6 +91,8 @@ pub enum Command {
     Map(String),
     /// Frames.
     Memory,
+    /// `swap`.
+    Swap,
     /// Objects, of one guest or all.
     Objects(Option<String>),
     /// Stop a guest's vCPUs.
@@ -159,6 +162,7 @@ pub fn parse(line: &str) -> Result<Command, String> {
         "log" => one().map(Command::Log),
         "map" => one().map(Command::Map),
         "memory" => none(Command::Memory),
+        "swap" => none(Command::Swap),
         "objects" => maybe().map(Command::Objects),
         "pause" => one().map(Command::Pause),
         "reset" => guest_and_name().map(|(guest, name)| Command::Reset(guest, name)),

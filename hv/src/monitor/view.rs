@@ -179,6 +179,39 @@ impl Objects {
     }
 }
 
+/// The swap store's slots, what pageout did, and what was promised.
+pub fn swap(held: &mut Held<'_, 0>) -> Value {
+    let vm = mm::vm();
+    let (info, counts, charges) = (vm.swap_info(held), vm.stats(), vm.charges(held));
+    json!({
+        "slots": {
+            "total": info.slots,
+            "in_use": info.in_use,
+            "free": info.free(),
+            "bad": info.bad,
+        },
+        "transfers": {
+            "in": counts.page_in,
+            "in_failed": counts.page_in_failed,
+            "out": counts.page_out,
+            "out_failed": counts.page_out_failed,
+        },
+        "pages": {
+            "looked_at": counts.aged,
+            "evicted": counts.evicted,
+            "evicted_zero": counts.evicted_zero,
+            "reactivated": counts.reactivated,
+            "without_a_slot": counts.swap_full,
+        },
+        "promised": {
+            "pages": charges.committed,
+            "limit": charges.limit,
+            "to_snapshots": charges.kept,
+            "needed_by_vcpus": charges.needed,
+        },
+    })
+}
+
 fn roots(children: &BTreeMap<Option<u32>, Vec<u32>>, of: Option<u32>, depth: usize) -> Vec<(u32, usize)> {
     children.get(&of).into_iter().flatten().rev().map(|&number| (number, depth)).collect()
 }
