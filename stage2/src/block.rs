@@ -79,6 +79,9 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
 
     /// Puts a block of contiguous frames where a table, a block or nothing is. The tables above are there.
     pub(crate) fn put_block(&mut self, slot: Slot, at: Ipa, block: Descriptor, sink: Sink<'_>) {
+        if self.geometry.start() == BLOCK {
+            self.use_root(at);
+        }
         let old = self.read(slot);
         if (old.is_table() || old.is_parked())
             && let Some(range) = IpaRange::from_pages(at, Spot::pages_of(BLOCK))

@@ -34,16 +34,11 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         self.park_roots();
         let mut step = Step { left: budget, batch: Batch::new(), sink };
         let level = self.geometry.start();
-        let mut base = Ipa::new(0);
-        let mut done = true;
-        for table in self.root_tables() {
-            done = self.clear_table(table, level, base, &mut step);
-            if !done {
-                break;
-            }
-            base = self.geometry.next_root(base);
-        }
+        let done = self.used_root().all(|(slot, at)| self.clear_entry(slot, level, at, &mut step));
         self.flush(step.batch);
+        if done {
+            self.root_is_empty();
+        }
         done
     }
 
@@ -53,32 +48,37 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         step.left = step.left.saturating_sub(TABLE);
         let mut at = base;
         for index in 0..ENTRIES {
-            let slot = Slot::new(table, index);
-            let entry = self.read(slot);
-            if level < LAST && (entry.is_table() || entry.is_parked()) {
-                if !self.clear_table(entry.frame(), level + 1, at, step) {
-                    return false;
-                }
-                self.swap(slot, Descriptor::NOTHING);
-                self.free_table(entry.frame());
-                if step.left == 0 {
-                    return false;
-                }
-            } else if entry.is_valid() {
-                let old = self.swap(slot, Descriptor::NOTHING);
-                if level == self.geometry.start() {
-                    step.batch.page(at);
-                }
-                harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
-                if level < LAST {
-                    step.left = step.left.saturating_sub(Spot::pages_of(level));
-                    if step.left == 0 {
-                        return false;
-                    }
-                }
+            if !self.clear_entry(Slot::new(table, index), level, at, step) {
+                return false;
             }
             at = Geometry::next_entry(at, level);
         }
         true
+    }
+
+    /// Empties an entry that maps from `at` on; false when there is more in it, or no budget for the next.
+    fn clear_entry(&mut self, slot: Slot, level: u32, at: Ipa, step: &mut Step<'_>) -> bool {
+        let entry = self.read(slot);
+        if level < LAST && (entry.is_table() || entry.is_parked()) {
+            if !self.clear_table(entry.frame(), level + 1, at, step) {
+                return false;
+            }
+            self.swap(slot, Descriptor::NOTHING);
+            self.free_table(entry.frame());
+            return step.left > 0;
+        }
+        if !entry.is_valid() {
+            return true;
+        }
+        let old = self.swap(slot, Descriptor::NOTHING);
+        if level == self.geometry.start() {
+            step.batch.page(at);
+        }
+        harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
+        if level == LAST {
+            return true;
+        }
+        step.left = step.left.saturating_sub(Spot::pages_of(level));
+        step.left > 0
     }
 }

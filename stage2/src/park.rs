@@ -29,14 +29,11 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     /// Parks everything. What leaves remember stays in them.
     pub(crate) fn park_roots(&mut self) {
         let mut parked = false;
-        for table in self.root_tables() {
-            for index in 0..ENTRIES {
-                let slot = Slot::new(table, index);
-                let entry = self.read(slot);
-                if entry.is_valid() {
-                    self.park_entry(slot, entry, self.geometry.start());
-                    parked = true;
-                }
+        for (slot, _) in self.used_root() {
+            let entry = self.read(slot);
+            if entry.is_valid() {
+                self.park_entry(slot, entry, self.geometry.start());
+                parked = true;
             }
         }
         if parked {
@@ -83,7 +80,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             } else if entry.is_block() {
                 return Ok(Way::Block(slot));
             } else {
-                self.open(slot, above, entry)?
+                self.open(slot, above, at, entry)?
             };
         }
         Ok(Way::Clear(table))
@@ -91,12 +88,15 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
 
     /// Opens the way at an invalid entry.
     #[cold]
-    fn open(&mut self, slot: Slot, level: u32, entry: Descriptor) -> Result<Pfn, OutOfTables> {
+    fn open(&mut self, slot: Slot, level: u32, at: Ipa, entry: Descriptor) -> Result<Pfn, OutOfTables> {
         if entry.is_parked() {
             self.lower(slot, level, entry.frame());
             return Ok(entry.frame());
         }
         let table = self.alloc_table()?;
+        if level == self.geometry.start() {
+            self.use_root(at);
+        }
         self.tlb.dsb_ishst(); // its zeros first
         self.swap(slot, Descriptor::table(table));
         Ok(table)

@@ -25,6 +25,8 @@ pub struct Stage2<S: TableSource, T: TlbOps> {
     pub(crate) geometry: Geometry,
     pub(crate) style: Style,
     root: Pfn,
+    /// Entries of the root from here on, counted over all its tables, were never used.
+    used: usize,
     /// Its name in the caches; zero until it is first loaded, and then nothing of it can be cached.
     vmid: u16,
     tables: u32,
@@ -49,7 +51,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     pub fn new(source: S, tlb: T, geometry: Geometry) -> Result<Self, OutOfTables> {
         let tables = geometry.root_tables();
         let root = source.alloc_root(tables).ok_or(OutOfTables)?;
-        Ok(Self { source, tlb, geometry, style: geometry.style(), root, vmid: 0, tables })
+        Ok(Self { source, tlb, geometry, style: geometry.style(), root, used: 0, vmid: 0, tables })
     }
 
     /// Where the root table is.
@@ -72,6 +74,27 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     pub(crate) const fn root_table(&self, at: Ipa) -> Pfn {
         // Roots side by side are aligned to their number, so this is an addition.
         Pfn::new(self.root.number() | self.geometry.root_table(at))
+    }
+
+    /// An entry of the root is about to be used.
+    pub(crate) fn use_root(&mut self, at: Ipa) {
+        let table = usize::try_from(self.geometry.root_table(at)).unwrap_or(0);
+        let entry = table * ENTRIES + Geometry::index(at, self.geometry.start());
+        self.used = self.used.max(entry + 1);
+    }
+
+    /// The entries of the root that may have been used, and what each maps from on. A guest's addresses are
+    /// low, so these are few.
+    pub(crate) fn used_root(&self) -> impl Iterator<Item = (Slot, Ipa)> + use<S, T> {
+        let (root, level) = (self.root.number(), self.geometry.start());
+        let tables = (root..).flat_map(|table| (0..ENTRIES).map(move |index| (Pfn::new(table), index)));
+        let starts = (0..).map(move |entry: u64| Ipa::new(entry << Geometry::shift(level)));
+        tables.map(|(table, index)| Slot::new(table, index)).zip(starts).take(self.used)
+    }
+
+    /// Nothing is in the root any more.
+    pub(crate) const fn root_is_empty(&mut self) {
+        self.used = 0;
     }
 
     /// The tables that walks start in.
