@@ -241,15 +241,9 @@ impl<M: Machine> Vm<M> {
                 let page = self.frames.page(leaf.frame);
                 if let (Some(copy), Some(index), false) = (copy, entry.page_at(at), entry.needs_copy)
                     && leaf.prot.allows(Prot::WRITE)
+                    && self.sees_below(copy, index, &mut held)
                 {
-                    if self.sees_below(copy, index, &mut held) {
-                        return broken(
-                            "O6",
-                            "a page that a copy sees is writable",
-                            at.bits(),
-                            index.number(),
-                        );
-                    }
+                    return broken("O6", "a page that a copy sees is writable", at.bits(), index.number());
                 }
                 if page.is_unmapped() && in_hand != Some(leaf.frame) {
                     return broken("P4", "a page marked unmapped is mapped", at.bits(), leaf.frame.number());
