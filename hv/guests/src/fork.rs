@@ -3,7 +3,7 @@
 //!
 //! Parent, two children and a grandchild. Each has a pattern in every page, a word that lives in RAM only, a place in
 //! the family, random bytes and a generation id of its own, and ends when a byte is typed to it.
-//! Options: `pages=512`, and `granted`, without which a fork must be refused.
+//! Options: `pages=512`, and `granted`, without which a fork must be refused. With `often` it only forks.
 
 use hv_abi::call::{status, vendor};
 use hv_abi::machine::{RAM_BASE, VMGENID};
@@ -33,6 +33,9 @@ pub fn run(machine: &Machine) {
     assert_eq!(identity(), (0, 0), "nobody forked this guest");
     assert_eq!(ask(0), Err(status::INVALID_PARAMETERS), "no children");
     assert_eq!(ask(1 << 40), Err(status::INVALID_PARAMETERS), "more children than a number holds");
+    if machine.flag("often") {
+        return often(machine);
+    }
     if !machine.flag("granted") {
         assert_eq!(ask(1), Err(status::DENIED), "a fork that was not granted");
         return;
@@ -61,6 +64,21 @@ pub fn run(machine: &Machine) {
     println!("fork: place {} depth {depth} of {} random {:#x} ready", me.place, me.of, random());
     console::read();
     check(pages, &story);
+}
+
+/// Touches all of its RAM, then forks a child that ends at once, again and again.
+fn often(machine: &Machine) {
+    let (_, end) = machine.image();
+    for page in (end.max(START)..machine.end()).step_by(4096) {
+        poke(page, page);
+    }
+    for round in 0..16 {
+        let start = timer::now();
+        if fork(1).place == 1 {
+            return;
+        }
+        println!("fork: round {round} {} ticks", timer::now() - start);
+    }
 }
 
 /// Fills every third page, beginning at `round`, and remembers what with.

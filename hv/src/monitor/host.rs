@@ -70,8 +70,8 @@ impl<'a, 'h> Guests<'a, 'h> {
         let result =
             sched::still::while_still(guest, self.cpu, self.outside, self.held, |held| work(guest, held));
         match result {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(error.to_string()),
+            Ok((Ok(value), _)) => Ok(value),
+            Ok((Err(error), _)) => Err(error.to_string()),
             Err(restless) => Err(format!("guest {}: {restless}", guest.id)),
         }
     }

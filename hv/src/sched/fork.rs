@@ -81,7 +81,9 @@ pub fn fork(
     if usize::try_from(count).is_ok_and(|count| count > room) {
         return Err(ForkError::Room(room));
     }
-    let moment = while_still(source, cpu, outside, held, |held| snapshot::take(source, held))??;
+    let start = timer::now();
+    let (moment, pause) = while_still(source, cpu, outside, held, |held| snapshot::take(source, held))?;
+    let moment = moment?;
     let mut children = Vec::new();
     let mut result = Ok(());
     for place in 1..=count {
@@ -105,6 +107,8 @@ pub fn fork(
             ids.push(id);
         }
     }
+    let total = timer::now().wrapping_sub(start);
+    log::info!("guest {}: forked into {count}, still for {pause} ticks, {total} in all", source.id);
     Ok(ids)
 }
 

@@ -37,15 +37,16 @@ impl fmt::Display for Restless {
     }
 }
 
-/// Does `work` while none of a guest's vCPUs runs or has registers in a CPU. A guest that ran before runs
-/// again; one that was paused stays so.
+/// Does `work` while none of a guest's vCPUs runs or has registers in a CPU, and says for how many ticks that was.
+/// A guest that ran before runs again; one that was paused stays so.
 pub fn while_still<R>(
     guest: &Arc<Guest>,
     cpu: &mut Cpu,
     outside: &dyn Outside,
     held: &mut Held<'_, 0>,
     work: impl FnOnce(&mut Held<'_, 0>) -> R,
-) -> Result<R, Restless> {
+) -> Result<(R, u64), Restless> {
+    let start = timer::now();
     if !guest.keep_still() {
         return Err(Restless::Taken);
     }
@@ -55,7 +56,7 @@ pub fn while_still<R>(
     if ran {
         resume(guest, held);
     }
-    result
+    result.map(|value| (value, timer::now().wrapping_sub(start)))
 }
 
 fn settle(
