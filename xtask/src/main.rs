@@ -6,16 +6,18 @@
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
 //! * `build`, `images`, `disk` - what the machine runs, and the disk that brings it there.
 //! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
-//! * `options`, `ctl`, `session`, `script`, `run`, `test`, `bench`, `doctor` - the commands.
+//! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `demo`, `bench`, `doctor` - the commands.
 
 mod apt;
 mod bench;
 mod build;
 mod ctl;
+mod demo;
 mod disk;
 mod doctor;
 mod ending;
 mod images;
+mod monitored;
 mod options;
 mod progress;
 mod qemu;
@@ -50,6 +52,8 @@ enum Cli {
         #[arg(required = true, trailing_var_arg = true)]
         words: Vec<String>,
     },
+    /// A narrated demonstration on real Linux guests
+    Demo(demo::Demo),
     /// What the way through EL2 costs, in instructions
     Bench(bench::Bench),
     /// `run` under gdb, symbols loaded
@@ -111,6 +115,7 @@ fn main() -> ExitCode {
             ctl::run(&socket.unwrap_or_else(run::default_socket), json, &words)
         }
         Cli::Bench(options) => options.run(),
+        Cli::Demo(options) => options.run(),
         Cli::Debug(options) => debug(options),
         Cli::Doctor => {
             doctor::run();

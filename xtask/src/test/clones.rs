@@ -1,15 +1,11 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
-use super::machine::{boot, logs, start};
-use crate::session::Session;
-use crate::toolchain::Toolchain;
-use crate::{build, ctl};
+use super::machine::{boot, monitored, start, tiny_guest};
+use crate::monitored::{Monitored, number};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::PathBuf;
 
 pub(super) fn trials() -> Vec<Trial> {
     let models = ["cortex-a53", "neoverse-n1", "max"];
@@ -24,75 +20,14 @@ pub(super) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// A machine and the monitor's other end.
-struct Machine {
-    session: Session,
-    socket: PathBuf,
-}
-
-impl Machine {
-    fn start(name: &str, words: &[&str]) -> Result<Self> {
-        fs::create_dir_all(logs(name))?;
-        // The kernel takes short names for sockets only.
-        let socket = std::env::temp_dir().join(format!("hv-{}-{:x}", std::process::id(), hash(name)));
-        let path = socket.display().to_string();
-        let mut all = vec!["--socket", path.as_str()];
-        all.extend_from_slice(words);
-        Ok(Self { session: start(name, &all)?, socket })
-    }
-
-    /// The monitor's answer; a refusal is an error.
-    fn ask(&self, command: &str) -> Result<Value> {
-        let reply = ctl::ask(&self.socket, command, ctl::PATIENCE)?;
-        ensure!(reply["ok"] == true, "'{command}' was refused: {}", reply["reply"]);
-        Ok(reply["reply"].clone())
-    }
-
-    /// Types a line into a guest and waits until it has answered.
-    fn talk(&self, guest: u64, line: &str, answer: &str) -> Result<()> {
-        self.ask(&format!("send {guest} \"{line}\""))?;
-        self.ask(&format!("wait {guest} \"{answer}\"")).map(|_| ())
-    }
-
-    fn children(&self, command: &str) -> Result<Vec<u64>> {
-        let reply = self.ask(command)?;
-        let ids = reply["children"].as_array().context("no children")?;
-        ids.iter().map(|id| id.as_u64().context("not a number")).collect()
-    }
-
-    fn resident(&self) -> Result<u64> {
-        self.ask("memory")?["owners"]["guests_resident"].as_u64().context("guests_resident")
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // QEMU made it.
-        let _ = fs::remove_file(&self.socket);
-    }
-}
-
-/// FNV-1a, for a short name.
-fn hash(text: &str) -> u32 {
-    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
-}
-
-fn tiny(name: &str) -> Result<String> {
-    let image = build::guest(&Toolchain::provide()?, "fork")?;
-    let file = logs(name).join("guest.bin");
-    fs::create_dir_all(logs(name))?;
-    fs::write(&file, image)?;
-    Ok(file.display().to_string())
-}
-
 /// Parent, two children and a grandchild: each looks at every page after all have written. Contents at both ends of the
 /// CPU range, with hardware dirty state and without.
 fn relatives(name: &str, cpu: &str) -> Result<()> {
-    let file = tiny(name)?;
+    let file = tiny_guest(name, "fork")?;
     let words =
         ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--append", "granted"];
-    let mut machine = Machine::start(name, &[&words[..], &["--kernel", &file]].concat())?;
-    machine.session.wait("fork: place 0")?;
+    let mut machine = monitored(name, &[&words[..], &["--kernel", &file]].concat())?;
+    machine.console.wait("fork: place 0")?;
     let mut seen = BTreeSet::new();
     let guests = loop {
         let guests = machine.ask("guests")?;
@@ -105,9 +40,7 @@ fn relatives(name: &str, cpu: &str) -> Result<()> {
     };
     for guest in &guests {
         machine.ask(&format!("wait {guest} \"ready\""))?;
-        let log = machine.ask(&format!("log {guest}"))?;
-        let line = log["log"].as_str().unwrap_or_default();
-        let line = line.lines().rfind(|line| line.contains("ready")).context("no story")?.to_owned();
+        let line = machine.last_line(*guest, "ready")?;
         ensure!(seen.insert(line.clone()), "two relatives tell the same: {line}");
     }
     let places: BTreeSet<&str> =
@@ -121,8 +54,8 @@ fn relatives(name: &str, cpu: &str) -> Result<()> {
             if *guest == guests[0] { Ok(Value::Null) } else { gone(&error) }
         })?;
     }
-    machine.session.finish()?;
-    ensure!(machine.session.text().contains("guest fork: ok"), "the parent did not end well");
+    machine.console.finish()?;
+    ensure!(machine.console.text().contains("guest fork: ok"), "the parent did not end well");
     Ok(())
 }
 
@@ -131,27 +64,30 @@ fn gone(error: &anyhow::Error) -> Result<Value> {
 }
 
 fn not_granted(name: &str) -> Result<()> {
-    let file = tiny(name)?;
+    let file = tiny_guest(name, "fork")?;
     let mut session = start(name, &["--batch", "--timeout", "120", "--kernel", &file])?;
     session.finish()?;
     ensure!(session.text().contains("guest fork: ok"), "a fork that was not granted was not refused");
     Ok(())
 }
 
+fn resident(machine: &mut Monitored) -> Result<u64> {
+    number(&machine.ask("memory")?, "/owners/guests_resident")
+}
+
 /// Forks a Linux guest that has something in memory into four, changes each, kills them in another order, and looks
 /// for what is left.
 fn linux_clones(name: &str) -> Result<()> {
     let words = ["--timeout", "600", "--vcpus", "2", "--host-memory", "1G"];
-    let mut machine = Machine::start(name, &words)?;
-    machine.session.wait("guest ready")?;
+    let mut machine = monitored(name, &words)?;
+    machine.console.wait("guest ready")?;
     machine.talk(
         1,
         "X=parent; head -c 4000000 /dev/urandom > /data; md5sum /data > /sum; echo go-$((1+1))",
         "go-2",
     )?;
-    let before = machine.resident()?;
-    let children = machine.children("clone 1 -n 4")?;
-    ensure!(children.len() == 4, "{children:?}");
+    let before = resident(&mut machine)?;
+    let children = machine.fork(1, 4)?;
     machine.ask("check")?;
     let mut random = BTreeSet::new();
     for child in &children {
@@ -163,9 +99,7 @@ fn linux_clones(name: &str) -> Result<()> {
         )?;
         machine.talk(*child, "echo r-$((3+4)) $(head -c 8 /dev/urandom | od -An -tx1)", "r-7")?;
         machine.talk(*child, "echo e-$((3+5))", "e-8")?;
-        let log = machine.ask(&format!("log {child}"))?;
-        let line = log["log"].as_str().and_then(|log| log.lines().rfind(|line| line.starts_with("r-7")));
-        random.insert(line.context("no random bytes")?.to_owned());
+        random.insert(machine.last_line(*child, "r-7")?);
     }
     ensure!(random.len() == children.len(), "clones drew the same random bytes: {random:?}");
     machine.talk(1, "echo $X-$((20+2)); md5sum -c /sum", "/data: OK")?;
@@ -178,17 +112,16 @@ fn linux_clones(name: &str) -> Result<()> {
         machine.ask("check")?;
         machine.talk(1, "md5sum -c /sum", "/data: OK")?;
     }
-    let after = machine.resident()?;
+    let after = resident(&mut machine)?;
     // The parent went on meanwhile; four children with 256 MiB each did not stay.
     ensure!(after < before + 2048, "{before} pages before, {after} after all clones are dead");
-    machine.ask("shutdown")?;
-    machine.session.finish()
+    machine.shutdown()
 }
 
 /// A clone made from a snapshot is changed and reset; the snapshot outlives its source.
 fn linux_reset(name: &str) -> Result<()> {
-    let mut machine = Machine::start(name, &["--timeout", "600", "--cpu", "cortex-a53"])?;
-    machine.session.wait("guest ready")?;
+    let mut machine = monitored(name, &["--timeout", "600", "--cpu", "cortex-a53"])?;
+    machine.console.wait("guest ready")?;
     machine.talk(1, "X=golden; echo go-$((1+1))", "go-2")?;
     machine.ask("snapshot 1 golden")?;
     let child = machine.ask("create --from golden")?["created"].as_u64().context("no child")?;
@@ -208,11 +141,9 @@ fn linux_reset(name: &str) -> Result<()> {
         ensure!(last.contains("No such file"), "a file outlived the reset: {last}");
         machine.ask("check")?;
     }
-    let refused = ctl::ask(&machine.socket, &format!("reset {child} iron"), ctl::PATIENCE)?;
-    ensure!(refused["ok"] == false, "reset to a snapshot that is not there");
+    machine.refused(&format!("reset {child} iron"))?;
     machine.ask("delete golden")?;
     machine.talk(child, "echo $X-$((60+1))", "golden-61")?;
     machine.ask("check")?;
-    machine.ask("shutdown")?;
-    machine.session.finish()
+    machine.shutdown()
 }

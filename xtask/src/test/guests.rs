@@ -1,6 +1,7 @@
 //! Several guests at once: what they share, and that none of them feels the others.
 
-use super::machine::{Monitored, boot, logs, number, rows, text, total};
+use super::machine::{boot, logs, monitored};
+use crate::monitored::{number, rows, text, total};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -35,7 +36,7 @@ fn shadows(objects: &Value, of: &Value) -> Result<Vec<Value>> {
 /// Eight Linux guests: each answers for itself, has what it touched and no more, and none has a kernel of its own.
 fn eight(name: &str) -> Result<()> {
     let words = ["--batch", "--timeout", "900", "--guests", "8", "--host-memory", "2G"];
-    let mut machine = Monitored::start(name, &words)?;
+    let mut machine = monitored(name, &words)?;
     let pristine = disk(name)?;
     let names: Vec<String> = (0..8).map(|n| format!("guest{n}")).collect();
     for guest in &names {

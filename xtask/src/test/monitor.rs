@@ -1,6 +1,7 @@
 //! The monitor on a live machine: every command over the control port, Ctrl-T on the console, a reset.
 
-use super::machine::{Monitored, boot, has_keys, number, rows, text};
+use super::machine::{boot, monitored};
+use crate::monitored::{Monitored, has_keys, number, rows, text};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
@@ -34,7 +35,7 @@ pub(super) fn trials() -> Vec<Trial> {
 
 /// Every command, and what it answers when it is asked wrongly.
 fn commands(name: &str) -> Result<()> {
-    let mut machine = Monitored::start(name, &["--batch", "--timeout", "480"])?;
+    let mut machine = monitored(name, &["--batch", "--timeout", "480"])?;
     machine.ask("wait guest \"guest ready: guest\"")?;
     let guests = machine.ask("guests")?;
     let [first] = rows(&guests)? else { anyhow::bail!("not one guest: {guests}") };
@@ -170,7 +171,7 @@ fn hex(value: &Value, place: &str) -> Result<u64> {
 /// The monitor on the console, over a guest that goes on printing; and another guest attached.
 fn console(name: &str) -> Result<()> {
     let words = ["--batch", "--timeout", "480", "--guests", "2", "--memory", "128M"];
-    let mut machine = Monitored::start(name, &words)?;
+    let mut machine = monitored(name, &words)?;
     for guest in ["guest0", "guest1"] {
         machine.ask(&format!("wait {guest} \"guest ready: {guest}\""))?;
     }
@@ -213,7 +214,7 @@ fn console(name: &str) -> Result<()> {
 
 /// Linux reboots, under its number, and powers off.
 fn reset(name: &str) -> Result<()> {
-    let mut machine = Monitored::start(name, &["--batch", "--timeout", "360", "--memory", "128M"])?;
+    let mut machine = monitored(name, &["--batch", "--timeout", "360", "--memory", "128M"])?;
     machine.ask("wait guest \"guest ready: guest\"")?;
     let before = machine.guest("guest")?;
     machine.ask("send guest reboot -f")?;

@@ -1,0 +1,160 @@
+//! `cargo xtask demo`: narrated demonstrations on real Linux guests. Each ends with a table, and fails if a claim does
+//! not hold.
+
+use crate::monitored::{Monitored, number, rows};
+use crate::progress::step;
+use crate::run::Run;
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// MiB of the working set that the parent has and every child finds.
+const SET_MIB: u64 = 32;
+/// Pages in a MiB.
+const PAGES: u64 = 256;
+
+/// Options of `demo`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Demo {
+    /// Which
+    name: Name,
+    /// Children of `clone`
+    #[arg(long, default_value_t = 32)]
+    children: usize,
+    /// CPU model
+    #[arg(long, default_value = "neoverse-n1")]
+    cpu: String,
+}
+
+/// What can be shown.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Name {
+    /// One running Linux forked into many
+    Clone,
+}
+
+impl Demo {
+    /// Shows it.
+    pub(crate) fn run(&self) -> Result<()> {
+        match self.name {
+            Name::Clone => self.clones(),
+        }
+    }
+
+    fn dir() -> PathBuf {
+        crate::root().join("target/demo")
+    }
+
+    fn clones(&self) -> Result<()> {
+        let words = ["--timeout", "1800", "--host-memory", "2G", "--cpu", &self.cpu];
+        let mut machine = step("booting one Linux guest", || -> Result<_> {
+            let mut machine = Monitored::start(Run::from_words(&words)?, &Self::dir())?;
+            machine.console.wait("guest ready")?;
+            Ok(machine)
+        })?;
+        println!(
+            "One Linux guest runs. It gets a working set of {SET_MIB} MiB of random bytes, with a checksum."
+        );
+        let fill = format!(
+            "head -c {} /dev/urandom > /set; md5sum /set > /sum; echo filled-$((40+2))",
+            SET_MIB << 20
+        );
+        step("filling the working set", || machine.talk(1, &fill, "filled-42"))?;
+        let before = number(&machine.ask("memory")?, "/owners/guests_resident")?;
+        let children = machine.fork(1, self.children)?;
+        let told = std::fs::read_to_string(Self::dir().join("hv.log")).unwrap_or_default();
+        let told = told.lines().rfind(|line| line.contains("forked into")).context("the log has no fork")?;
+        println!(
+            "It is forked into {} live children in one pause: {}",
+            children.len(),
+            told.trim_start_matches("hv: ")
+        );
+        let answers = step("each child does something of its own", || work(&mut machine, &children))?;
+        ensure!(answers.len() == children.len(), "two children drew the same random bytes: {answers:?}");
+        println!(
+            "Every child found the parent's working set whole, and told its own number and random bytes."
+        );
+        machine.check()?;
+        self.table(&mut machine, before)?;
+        step("killing them in no order", || -> Result<()> {
+            for child in shuffled(&children) {
+                machine.ask(&format!("kill {child}"))?;
+            }
+            Ok(())
+        })?;
+        machine.check()?;
+        machine.talk(1, "md5sum -c /sum", "/set: OK")?;
+        let memory = machine.settled()?;
+        let after = number(&memory, "/owners/guests_resident")?;
+        println!(
+            "All children are gone; the parent's set is whole; {} MiB resident before, {} MiB after.",
+            before / PAGES,
+            after / PAGES
+        );
+        ensure!(after < before + before / 8, "memory did not come back");
+        machine.shutdown()
+    }
+
+    /// Who holds what; fails if the children hold copies of what they share.
+    fn table(&self, machine: &mut Monitored, before: u64) -> Result<()> {
+        let guests = machine.ask("guests")?;
+        println!("\n{:<12} {:>12} {:>12}", "guest", "private KiB", "shared KiB");
+        let mut private = 0;
+        for row in rows(&guests)? {
+            let kib = |column: &str| number(row, column).map(|pages| pages * 4);
+            println!(
+                "{:<12} {:>12} {:>12}",
+                row["name"].as_str().unwrap_or_default(),
+                kib("/private_pages")?,
+                kib("/shared_pages")?
+            );
+            private += kib("/private_pages")?;
+        }
+        let memory = machine.ask("memory")?;
+        let resident = number(&memory, "/owners/guests_resident")?;
+        let copies = number(&memory, "/owners/if_nothing_were_shared")?;
+        println!(
+            "\n{} guests: {} MiB resident, of which {} MiB private; {} MiB if each had a copy ({:.1} times as much).",
+            rows(&guests)?.len(),
+            resident / PAGES,
+            private / 1024,
+            copies / PAGES,
+            copies as f64 / resident as f64
+        );
+        let each = (resident - before) / self.children as u64;
+        println!("A child cost {} KiB on average, its own work included.\n", each * 4);
+        ensure!(
+            each < SET_MIB * PAGES / 2,
+            "a child holds {each} pages of its own: the working set is not shared"
+        );
+        Ok(())
+    }
+}
+
+/// Each child checks the working set, takes a name, and draws random bytes, which come back.
+fn work(machine: &mut Monitored, children: &[u64]) -> Result<BTreeSet<String>> {
+    // All begin before any is waited for.
+    for child in children {
+        let line = format!(
+            "hostname clone-{child}; md5sum -c /sum; echo I-am-$(hostname) $(head -c 8 /dev/urandom | od -An -tx1); echo done-{child}-$((6*7))"
+        );
+        machine.ask(&format!("send {child} \"{line}\""))?;
+    }
+    let mut answers = BTreeSet::new();
+    for child in children {
+        machine.ask(&format!("wait {child} \"/set: OK\""))?;
+        machine.ask(&format!("wait {child} \"done-{child}-42\""))?;
+        let line = machine.last_line(*child, &format!("I-am-clone-{child} "))?;
+        let (_, bytes) = line.split_once(' ').context("no random bytes")?;
+        answers.insert(bytes.to_owned());
+    }
+    Ok(answers)
+}
+
+/// The same, in an order that is always the same and looks like none.
+fn shuffled(children: &[u64]) -> Vec<u64> {
+    let mut shuffled = children.to_vec();
+    shuffled.sort_by_key(|child| child.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    shuffled
+}

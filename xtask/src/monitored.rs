@@ -1,0 +1,164 @@
+//! A machine whose monitor is asked over the control port, by tests and demonstrations.
+
+use crate::ctl;
+use crate::run::Run;
+use crate::session::Session;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// How long is waited between two looks at something that changes by itself.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A machine whose monitor is asked over the control port.
+pub(crate) struct Monitored {
+    /// Its console.
+    pub(crate) console: Session,
+    socket: PathBuf,
+    deadline: Instant,
+}
+
+impl Monitored {
+    /// `run` with these options, which say a time limit, its files in `dir`; waits until the monitor answers.
+    pub(crate) fn start(mut options: Run, dir: &Path) -> Result<Self> {
+        // A socket's path has 108 bytes at most, less than the names of tests and folders may need.
+        let socket = std::env::temp_dir().join(format!("hv-test-{}", std::process::id()));
+        options.socket = Some(socket.clone());
+        // That of the last test.
+        let _ = fs::remove_file(&socket);
+        let deadline = Instant::now() + Duration::from_secs(options.timeout);
+        let console = options.session(dir, false)?;
+        let mut machine = Self { console, socket, deadline };
+        while UnixStream::connect(&machine.socket).is_err() {
+            machine.rest("QEMU to open the control port")?;
+        }
+        machine.ask("guests")?;
+        Ok(machine)
+    }
+
+    /// The value that the monitor answers; a refusal is an error.
+    pub(crate) fn ask(&mut self, command: &str) -> Result<Value> {
+        let reply = self.reply(command)?;
+        ensure!(ctl::is_ok(&reply), "{command}: {}", ctl::shown(&reply));
+        reply.get("reply").cloned().with_context(|| format!("{command}: no reply in {reply}"))
+    }
+
+    /// The words with which the monitor refuses; anything else is an error.
+    pub(crate) fn refused(&mut self, command: &str) -> Result<String> {
+        let reply = self.reply(command)?;
+        ensure!(!ctl::is_ok(&reply), "{command} was done: {}", ctl::shown(&reply));
+        Ok(text(&reply, "/reply/error")?.to_owned())
+    }
+
+    fn reply(&mut self, command: &str) -> Result<Value> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), "no time left for {command}");
+        ctl::ask(&self.socket, command, left)
+            .with_context(|| format!("asking \"{command}\"\n{}", self.console.tail()))
+    }
+
+    /// Waits a little for something.
+    fn rest(&mut self, what: &str) -> Result<()> {
+        ensure!(Instant::now() < self.deadline, "waited for {what} in vain\n{}", self.console.tail());
+        sleep(PAUSE);
+        Ok(())
+    }
+
+    /// The row that `guests` has for one.
+    pub(crate) fn guest(&mut self, name: &str) -> Result<Value> {
+        let guests = self.ask("guests")?;
+        let row = rows(&guests)?.iter().find(|row| row["name"] == name).cloned();
+        row.with_context(|| format!("guests does not list {name}: {guests}"))
+    }
+
+    /// Types a line into a guest and waits until it has answered.
+    pub(crate) fn talk(&mut self, guest: u64, line: &str, answer: &str) -> Result<()> {
+        self.ask(&format!("send {guest} \"{line}\""))?;
+        self.ask(&format!("wait {guest} \"{answer}\"")).map(|_| ())
+    }
+
+    /// Forks a guest; its children's numbers.
+    pub(crate) fn fork(&mut self, guest: u64, count: usize) -> Result<Vec<u64>> {
+        let reply = self.ask(&format!("clone {guest} -n {count}"))?;
+        let ids: Option<Vec<u64>> =
+            reply["children"].as_array().map(|ids| ids.iter().filter_map(Value::as_u64).collect());
+        ids.filter(|ids| ids.len() == count).with_context(|| format!("not {count} children: {reply}"))
+    }
+
+    /// The last line of a guest's log that has this in it.
+    pub(crate) fn last_line(&mut self, guest: u64, text: &str) -> Result<String> {
+        let log = self.ask(&format!("log {guest}"))?;
+        let line = log["log"].as_str().and_then(|log| log.lines().rfind(|line| line.contains(text)));
+        Ok(line.with_context(|| format!("guest {guest} did not say \"{text}\""))?.to_owned())
+    }
+
+    /// Audits the machine.
+    pub(crate) fn check(&mut self) -> Result<Value> {
+        let audit = self.ask("check")?;
+        ensure!(audit["clean"] == true, "check: {audit}");
+        Ok(audit)
+    }
+
+    /// The answer to `memory` once nothing is left of those who went: every resident page is a guest's that is in
+    /// the list. Those must stand still.
+    pub(crate) fn settled(&mut self) -> Result<Value> {
+        loop {
+            let (guests, memory) = (self.ask("guests")?, self.ask("memory")?);
+            let private = total(&guests, "private_pages")?;
+            if number(&memory, "/owners/guests_private")? == private {
+                let count = |place| number(&memory, place);
+                let known =
+                    count("/frames/free")? + count("/frames/tables")? + count("/owners/guests_resident")?;
+                ensure!(known == count("/frames/total")?, "frames are missing: {memory}");
+                return Ok(memory);
+            }
+            self.rest(&format!("memory to come back: guests hold {private} pages; {memory}"))?;
+        }
+    }
+
+    /// Kills everybody; the machine must end well.
+    pub(crate) fn shutdown(mut self) -> Result<()> {
+        self.ask("shutdown")?;
+        self.console.finish()
+    }
+}
+
+impl Drop for Monitored {
+    fn drop(&mut self) {
+        // QEMU may have taken it away itself.
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// The rows of a table.
+pub(crate) fn rows(value: &Value) -> Result<&[Value]> {
+    value.as_array().map(Vec::as_slice).with_context(|| format!("not a table: {value}"))
+}
+
+/// The number at a place such as `/frames/free`.
+pub(crate) fn number(value: &Value, place: &str) -> Result<u64> {
+    value.pointer(place).and_then(Value::as_u64).with_context(|| format!("no number {place} in {value}"))
+}
+
+/// The text at a place.
+pub(crate) fn text<'v>(value: &'v Value, place: &str) -> Result<&'v str> {
+    value.pointer(place).and_then(Value::as_str).with_context(|| format!("no text {place} in {value}"))
+}
+
+/// The sum of a column.
+pub(crate) fn total(table: &Value, column: &str) -> Result<u64> {
+    rows(table)?.iter().map(|row| number(row, &format!("/{column}"))).sum()
+}
+
+/// Each of these is a key of `value`.
+pub(crate) fn has_keys(value: &Value, keys: &[&str]) -> Result<()> {
+    let missing: Vec<&&str> = keys.iter().filter(|key| value.get(**key).is_none()).collect();
+    if !missing.is_empty() {
+        bail!("{missing:?} are not in {value}");
+    }
+    Ok(())
+}
