@@ -64,7 +64,7 @@ pub fn access(
         ICC_SGI1R => send(run, SgiRegister::Sgi1R, value, held),
         ICC_ASGI1R => send(run, SgiRegister::Asgi1R, value, held),
         ICC_SGI0R => send(run, SgiRegister::Sgi0R, value, held),
-        // Traps only while more interrupts are active than there are list registers.
+        // Traps with several vCPUs, and while more interrupts are active than there are list registers.
         ICC_DIR if !access.read => {
             let intid = u32::try_from(value & 0xff_ffff).unwrap_or(0);
             let (mut devices, _held) = run.guest.devices.lock(held);

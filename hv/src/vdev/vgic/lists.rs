@@ -363,6 +363,8 @@ impl Vgic {
     #[inline]
     fn choose(&mut self, vcpu: usize, mut write: impl FnMut(usize, u64)) {
         let groups = self.groups;
+        // What another vCPU took may be deactivated here, which this CPU's list registers cannot do.
+        let always = if self.vcpus.len() > 1 { HCR_TDIR } else { 0 };
         let mut best = Best::new(self.lrs);
         let Some(local) = self.vcpus.get_mut(vcpu) else { return };
         local.dirty = false;
@@ -381,7 +383,7 @@ impl Vgic {
         }
         let (crowded, hidden) = best.settle();
         local.lists.hcr =
-            if crowded { HCR_NPIE } else { 0 } | if hidden { HCR_LRENPIE | HCR_TDIR } else { 0 };
+            always | if crowded { HCR_NPIE } else { 0 } | if hidden { HCR_LRENPIE | HCR_TDIR } else { 0 };
         let mut used = 0;
         for (lr, &key) in best.keys.iter().enumerate().take(best.kept) {
             let (old, new) = self.list(vcpu, lr, key & 0xffff, crowded);

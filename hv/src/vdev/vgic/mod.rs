@@ -4,9 +4,9 @@
 //! shared ones (SPIs). Register frames are in `dist` and `redist`; `lists` moves interrupts into list
 //! registers before a vCPU runs and reads them back afterwards. Every call that can make an interrupt
 //! deliverable says which vCPUs must look; a kicked vCPU is also marked dirty, so that [`Vgic::flush`] has
-//! nothing to do for all others. What is not provided: LPIs, message-based SPIs, extended ranges, 1-of-N
-//! routing (GICD_TYPER says so), and deactivation of an SPI by a vCPU other than the one that took it.
-//! Used by `guest`.
+//! nothing to do for all others. With several vCPUs ICC_DIR_EL1 always traps, because a vCPU may
+//! deactivate an SPI that another one took; only a guest with EOImode 1 writes it. What is not provided: LPIs,
+//! message-based SPIs, extended ranges and 1-of-N routing (GICD_TYPER says so). Used by `guest`.
 
 mod bank;
 mod dist;

@@ -209,6 +209,31 @@ fn a_deactivation_that_traps_finds_what_no_list_register_holds() {
 }
 
 #[test]
+fn an_spi_that_one_vcpu_took_is_deactivated_by_another_and_comes_again() {
+    for by_register in [false, true] {
+        let (mut vgic, mut first) = pair();
+        let mut second = Cpu::new(4);
+        first.split = true;
+        let _ = vgic.set_spi(UART, true);
+        let _ = first.turn(&mut vgic, 0);
+        let _ = second.turn(&mut vgic, 1);
+        assert_eq!((first.acknowledge(), first.end()), (Some(UART), Some(UART)));
+        let _ = first.turn(&mut vgic, 0);
+        assert_eq!(first.highest(3), None, "active until somebody deactivates it");
+
+        let _ = vgic.sgi(0, SgiRegister::Sgi1R, 5 << 24 | 0b10);
+        let _ = second.turn(&mut vgic, 1);
+        assert!(second.traps_deactivation(), "its list registers do not hold what the other took");
+        let kicks = if by_register { vgic.dist_write(0x384, 4, 1 << 1) } else { vgic.deactivate(1, UART) };
+        assert_eq!(kicks.0 & 1, 1, "the vCPU whose list register has it must look");
+        let _ = first.turn(&mut vgic, 0);
+        audit(&vgic);
+        assert_eq!(vgic.dist_read(0x304, 4), 0, "active");
+        assert_eq!(first.acknowledge(), Some(UART), "the line is still high");
+    }
+}
+
+#[test]
 fn a_pending_spi_whose_route_changes_goes_to_the_other_vcpu() {
     let (mut vgic, mut first) = pair();
     let mut second = Cpu::new(4);
