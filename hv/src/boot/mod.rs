@@ -86,6 +86,7 @@ extern "C" fn hv_start(x0: u64) -> ! {
     let machine = machine::init(platform);
     start_others(platform);
     guests::start(platform, machine, &mut Held::root());
+    selftest::check(platform);
     GO.store(true, Ordering::Release);
     run()
 }

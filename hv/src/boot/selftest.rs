@@ -13,6 +13,8 @@ unsafe extern "C" {
     static __image_start: u8;
 }
 
+/// Those that come back when all is well.
+const CHECKS: [(&str, fn()); 1] = [("copy", copy)];
 /// What can be asked for.
 const NAMES: [(&str, fn()); 5] = [
     ("panic", panic),
@@ -22,10 +24,24 @@ const NAMES: [(&str, fn()); 5] = [
     ("run-data", run_data),
 ];
 
-/// Runs what the command line asks for, on the first CPU; with `selftest=last-NAME` on the last.
+/// What the command line asks for.
+fn asked(platform: &Platform) -> impl Iterator<Item = &str> {
+    platform.bootargs.split_whitespace().filter_map(|word| word.strip_prefix("selftest="))
+}
+
+/// Runs the checks that the command line asks for, before any guest runs.
+pub(super) fn check(platform: &Platform) {
+    for name in asked(platform) {
+        if let Some((_, check)) = CHECKS.iter().find(|known| known.0 == name) {
+            check();
+            info!("self test: {name}: ok");
+        }
+    }
+}
+
+/// Fails as the command line asks for, on the first CPU; with `selftest=last-NAME` on the last.
 pub(super) fn run(platform: &Platform) {
-    let asked = platform.bootargs.split_whitespace().filter_map(|word| word.strip_prefix("selftest="));
-    for name in asked {
+    for name in asked(platform) {
         let (name, cpu) = match name.strip_prefix("last-") {
             Some(name) => (name, percpu::count().saturating_sub(1)),
             None => (name, 0),
@@ -36,6 +52,36 @@ pub(super) fn run(platform: &Platform) {
             info!("self test: {name}");
             test();
             info!("self test: {name} FAILED: we are still here");
+        }
+    }
+}
+
+/// Moves and fills pieces of every size at every alignment, up and down, and looks at each byte around them.
+fn copy() {
+    const ROOM: usize = 320;
+    let fresh = || core::array::from_fn::<u8, ROOM, _>(|at| (at % 251).to_le_bytes()[0]);
+    for bytes in 0..200 {
+        for (from, to) in
+            (0..16).flat_map(|from| (0..16).map(move |to| (from, to))).chain([(0, 100), (100, 0), (7, 61)])
+        {
+            let (source, mut moved) = (fresh(), fresh());
+            // Opaque, so that these are the calls and not what the compiler makes of them.
+            core::hint::black_box(&mut moved).copy_within(from..from + bytes, to);
+            let mut filled = fresh();
+            core::hint::black_box(&mut filled)[to..to + bytes].fill(core::hint::black_box(0xa5));
+            let mut copied = [0; ROOM];
+            core::hint::black_box(&mut copied)[to..to + bytes].copy_from_slice(&source[from..from + bytes]);
+            for at in 0..ROOM {
+                let inside = (to..to + bytes).contains(&at);
+                let there = if inside { source[at - to + from] } else { source[at] };
+                assert_eq!(moved[at], there, "byte {at} of {bytes} moved from {from} to {to}");
+                assert_eq!(
+                    filled[at],
+                    if inside { 0xa5 } else { source[at] },
+                    "byte {at} of {bytes} filled at {to}"
+                );
+                assert_eq!(copied[at], if inside { there } else { 0 }, "byte {at} of {bytes} copied to {to}");
+            }
         }
     }
 }

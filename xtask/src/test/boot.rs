@@ -61,6 +61,7 @@ pub(super) fn trials() -> Vec<Trial> {
         terminal::is_as_it_was(&logs(name))
     }));
     trials.push(boot("a_guest_with_more_memory_than_the_host_swaps_and_keeps_its_contents", swaps));
+    trials.push(boot("el2_moves_and_fills_every_byte_and_no_other", moves_bytes));
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
     trials
 }
@@ -144,5 +145,15 @@ fn stops(name: &str, what: &str, story: &str, function: &str) -> Result<()> {
         ensure!(told.contains(word), "nothing says \"{word}\":\n{told}");
     }
     ensure!(!story.contains("exception") || told.contains("x30 "), "no registers:\n{told}");
+    Ok(())
+}
+
+/// EL2's own memcpy, memmove and memset, on the machine itself.
+fn moves_bytes(name: &str) -> Result<()> {
+    let hello = tiny_guest(name, "hello")?;
+    let words = ["--batch", "--timeout", "120", "--kernel", &hello, "--host-append", "selftest=copy"];
+    start(name, &words)?.finish()?;
+    let log = fs::read_to_string(logs(name).join("hv.log"))?;
+    ensure!(log.contains("self test: copy: ok"), "the self test did not say that it is well");
     Ok(())
 }

@@ -4,6 +4,8 @@ use super::cache;
 use super::sysreg::read_sysreg;
 
 core::arch::global_asm!(include_str!("page.S"));
+// What moves anything else: stronger than the versions that come with the compiler.
+core::arch::global_asm!(include_str!("copy.S"));
 
 /// Bytes in a page.
 const PAGE: usize = 4096;
