@@ -92,6 +92,12 @@ impl<T: Transport> Console<T> {
         count
     }
 
+    /// True when the device has taken everything that was written, or will take nothing any more.
+    pub fn is_sent(&mut self) -> bool {
+        self.reclaim();
+        self.gone || self.of_transmit.iter().all(Option::is_none)
+    }
+
     /// Sends as many bytes as there is room for, and says how many.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         self.reclaim();

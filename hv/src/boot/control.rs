@@ -43,3 +43,8 @@ pub(super) fn read(into: &mut [u8; CHUNK]) -> usize {
 pub(super) fn write(bytes: &[u8]) -> usize {
     PORT.lock().as_mut().map_or(bytes.len(), |(console, _)| console.write(bytes))
 }
+
+/// True when everything that was sent has left the machine.
+pub(super) fn is_sent() -> bool {
+    PORT.lock().as_mut().is_none_or(|(console, _)| console.is_sent())
+}

@@ -5,8 +5,8 @@
 //! the memory manager, and wake-ups.
 
 use super::{console, control, with_gic};
-use crate::arch::percpu;
 use crate::arch::percpu::MAX_CPUS;
+use crate::arch::{percpu, timer};
 use crate::guest::{self, rank, table};
 use crate::mm;
 use crate::monitor::desk::{self, Front};
@@ -23,6 +23,8 @@ use vmobject::lock::Held;
 
 /// How many typed bytes one interrupt takes in (invariant I6).
 const MAX_TYPED: usize = 64;
+/// How long the last answer may take to leave the control port, in seconds.
+const PATIENCE_S: u64 = 1;
 /// The virtual timer's physical interrupt.
 const VIRTUAL_TIMER: u32 = hv_abi::machine::INTID_VIRTUAL_TIMER;
 
@@ -118,6 +120,11 @@ impl Front for Machine {
     }
 
     fn leave(&self) -> ! {
+        // The device takes the last answer in its own time, and the machine's end would be faster.
+        let deadline = timer::now().saturating_add(timer::freq().saturating_mul(PATIENCE_S));
+        while !control::is_sent() && timer::now() < deadline {
+            core::hint::spin_loop();
+        }
         ::log::info!("the last guest has ended");
         crate::arch::power::exit(0)
     }
