@@ -61,6 +61,17 @@ impl Monitored {
             .with_context(|| format!("asking \"{command}\"\n{}", self.console.tail()))
     }
 
+    /// Asks until the answer is as it should be; the last one.
+    pub(crate) fn until(&mut self, command: &str, good: impl Fn(&Value) -> bool) -> Result<Value> {
+        loop {
+            let answer = self.ask(command)?;
+            if good(&answer) {
+                return Ok(answer);
+            }
+            self.rest(&format!("a better answer to \"{command}\" than {answer}"))?;
+        }
+    }
+
     /// Waits a little for something.
     fn rest(&mut self, what: &str) -> Result<()> {
         ensure!(Instant::now() < self.deadline, "waited for {what} in vain\n{}", self.console.tail());

@@ -1,7 +1,7 @@
 //! Several guests at once: what they share, and that none of them feels the others.
 
-use super::machine::{boot, logs, monitored};
-use crate::monitored::{number, rows, text, total};
+use super::machine::{boot, logs, monitored, tiny_guest};
+use crate::monitored::{Monitored, number, rows, text, total};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -11,7 +11,13 @@ use std::fs;
 const PER_MIB: u64 = 256;
 
 pub(super) fn trials() -> Vec<Trial> {
-    vec![boot("eight_linux_guests_answer_and_share_their_kernel", eight)]
+    vec![
+        boot("eight_linux_guests_answer_and_share_their_kernel", eight),
+        boot("a_guest_that_writes_its_kernels_text_changes_neither_neighbour_nor_partition", scribblers),
+        boot("neighbours_that_misbehave_harm_nobody", misbehaviour),
+        boot("more_guests_than_vmids_run_one_image_on_cortex_a53", many),
+        boot("what_there_is_no_memory_for_is_refused_or_parked_and_harms_nobody", little),
+    ]
 }
 
 /// The disk that a test's machine has, every byte of it.
@@ -31,6 +37,15 @@ fn image(objects: &Value, name: &str) -> Result<Value> {
 /// The rows of those that shadow an object.
 fn shadows(objects: &Value, of: &Value) -> Result<Vec<Value>> {
     Ok(rows(objects)?.iter().filter(|row| row["shadows"] == of["object"]).cloned().collect())
+}
+
+/// Waits for the last words of a tiny guest that lingers; they must be good ones.
+fn ends_well(machine: &mut Monitored, guest: &str, program: &str) -> Result<()> {
+    let words = ["ok", "FAILED"].map(|end| format!("guest {program}: {end}"));
+    let said = |log: &Value| text(log, "/log").is_ok_and(|log| words.iter().any(|end| log.contains(end)));
+    let log = machine.until(&format!("log {guest}"), said)?;
+    ensure!(text(&log, "/log")?.contains(&words[0]), "{guest} says: {}", text(&log, "/log")?);
+    Ok(())
 }
 
 /// Eight Linux guests: each answers for itself, has what it touched and no more, and none has a kernel of its own.
@@ -91,4 +106,173 @@ fn eight(name: &str) -> Result<()> {
     machine.console.finish()?;
     ensure!(disk(name)? == pristine, "the disk has changed");
     Ok(())
+}
+
+/// Guests that write over what their images call constant: Linux, which patches its text when it starts and when a
+/// static key is turned, and `scribble`, which knows every byte of its table.
+fn scribblers(name: &str) -> Result<()> {
+    let with = format!("scribble={}", tiny_guest(name, "scribble")?);
+    let words = ["--batch", "--timeout", "600", "--memory", "128M", "--with", &with];
+    let mut machine = monitored(name, &words)?;
+    let pristine = disk(name)?;
+    machine.ask("wait guest \"guest ready: guest\"")?;
+    machine.ask("create name=neighbour")?;
+    machine.ask("wait neighbour \"guest ready: neighbour\"")?;
+    let objects = machine.ask("objects")?;
+    let kernel = image(&objects, "kernel")?;
+    let own = shadows(&objects, &kernel)?;
+    ensure!(
+        own.len() == 2 && own.iter().all(|row| number(row, "/resident").is_ok_and(|n| n > 0)),
+        "{objects}"
+    );
+    machine.ask("send guest echo 1 >/proc/sys/kernel/sched_schedstats && echo turned-$((6*7))")?;
+    machine.ask("wait guest turned-42")?;
+    machine.ask("send neighbour cat /proc/sys/kernel/sched_schedstats; memtest 16 1")?;
+    machine.ask("wait neighbour \"\n0\"")?;
+    machine.ask("wait neighbour \"memtest: 16 MiB, 1 rounds, ok\"")?;
+
+    // Each finds the table as it was built while the other has written over its own.
+    for (mark, guest) in [(1, "one"), (2, "two")] {
+        let create = "kernel=scribble memory=4M vcpus=1";
+        machine.ask(&format!("create name={guest} {create} append=\"mark={mark} linger\""))?;
+        machine.ask(&format!("wait {guest} \"scribbled {mark}\""))?;
+    }
+    let objects = machine.ask("objects")?;
+    let table = image(&objects, "scribble")?;
+    ensure!(table["references"] == 2, "{table}");
+    for shadow in shadows(&objects, &table)? {
+        // 64 KiB, wherever they begin.
+        ensure!(number(&shadow, "/resident")? >= 16, "a shadow without what was written: {shadow}");
+    }
+    for guest in ["one", "two"] {
+        machine.ask(&format!("send {guest} x"))?;
+        ends_well(&mut machine, guest, "scribble")?;
+    }
+    machine.ask("kill one")?;
+    machine.ask("create name=three kernel=scribble memory=4M vcpus=1 append=mark=3")?;
+    machine.ask("wait three \"scribbled 3\"")?;
+    // The same of Linux: whoever starts now has the kernel that the partition has.
+    machine.ask("create name=late")?;
+    machine.ask("wait late \"guest ready: late\"")?;
+    machine.check()?;
+    machine.shutdown()?;
+    ensure!(disk(name)? == pristine, "the disk has changed");
+    Ok(())
+}
+
+/// A Linux guest computes while others beside it do everything that a guest must not.
+fn misbehaviour(name: &str) -> Result<()> {
+    const WILD: [&str; 9] = ["wild", "gicfuzz", "mmio", "irq", "smp", "wfi", "asid", "fpstate", "touch"];
+    let with: Vec<String> = WILD
+        .iter()
+        .map(|guest| Ok(format!("--with={guest}={}", tiny_guest(name, guest)?)))
+        .collect::<Result<_>>()?;
+    let mut words = vec!["--batch", "--timeout", "900", "--memory", "128M"];
+    words.extend(with.iter().map(String::as_str));
+    let mut machine = monitored(name, &words)?;
+    machine.ask("wait guest \"guest ready: guest\"")?;
+    machine.ask("send guest (while memtest 8 1; do :; done; echo memtest-over-$((6*7))) &")?;
+    let mut asked = 0;
+    // One after the other, then each beside the next.
+    let alone = WILD.chunks(1);
+    for group in alone.chain(WILD.windows(2)) {
+        for guest in group {
+            let append = format!("append=\"linger seed={}\"", asked + 1);
+            machine.ask(&format!("create name={guest} kernel={guest} memory=64M vcpus=2 {append}"))?;
+        }
+        for guest in group {
+            ends_well(&mut machine, guest, guest)?;
+        }
+        machine.check()?;
+        for guest in group {
+            machine.ask(&format!("send {guest} bye"))?;
+            machine.ask(&format!("wait {guest} gone"))?;
+        }
+        machine.check()?;
+        asked += 1;
+        machine.ask(&format!("send guest echo answer-$(({asked}+100))"))?;
+        machine.ask(&format!("wait guest answer-{}", asked + 100))?;
+    }
+    machine.ask("wait guest \"memtest: 8 MiB, 1 rounds, ok\"")?;
+    let log = machine.ask("log guest")?;
+    for bad in ["FAILED", "memtest-over-42", "Oops", "BUG:"] {
+        ensure!(!text(&log, "/log")?.contains(bad), "the neighbour says \"{bad}\":\n{}", text(&log, "/log")?);
+    }
+    machine.shutdown()
+}
+
+/// 64 guests at once, in waves, more in all than an 8-bit VMID can name.
+fn many(name: &str) -> Result<()> {
+    const AT_ONCE: usize = 64;
+    const WAVES: usize = 5;
+    const { assert!(AT_ONCE * WAVES > 1 << 8) };
+    let image = tiny_guest(name, "touch")?;
+    let words = ["--batch", "--timeout", "600", "--cpu", "cortex-a53", "--guests", "64", "--memory", "2M"];
+    let more = ["--host-memory", "512M", "--kernel", &image, "--append", "linger"];
+    let mut machine = monitored(name, &[&words[..], &more[..]].concat())?;
+    let mut alive: Vec<String> = (0..AT_ONCE).map(|n| format!("guest{n}")).collect();
+    for wave in 1..=WAVES {
+        for guest in &alive {
+            ends_well(&mut machine, guest, "touch")?;
+        }
+        let guests = machine.ask("guests")?;
+        ensure!(rows(&guests)?.len() == AT_ONCE, "not all are alive in wave {wave}: {guests}");
+        machine.check()?;
+        for guest in alive.iter_mut().skip(usize::from(wave == WAVES)) {
+            machine.ask(&format!("send {guest} x"))?;
+            machine.ask(&format!("wait {guest} gone"))?;
+            if wave < WAVES {
+                *guest = format!("{guest}-{wave}");
+                machine.ask(&format!("create name={guest}"))?;
+            }
+        }
+    }
+    let memory = machine.settled()?;
+    ensure!(number(&memory, "/vmid_rollovers")? > 0, "the VMIDs never ran out: {memory}");
+    machine.check()?;
+    machine.shutdown()
+}
+
+/// A host with little memory: what does not fit is refused by name, what runs out of memory is seen to wait, and
+/// when it is killed the others go on.
+fn little(name: &str) -> Result<()> {
+    let hello = tiny_guest(name, "hello")?;
+    let touch = format!("touch={}", tiny_guest(name, "touch")?);
+    let words = ["--batch", "--timeout", "300", "--host-memory", "128M", "--memory", "2M"];
+    let more = ["--kernel", &hello, "--append", "linger", "--with", &touch];
+    let mut machine = monitored(name, &[&words[..], &more[..]].concat())?;
+    machine.ask("wait guest \"guest hello: ok\"")?;
+    let before = machine.settled()?;
+    for (wrong, words) in [
+        ("memory=1M", "memory_mib: not a number from 2 to "),
+        ("memory=256G", "memory_mib: not a number from 2 to "),
+        ("vcpus=65", "vcpus"),
+        ("kernel=touch initrd=nothing", "there is no image 'nothing'"),
+        ("kernel=touch initrd=touch bios=touch", "bios"),
+    ] {
+        let told = machine.refused(&format!("create name=wrong {wrong}"))?;
+        ensure!(told.contains(words), "{wrong} is answered \"{told}\", without \"{words}\"");
+    }
+    ensure!(machine.settled()?["frames"] == before["frames"], "what was refused took memory");
+
+    machine.ask("create name=greedy kernel=touch memory=256M append=linger")?;
+    let starved = |guests: &Value| {
+        let greedy = rows(guests).ok().and_then(|rows| rows.iter().find(|row| row["name"] == "greedy"));
+        greedy.is_some_and(|row| text(row, "/vcpus").is_ok_and(|states| states.contains("no-memory")))
+    };
+    machine.until("guests", starved)?;
+    machine.check()?;
+    let told = machine.refused("create name=late kernel=touch memory=16M")?;
+    ensure!(told.contains("not enough free memory"), "with no memory left create says: {told}");
+    machine.ask("pause guest")?;
+    machine.ask("resume guest")?;
+    machine.ask("kill greedy")?;
+    machine.check()?;
+    machine.ask("create name=later kernel=touch memory=16M append=linger")?;
+    ends_well(&mut machine, "later", "touch")?;
+    machine.ask("kill later")?;
+    let after = machine.settled()?;
+    ensure!(after["frames"] == before["frames"], "memory did not come back: {before}, then {after}");
+    machine.console.send("x")?;
+    machine.console.finish()
 }
