@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use vmobject::addr::{IpaRange, PAGE_SIZE};
 use vmobject::fault::{FaultError, Faulted, WaitFor, Wired, Wiring};
 use vmobject::lock::Held;
-use vmobject::map::{Discarded, Share, Snapshot};
+use vmobject::map::{Discarded, NotDiscarded, Share, Snapshot};
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
 use vmobject::store::{StoreError, StoreId};
@@ -357,6 +357,8 @@ impl World {
                         return self.rig.vm.destroy_map(guest.map, &mut Held::root());
                     }
                 }
+                // What a copy had to see first could not be read; told once, then it is tried again.
+                Err(NotDiscarded::Lost(StoreError::Io)) => self.met.lost += 1,
                 Err(other) => panic!("{other:?}"),
             }
         }

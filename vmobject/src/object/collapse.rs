@@ -57,10 +57,13 @@ impl<M: Machine> Vm<M> {
         left: &mut u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Progress> {
-        // Moving down puts the top's pages where the backing's window is: all of them must fit there.
+        // Moving down puts the top's pages where the backing's window is: all of them must fit there. Until it is
+        // done they are mapped writable below the top, so nobody else may come to shadow the backing: another
+        // that shadows the top could, by passing over it.
         let down = top.slots.counts().present() < backing.slots.counts().present()
             && shadow.limit == top.pages
-            && top.paging == 0;
+            && top.paging == 0
+            && top.refs == 1;
         let moved = if down {
             self.lower(top, backing, shadow, left, held)
         } else {
