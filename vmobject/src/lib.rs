@@ -9,6 +9,32 @@
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
 //! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `charge` `map` `fault`
 //! `pageout` `describe` `check` `testing`.
+//!
+//! # The seed, row by row
+//!
+//! What `vm_object.c` of 4.4BSD does, what does it here, and the test (a file of `tests/` and a name in it).
+//!
+//! | seed | here | test |
+//! |---|---|---|
+//! | vm_object_init | [`Vm::new`]; one table of all objects | `fault::memory_in_two_ranges_is_used_and_what_lies_between_is_not` |
+//! | vm_object_allocate | [`Vm::anonymous`] | `fault::untouched_memory_reads_as_zero_and_costs_one_frame_a_page` |
+//! | vm_object_reference, deallocate | [`Vm::reference`], [`Vm::release`] | `defects::d6_..`, `fault::a_destroyed_guest_leaves_no_frame_no_object_and_no_leaf` |
+//! | vm_object_terminate | `object::work`: cleans, then frees, in steps | `disk::an_object_that_ends_is_cleaned_first_and_whoever_opens_it_meanwhile_finds_it_d26` |
+//! | vm_object_page_clean | [`Vm::page_clean`], [`Vm::clean_step`] | `disk::a_page_that_the_store_does_not_take_stays_and_the_pass_goes_on_and_ends_d13` |
+//! | vm_object_deactivate_pages | `object::cache`: an object's pages as it enters the cache | `disk::the_next_guest_of_an_image_needs_no_disk_while_the_cache_keeps_it` |
+//! | the object cache, cache_trim, cache_clear | [`Vm::set_cache_limit`], [`Vm::cache_clear`] | `disk::the_cache_is_bounded_in_frames_and_the_longest_unused_goes_first_d20` |
+//! | vm_object_lookup, enter, remove | [`Vm::image`], [`Vm::disk`] | `disk::one_store_has_one_object_d27` |
+//! | vm_object_shutdown | [`Vm::shutdown_step`] | `disk::a_shutdown_cleans_what_is_in_use_releases_and_proves_that_nothing_is_left_d25` |
+//! | vm_object_pmap_copy | [`pmap::Pmap::park`] for a map; `object::pages` for a range | `disk::only_what_is_being_written_is_protected_d24`, `defects::d15_..` |
+//! | vm_object_pmap_remove | `object::pages`; `pageout::sweep` for one page | `defects::d8_no_frame_is_free_while_a_leaf_reaches_it` |
+//! | vm_object_copy, symmetric | [`Vm::copy_map`], [`Vm::snapshot`], [`Vm::map_snapshot`] | `model`, the whole |
+//! | vm_object_copy, asymmetric | [`Vm::freeze`], [`Vm::read_snapshot`]; `object::copy`, `fault::push` | `copy`, the whole |
+//! | vm_object_shadow | `map::insert`: a shadow on the first write | `fault::a_sole_reference_to_anonymous_memory_gets_no_layer_d16` |
+//! | vm_object_setpager | the first page-out of a page gives it a slot; [`Vm::add_swap`] | `swap::a_page_that_was_paged_out_comes_back_as_it_was` |
+//! | vm_object_collapse | [`Vm::step`]; `object::collapse`, `object::prune` | `defects::d5_..`, `d7_..`, `d9_..`; `swap::a_chain_of_swapped_generations_becomes_one_without_io_d2_d4` |
+//! | vm_object_page_remove | [`Vm::discard`] | `discard`, the whole |
+//! | vm_object_coalesce | not yet | none |
+//! | vm_object_print | [`Vm::describe_objects`], [`Vm::for_each_object`] | `fault::the_books_can_be_printed` |
 
 #![no_std]
 #![forbid(unsafe_code)]
