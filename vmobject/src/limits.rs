@@ -11,6 +11,10 @@ pub const OBJECT_BLOCK: u32 = 256;
 pub const MAX_FRAME: u32 = 1 << 30;
 /// Entries of one map.
 pub const MAX_ENTRIES: usize = 4096;
+/// Objects of one stretch of a trail, and objects that a look passes before it wants a trail.
+pub const TRAIL_STRIDE: u32 = 4;
+/// Trails of one object; each is for 2 MiB.
+pub const MAX_TRAILS: u32 = 128;
 /// Pages of one transfer.
 pub const CLUSTER_PAGES: u32 = 16;
 /// Neighbours that are looked at when a fault is served from a page that is there already.

@@ -43,6 +43,10 @@ events! {
     FaultCopy fault_copy;
     /// Faults that moved the last reference to a page into the top object.
     FaultMove fault_move;
+    /// Objects that looks down chains, and the laying of trails, came by.
+    ChainVisited chain_visited;
+    /// Trails laid.
+    TrailLaid trail_laid;
     /// Faults that ended in a wait.
     FaultWait fault_wait;
     /// Faults where nothing is mapped.

@@ -110,10 +110,11 @@ struct Met {
     discards: u64,
     pushed: u64,
     copies_shared: u64,
+    trails: u64,
 }
 
 impl Met {
-    fn counts(&self) -> [(&'static str, u64); 22] {
+    fn counts(&self) -> [(&'static str, u64); 23] {
         [
             ("waits", self.waits),
             ("lost", self.lost),
@@ -137,6 +138,7 @@ impl Met {
             ("discards", self.discards),
             ("pushed", self.pushed),
             ("copies_shared", self.copies_shared),
+            ("trails", self.trails),
         ]
     }
 }
@@ -474,6 +476,7 @@ impl World {
             "seed {seed} step {step}: {used} frames, {swapped} swapped, eager {eager}, image {image}"
         );
         let counts = self.rig.vm.stats();
+        self.met.trails = counts.trail_laid;
         self.met.pushed = counts.pushed;
         self.met.copies_shared = counts.copy_shared;
         self.met.collapsed = counts.collapsed;
@@ -527,7 +530,7 @@ fn random_lives_end_as_the_oracle_says_and_leave_nothing() {
     let many = number("MODEL_SEEDS").map_or(40, u64::from);
     let seeds = seed.map_or(1..many + 1, |seed| seed..seed + 1);
     let steps = number("MODEL_STEPS").unwrap_or(1500);
-    let mut total = [0; 22];
+    let mut total = [0; 23];
     for seed in seeds {
         let met = run(seed, steps);
         for (sum, (_, count)) in total.iter_mut().zip(met.counts()) {

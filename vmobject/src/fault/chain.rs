@@ -6,10 +6,12 @@
 
 use crate::Vm;
 use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::limits::TRAIL_STRIDE;
 use crate::lock::{Descent, Held, OBJECT};
 use crate::map::Entry;
 use crate::object::index::Slot;
-use crate::object::{ObjectId, Pager, State};
+use crate::object::{Hop, Life, ObjectId, Pager, State};
+use crate::stats::Event;
 use crate::store::{Machine, StoreId};
 
 /// A page in an object of the chain.
@@ -38,14 +40,20 @@ pub(super) enum Found {
     PageIn(ObjectId, PageIndex),
     /// Nobody has anything: it is zero.
     Nothing,
+    /// The way is long: a trail is wanted where the look began.
+    Deep,
+    /// The chain has changed: from the top.
+    Changed,
 }
 
 impl<M: Machine> Vm<M> {
     /// Looks for a page from where the descent stands.
     pub(super) fn look<'h>(&'h self, chain: &mut Descent<'h, OBJECT, State>, mut index: PageIndex) -> Found {
         let (mut depth, mut sole) = (0, true);
+        let mut since_hop = 0;
         loop {
             let state = chain.here();
+            self.stats.count(Event::ChainVisited);
             sole &= state.is_sole_anonymous();
             match state.slots.get(index) {
                 Slot::Resident(frame) => {
@@ -59,10 +67,33 @@ impl<M: Machine> Vm<M> {
                 Slot::Absent if state.pager != Pager::None => return Found::PageIn(state.id(), index),
                 Slot::Absent => {}
             }
+            (depth, since_hop) = (depth + 1, since_hop + 1);
+            match state.trails.hop(index, self.objects.version()) {
+                Some(Hop::Nothing) => return Found::Nothing,
+                Some(Hop::To(object, page)) => {
+                    self.objects.get(object).step_down(chain);
+                    if !self.has_hopped(chain.here(), object) {
+                        return Found::Changed;
+                    }
+                    (index, sole, since_hop) = (page, false, 0);
+                    continue;
+                }
+                None if since_hop > TRAIL_STRIDE => return Found::Deep,
+                None => {}
+            }
             let Some((object, below)) = state.below(index) else { return Found::Nothing };
-            (index, depth) = (below, depth + 1);
+            index = below;
             self.objects.get(object).step_down(chain);
         }
+    }
+
+    /// True if an object is still the one that a trail led to. If not, all trails are given up.
+    pub(super) fn has_hopped(&self, here: &State, object: ObjectId) -> bool {
+        let same = here.id() == object && here.life == Life::Live;
+        if !same {
+            self.objects.changed();
+        }
+        same
     }
 
     /// What a guest sees at an address of an entry, changing nothing: for audits.

@@ -26,7 +26,7 @@ use crate::limits::MAX_RESTARTS;
 use crate::lock::{CALLER, Held, MAP, OBJECT};
 use crate::map::{Entry, Instruction, Map};
 use crate::object::index::Slot;
-use crate::object::{ObjectId, Pager, State};
+use crate::object::{Hop, ObjectId, Pager, State};
 use crate::page::Queue;
 pub use crate::pager::WaitFor;
 use crate::pmap::{OutOfTables, Pmap as _};
@@ -95,6 +95,8 @@ enum Step {
     Shadow,
     /// The page must come from this object's pager.
     PageIn(ObjectId, PageIndex),
+    /// The chain below this object is long: a trail is wanted for this page.
+    Trail(ObjectId, PageIndex),
     /// This object's copy must have the page first.
     Push(ObjectId, PageIndex),
 }
@@ -242,9 +244,12 @@ impl<M: Machine> Vm<M> {
             }
             step = match self.attempt(map, at, access, purpose, held)? {
                 Step::Done => return Ok(Copied::Done),
-                step @ (Step::Again | Step::Wait(_) | Step::Shadow | Step::PageIn(..) | Step::Push(..)) => {
-                    step
-                }
+                step @ (Step::Again
+                | Step::Wait(_)
+                | Step::Shadow
+                | Step::PageIn(..)
+                | Step::Push(..)
+                | Step::Trail(..)) => step,
             };
         }
         // Somebody keeps changing what we look at. The others must get on, too.
@@ -274,6 +279,7 @@ impl<M: Machine> Vm<M> {
             Step::Wait(wait) => Ok(Some(wait)),
             Step::Shadow => memory(self.resolve_copy(map, at, held)),
             Step::PageIn(object, index) => self.page_in(object, index, held).map_err(FaultError::Lost),
+            Step::Trail(object, index) => memory(self.lay_trail(object, index, held)),
             Step::Push(object, index) => self.push(object, index, held).map_err(FaultError::Lost),
         }
     }
@@ -389,8 +395,25 @@ impl<M: Machine> Vm<M> {
         let Some((object, index)) = top.below(place.index) else {
             return self.zero_fill(map, place, purpose, top, held);
         };
+        let hop = top.trails.hop(place.index, self.objects.version());
+        let (object, index) = match hop {
+            None => (object, index),
+            Some(Hop::To(object, index)) => (object, index),
+            Some(Hop::Nothing) => return self.zero_fill(map, place, purpose, top, held),
+        };
         let mut chain = self.objects.get(object).descend(held);
-        match self.look(&mut chain, index) {
+        if hop.is_some() && !self.has_hopped(chain.here(), object) {
+            return Step::Again;
+        }
+        let found = match self.look(&mut chain, index) {
+            Found::Page(page) if hop.is_some() => {
+                Found::Page(chain::Page { depth: page.depth + 1, sole: false, ..page })
+            }
+            found => found,
+        };
+        match found {
+            Found::Deep => Step::Trail(top.id(), place.index),
+            Found::Changed => Step::Again,
             Found::Busy(frame) => self.await_page(map, purpose, frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             Found::Nothing => {
@@ -448,6 +471,8 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let mut chain = self.objects.get(place.entry.object).descend(held);
         match self.look(&mut chain, place.index) {
+            Found::Deep => Step::Trail(place.entry.object, place.index),
+            Found::Changed => Step::Again,
             Found::Busy(frame) => self.await_page(map, purpose, frame),
             Found::PageIn(object, index) => Step::PageIn(object, index),
             // A page of zeros in the shared object would outlive this guest's interest in it.

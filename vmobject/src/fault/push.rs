@@ -22,6 +22,8 @@ enum Attempt {
     Wait(WaitFor),
     /// The page has to be brought in first.
     PageIn(ObjectId, PageIndex),
+    /// The chain below this object is long: a trail is wanted.
+    Trail(ObjectId, PageIndex),
     /// The source's name for its copy is stale.
     Stale(ObjectId),
 }
@@ -40,6 +42,9 @@ impl<M: Machine> Vm<M> {
             Attempt::Done => Ok(None),
             Attempt::Wait(wait) => Ok(Some(wait)),
             Attempt::PageIn(object, index) => self.page_in(object, index, held),
+            Attempt::Trail(object, index) => {
+                Ok(self.lay_trail(object, index, held).err().map(|_| WaitFor::Memory))
+            }
             Attempt::Stale(stale) => {
                 self.forget_copy(source, stale, held);
                 Ok(None)
@@ -80,6 +85,8 @@ impl<M: Machine> Vm<M> {
                     Found::Page(found) => self.receive(&mut above, ours, Some(found.frame), chain.split().1),
                     Found::Nothing => self.receive(&mut above, ours, None, chain.split().1),
                     Found::Busy(frame) => self.when_filled(frame),
+                    Found::Deep => Attempt::Trail(object, index),
+                    Found::Changed => Attempt::Done,
                     Found::PageIn(object, index) => Attempt::PageIn(object, index),
                 }
             }

@@ -41,6 +41,8 @@ impl<M: Machine> Vm<M> {
                     }
                     Found::Busy(frame) => Step::Wait(WaitFor::Io(self.frames.page(frame).transfer())),
                     Found::PageIn(object, index) => Step::PageIn(object, index),
+                    Found::Deep => Step::Trail(entry.object, index),
+                    Found::Changed => Step::Again,
                 }
             };
             match step {
@@ -48,6 +50,11 @@ impl<M: Machine> Vm<M> {
                 Step::PageIn(object, index) => {
                     if let Some(wait) = self.page_in(object, index, held).map_err(FaultError::Lost)? {
                         return Ok(Copied::Wait(wait));
+                    }
+                }
+                Step::Trail(object, index) => {
+                    if self.lay_trail(object, index, held).is_err() {
+                        return Ok(Copied::Wait(WaitFor::Memory));
                     }
                 }
                 Step::Done | Step::Again | Step::Shadow | Step::Push(..) => {}

@@ -209,6 +209,10 @@ impl<M: Machine> Vm<M> {
     fn relink(&self, top: &mut State, shadow: Shadow, below: Option<Shadow>, held: &mut Held<'_, OBJECT>) {
         top.shadow = below.and_then(|below| shadow.through(below));
         top.blocked_at = NOWHERE;
+        top.trails.clear();
+        if top.shadowed {
+            self.objects.changed();
+        }
         let (mut links, _held) = self.links.write(held);
         links.orphan(top.id.index);
         if let Some(Shadow { object, offset, limit }) = top.shadow {

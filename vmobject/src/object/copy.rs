@@ -154,6 +154,8 @@ impl<M: Machine> Vm<M> {
         if source.copy != newest {
             return false;
         }
+        (source.shadowed, new.shadowed) = (true, old.is_some());
+        self.objects.changed();
         let whole = Shadow { object: source.id, offset: PageIndex::new(0), limit: source.pages };
         (new.shadow, new.role, source.copy) = (Some(whole), Role::Copy, Some(new.id));
         {

@@ -25,6 +25,7 @@ mod prune;
 mod shadow;
 mod slots;
 mod table;
+mod trail;
 mod work;
 
 pub(crate) use cache::Put;
@@ -32,6 +33,8 @@ pub use copy::Role;
 pub(crate) use pages::Kept;
 pub use slots::Slots;
 pub use table::{Object, Objects};
+pub(crate) use trail::Hop;
+use trail::Trails;
 
 use crate::addr::PageIndex;
 use crate::store::{StoreError, StoreId};
@@ -137,6 +140,10 @@ pub struct State {
     blocked_at: u32,
     /// What `gains` of the object below was when that was found out.
     blocked_since: u32,
+    /// Something has shadowed it.
+    shadowed: bool,
+    /// Shortcuts down the chain.
+    pub(crate) trails: Trails,
     /// Counts the pages that this object came to have.
     gains: u32,
     /// The newest asymmetric copy of this object, perhaps a stale name.
@@ -163,6 +170,8 @@ impl State {
             failed: None,
             blocked_at: NOWHERE,
             blocked_since: 0,
+            shadowed: false,
+            trails: Trails::new(),
             gains: 0,
             copy: None,
             role: Role::Plain,

@@ -39,8 +39,9 @@ impl<M: Machine> Vm<M> {
         state.shadow = shadow;
         state.blocked_at = NOWHERE;
         (state.unwritten, state.deactivated) = (0, 0);
-        (state.copy, state.role) = (None, Role::Plain);
+        (state.copy, state.role, state.shadowed) = (None, Role::Plain, false);
         if let Some(Shadow { object, offset, limit }) = shadow {
+            self.objects.get(object).write_below(&mut held).0.shadowed = true;
             self.links.write(&mut held).0.adopt(number, object.number(), offset, limit);
             self.objects.chore(number, &mut held); // to find out what stops a bypass
         }

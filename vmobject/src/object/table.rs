@@ -8,7 +8,8 @@ use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use spin::Once;
 
 use super::index::Slot;
@@ -99,6 +100,8 @@ struct Registry {
 /// All objects.
 pub struct Objects {
     blocks: Box<[Once<Box<[Object]>>]>,
+    /// See [`Self::changed`].
+    version: AtomicU64,
     /// Frames that the objects in the cache may have together.
     pub(super) cache_limit: AtomicU32,
     registry: Ranked<REGISTRY, Registry>,
@@ -118,6 +121,7 @@ impl Objects {
         let registry = Registry { vacant, used: 0, live: 0, images, cache, chores, copied };
         Ok(Self {
             blocks: blocks.into_boxed_slice(),
+            version: AtomicU64::new(0),
             cache_limit: AtomicU32::new(0),
             registry: Ranked::new(registry),
         })
@@ -155,18 +159,40 @@ impl Objects {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Slot, VmError> {
         let before = state.slots.set(page, slot)?;
-        self.gained(state, page.number()..page.number().saturating_add(1), held);
+        if before == Slot::Absent && state.shadowed {
+            self.changed();
+        }
+        self.note_gain(state, page.number()..page.number().saturating_add(1), held);
         Ok(before)
     }
 
     /// An object has come to have pages of a range.
-    #[inline]
     pub(super) fn gained<const OUTER: u8>(
         &self,
         state: &mut State,
         range: Range<u32>,
         held: &mut Held<'_, OUTER>,
     ) {
+        if state.shadowed {
+            self.changed();
+        }
+        self.note_gain(state, range, held);
+    }
+
+    /// Something came to be, or to lie elsewhere, in an object that others shadow: no trail is valid any more.
+    #[cold]
+    pub(crate) fn changed(&self) {
+        self.version.fetch_add(1, AcqRel);
+    }
+
+    /// Changes when trails become invalid.
+    #[inline]
+    pub(crate) fn version(&self) -> u64 {
+        self.version.load(Acquire)
+    }
+
+    #[inline]
+    fn note_gain<const OUTER: u8>(&self, state: &mut State, range: Range<u32>, held: &mut Held<'_, OUTER>) {
         state.gains = state.gains.wrapping_add(1);
         if range.contains(&state.blocked_at) {
             self.chore(state.id.index, held);
@@ -178,6 +204,7 @@ impl Objects {
         if !state.slots.exchange(&mut other.slots, offset) {
             return false;
         }
+        self.changed();
         for one in [state, other] {
             one.gains = one.gains.wrapping_add(1);
             if let Some(object) = self.at(one.slots.storage()) {

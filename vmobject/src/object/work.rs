@@ -133,6 +133,7 @@ impl<M: Machine> Vm<M> {
             self.objects.unregister(store, state.id, held);
         }
         state.slots.rewind();
+        state.trails.clear();
         state.life = Life::Vacant;
         state.pager = Pager::None;
         state.failed = None;
