@@ -349,10 +349,6 @@ impl World {
         loop {
             match self.rig.vm.discard(&guest.map, range, &mut Held::root()) {
                 Ok(Discarded::Done(_)) => break,
-                Err(NotDiscarded::Lost(StoreError::Io)) => {
-                    let guest = self.guests.swap_remove(which); // part of it is done
-                    return self.rig.vm.destroy_map(guest.map, &mut Held::root());
-                }
                 Ok(Discarded::Wait(_)) => {
                     let free = self.rig.free();
                     let delivered = self.rig.deliver_all();

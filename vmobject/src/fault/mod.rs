@@ -405,12 +405,10 @@ impl<M: Machine> Vm<M> {
         if hop.is_some() && !self.has_hopped(chain.here(), object) {
             return Step::Again;
         }
-        let found = match self.look(&mut chain, index) {
-            Found::Page(page) if hop.is_some() => {
-                Found::Page(chain::Page { depth: page.depth + 1, sole: false, ..page })
-            }
-            found => found,
-        };
+        let mut found = self.look(&mut chain, index);
+        if let (Found::Page(page), Some(_)) = (&mut found, hop) {
+            (page.depth, page.sole) = (page.depth + 1, false);
+        }
         match found {
             Found::Deep => Step::Trail(top.id(), place.index),
             Found::Changed => Step::Again,
