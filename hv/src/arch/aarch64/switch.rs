@@ -49,13 +49,12 @@ macro_rules! el1_registers {
     };
 }
 
-// Those that every CPU has. Not here: ACTLR and OSDLR (trapped, in memory only), MDSCR (`debug`).
+// Those that every CPU has. Not here: ACTLR and OSDLR (trapped, in memory only), MDSCR (`debug`), TCR (below).
 el1_registers! {
     sctlr "sctlr_el1",
     cpacr "cpacr_el1",
     ttbr0 "ttbr0_el1",
     ttbr1 "ttbr1_el1",
-    tcr "tcr_el1",
     mair "mair_el1",
     amair "amair_el1",
     vbar "vbar_el1",
@@ -117,6 +116,11 @@ pub(super) fn has_ras() -> bool {
 /// Loads a vCPU's EL1 registers.
 pub fn load_el1(from: &El1Context) {
     write_sysreg!("vmpidr_el2", from.vmpidr);
+    if read_sysreg!("tcr_el1") != from.tcr {
+        // A write may cost more than it says: an emulator drops its whole TLB, whatever the value. That hides an
+        // invalidate that is missing, and is slow; two vCPUs of one guest mostly have the same.
+        write_sysreg!("tcr_el1", from.tcr);
+    }
     write_plain(from);
     if has_keys() {
         write_keys(from);
@@ -129,6 +133,7 @@ pub fn load_el1(from: &El1Context) {
 /// Stores a vCPU's EL1 registers.
 pub fn save_el1(into: &mut El1Context) {
     into.vmpidr = read_sysreg!("vmpidr_el2");
+    into.tcr = read_sysreg!("tcr_el1");
     read_plain(into);
     if has_keys() {
         read_keys(into);
