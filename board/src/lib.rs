@@ -5,6 +5,7 @@
 //! * [`platform`] - what the host's device tree says of the machine, as plain data. Everything else is built
 //!   from it; nothing about the board is assumed that the tree says.
 //! * [`pl011`] - the serial ports: the console, and our own log.
+//! * [`pl031`] - the clock, which is read once.
 //! * [`gic`] - the physical interrupt controller.
 //! * [`psci`] - starting CPUs, and ending the machine. AArch64 only.
 //! * [`virtio`] - the disk and the control port, over virtio-mmio, asynchronous throughout.
@@ -20,6 +21,7 @@ extern crate std;
 pub mod gic;
 pub mod gpt;
 pub mod pl011;
+pub mod pl031;
 pub mod platform;
 #[cfg(target_arch = "aarch64")]
 pub mod psci;

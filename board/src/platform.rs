@@ -23,6 +23,8 @@ pub const MAX_REDIST_REGIONS: usize = 8;
 pub const MAX_UARTS: usize = 4;
 /// virtio-mmio slots that are looked at.
 pub const MAX_VIRTIO: usize = 64;
+/// Words of the loader's random seed that are kept.
+pub const MAX_SEED: usize = 8;
 /// Bytes of kernel command line that are kept.
 pub const MAX_BOOTARGS: usize = 1024;
 
@@ -125,6 +127,10 @@ pub struct Platform {
     pub uarts: ArrayVec<Uart, MAX_UARTS>,
     /// virtio-mmio slots by address, most of them empty. Only those that snoop our caches.
     pub virtio: ArrayVec<Device, MAX_VIRTIO>,
+    /// The clock, a PL031.
+    pub clock: Option<Region>,
+    /// What the loader drew for us (`rng-seed`): secret, for whoever seeds a generator to take out.
+    pub rng_seed: ArrayVec<u64, MAX_SEED>,
     /// The initial ramdisk that `chosen` names.
     pub initrd: Option<Region>,
     /// The command line.
@@ -163,7 +169,7 @@ impl Platform {
         let mut memory = ArrayVec::new();
         let mut uarts = ArrayVec::<Uart, MAX_UARTS>::new();
         let mut virtio = ArrayVec::<Device, MAX_VIRTIO>::new();
-        let mut psci = None;
+        let (mut psci, mut clock) = (None, None);
         for node in root.children().filter(|node| is_usable(*node)) {
             if string(node, "device_type") == Some("memory") {
                 for region in regions(node, "memory")? {
@@ -172,6 +178,8 @@ impl Platform {
             } else if node.is_compatible("arm,pl011") {
                 let uart = Uart { device: device(node, "pl011")?, clock_hz: clock_of(root, node) };
                 truncated |= uarts.try_push(uart).is_err();
+            } else if node.is_compatible("arm,pl031") {
+                clock = regions(node, "pl031")?.next();
             } else if node.is_compatible("virtio,mmio") && node.dma_coherent() {
                 truncated |= virtio.try_push(device(node, "virtio,mmio")?).is_err();
             } else if ["arm,psci", "arm,psci-0.2", "arm,psci-1.0"].iter().any(|name| node.is_compatible(name))
@@ -208,6 +216,8 @@ impl Platform {
             psci,
             uarts,
             virtio,
+            clock,
+            rng_seed: chosen.map(find_seed).unwrap_or_default(),
             initrd: chosen.and_then(find_initrd),
             bootargs,
             truncated: truncated || cpus_cut,
@@ -329,6 +339,12 @@ fn find_reserved(fdt: Fdt<'_>) -> Result<ArrayVec<Region, MAX_RESERVED>, Platfor
     Ok(reserved)
 }
 
+/// The loader's random bytes, whole words of them.
+fn find_seed(chosen: FdtNode<'_>) -> ArrayVec<u64, MAX_SEED> {
+    let Some(property) = chosen.property("rng-seed") else { return ArrayVec::new() };
+    property.value().as_chunks().0.iter().take(MAX_SEED).map(|word| u64::from_le_bytes(*word)).collect()
+}
+
 fn find_initrd(chosen: FdtNode<'_>) -> Option<Region> {
     let start = number(chosen, "linux,initrd-start")?;
     Region::new(start, number(chosen, "linux,initrd-end")?.checked_sub(start)?)
@@ -401,6 +417,15 @@ mod tests {
         assert_eq!(slots[0].region, Region::new(0x0a00_0000, 0x200).unwrap());
         assert_eq!(slots[0].interrupt, spi(16, true));
         assert_eq!(slots[31].region, Region::new(0x0a00_3e00, 0x200).unwrap());
+    }
+
+    #[test]
+    fn the_clock_and_the_loaders_random_seed_are_found() {
+        let platform = Platform::parse(VIRT).unwrap();
+        assert_eq!(platform.clock, Region::new(0x0901_0000, 0x1000));
+        // 32 bytes, of which none are alike.
+        assert_eq!(platform.rng_seed.len(), 4);
+        assert!((1..4).all(|at| !platform.rng_seed[..at].contains(&platform.rng_seed[at])));
     }
 
     #[test]

@@ -16,17 +16,17 @@ use ::log::{error, info, warn};
 use alloc::string::ToString;
 use alloc::vec;
 use alloc::vec::Vec;
-use board::platform::Platform;
+use arrayvec::ArrayVec;
+use board::platform::{MAX_SEED, Platform};
 use vmobject::charge::Overcommit;
 use vmobject::lock::Held;
 use vmobject::store::StoreId;
 
 /// Makes and starts every guest of the manifest.
-pub(super) fn start(platform: &Platform, machine: &'static Machine, held: &mut Held<'_, 0>) {
+pub(super) fn start(machine: &'static Machine, held: &mut Held<'_, 0>) {
     if sched::reserve(guest::MAX_VCPUS, held).is_err() {
         panic!("no memory for the run queues");
     }
-    seed(platform, held);
     let Some(manifest) = read() else {
         warn!("there is no manifest on any disk: nothing to run");
         return;
@@ -81,9 +81,14 @@ fn launch(config: GuestConfig, machine: &'static Machine, held: &mut Held<'_, 0>
     }
 }
 
-/// What is unpredictable about this boot.
-fn seed(platform: &Platform, held: &mut Held<'_, 0>) {
+/// Seeds the machine's generator with `entropy`, the loader's random words, and with whatever else differs from
+/// boot to boot. No copy of the words stays here.
+pub(super) fn seed(platform: &Platform, mut entropy: ArrayVec<u64, MAX_SEED>, held: &mut Held<'_, 0>) {
+    if entropy.is_empty() {
+        warn!("the loader gives no random seed: guests' random numbers can be guessed");
+    }
     let mut words = vec![timer::now(), id::read().midr];
+    words.extend(&entropy);
     for chunk in platform.bootargs.as_bytes().chunks(8) {
         let mut word = [0; 8];
         for (to, &from) in word.iter_mut().zip(chunk) {
@@ -92,6 +97,10 @@ fn seed(platform: &Platform, held: &mut Held<'_, 0>) {
         words.push(u64::from_le_bytes(word));
     }
     create::seed(&words, held);
+    words.fill(0);
+    entropy.fill(0);
+    // Looked at, so that the zeros are written.
+    core::hint::black_box((&words, &entropy));
 }
 
 /// Reads the manifest's partition.

@@ -138,7 +138,7 @@ fn build(
     let gic = core::iter::once(&platform.gic.distributor).chain(&platform.gic.redistributors);
     let uarts = platform.uarts.iter().map(|uart| &uart.device.region);
     let virtio = platform.virtio.iter().map(|slot| &slot.region);
-    for region in gic.chain(uarts).chain(virtio) {
+    for region in gic.chain(uarts).chain(virtio).chain(&platform.clock) {
         map.set(region.base.bits(), region.end().bits(), Use::Device)?;
     }
     map.set(symbol!(__image_start), symbol!(__text_end), Use::Text)?;

@@ -16,13 +16,14 @@ mod panic;
 mod selftest;
 
 use crate::arch::{el2, entry, percpu, timer};
+use crate::guest::create;
 use crate::mm::direct::Direct;
 use crate::mm::machine::Metal;
 use crate::{mm, sched};
 use ::log::{info, warn};
 use board::gic::{self, Gic};
 use board::platform::{Interrupt, Platform};
-use board::psci;
+use board::{pl031, psci};
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use spin::{Mutex, Once};
 use vmobject::addr::PhysAddr;
@@ -60,7 +61,9 @@ pub fn with_gic<R>(work: impl FnOnce(&mut Gic) -> R) -> R {
 extern "C" fn hv_start(x0: u64) -> ! {
     memory::early_stacks();
     percpu::set_mpidr(0, percpu::own_mpidr());
-    let machine = read_tree(x0);
+    let mut machine = read_tree(x0);
+    // Nobody else is to know it: what is kept of the tree has it no more.
+    let entropy = core::mem::take(&mut machine.rng_seed);
     let platform = PLATFORM.call_once(|| machine);
     let layout = memory::lay_out(platform);
     log::init(platform);
@@ -85,7 +88,9 @@ extern "C" fn hv_start(x0: u64) -> ! {
     }
     let machine = machine::init(platform);
     start_others(platform);
-    guests::start(platform, machine, &mut Held::root());
+    guests::seed(platform, entropy, &mut Held::root());
+    tell_time(platform);
+    guests::start(machine, &mut Held::root());
     selftest::check(platform);
     GO.store(true, Ordering::Release);
     run()
@@ -169,6 +174,15 @@ fn start_others(platform: &Platform) {
     }
     percpu::set_count(number);
     info!("{number} CPUs");
+}
+
+/// Asks the machine's clock what time it is, for guests' clocks.
+fn tell_time(platform: &Platform) {
+    // SAFETY: the tree names the clock, and the map has it as device memory.
+    match platform.clock.as_ref().and_then(|clock| unsafe { pl031::seconds(clock) }) {
+        Some(seconds) => create::set_time(seconds.into()),
+        None => warn!("there is no clock: for guests it is 1970"),
+    }
 }
 
 /// Says what the machine is.

@@ -106,6 +106,8 @@ fn boots_to_a_shell(name: &str, words: &[&str]) -> Result<()> {
     let version = if words.contains(&"6.1") { images::KERNELS[1] } else { images::KERNELS[0] };
     // The kernel's version is part of what is waited for: the rest of the line may still be on its way.
     session.wait(&format!("guest ready: guest {version}."))?;
+    // The hypervisor's own clock, a PL031 too, is where it has this from.
+    ensure!(session.text().contains("setting system clock to 20"), "the guest does not know what year it is");
     session.send("memtest 32 2; poweroff -f\n")?;
     session.wait("memtest: 32 MiB, 2 rounds, ok")?;
     session.finish()
