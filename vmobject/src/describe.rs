@@ -43,6 +43,8 @@ pub struct ObjectInfo {
 pub struct MemoryInfo {
     /// Frames that the VM has.
     pub total: u32,
+    /// Bytes of the array that says whose they are.
+    pub frame_bytes: usize,
     /// Frames that guests' pages leave alone.
     pub reserve: u32,
     /// By queue.
@@ -102,6 +104,7 @@ impl<M: Machine> Vm<M> {
         let queued = queues.free + queues.active + queues.inactive + queues.laundry + queues.tables;
         MemoryInfo {
             total: self.frames.total(),
+            frame_bytes: self.frames.bytes(),
             reserve: self.frames.reserve(),
             queues,
             off_queue: self.frames.total() - queued,

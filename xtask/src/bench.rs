@@ -5,6 +5,7 @@
 //! then both CPUs' work is the figure. Where the instructions of a figure go is `trace`'s. Read `run` first, then
 //! the two types.
 
+mod machine;
 mod trace;
 
 use crate::run::Run;
@@ -113,6 +114,12 @@ struct Setting {
 const SETTINGS: [Setting; 2] =
     [Setting { cpus: 1, wanted: |figure| !figure.two_cpus() }, Setting { cpus: 2, wanted: Figure::two_cpus }];
 
+/// Measures figures of its own.
+type Measure = fn(&Toolchain, &Path) -> Result<Vec<Figure>>;
+
+/// Figures that the hypervisor tells of itself, by the beginning of their names.
+const MACHINE: [(&str, Measure); 2] = [("memory", machine::books), ("clone", machine::clones)];
+
 fn baseline() -> PathBuf {
     crate::root().join("xtask/bench/baseline.json")
 }
@@ -147,6 +154,13 @@ impl Bench {
                 found.push(Figure::longest(&counter));
             }
             figures.extend(found.into_iter().filter(|f| (setting.wanted)(f) && self.asks_for(f)));
+        }
+        for (stem, measure) in MACHINE {
+            if self.names.is_empty()
+                || self.names.iter().any(|n| n.starts_with(stem) || stem.starts_with(n.as_str()))
+            {
+                figures.extend(measure(&toolchain, &dir)?.into_iter().filter(|f| self.asks_for(f)));
+            }
         }
         ensure!(!figures.is_empty(), "no figure has a name that starts with {}", self.names.join(" or "));
         let old = match read(&baseline()) {

@@ -171,6 +171,7 @@ impl Objects {
                 "guests_private": resident - shared_frames,
                 "if_nothing_were_shared": copies,
             },
+            "frame_bytes": memory.frame_bytes,
             "objects": memory.objects,
             "index_bytes": sum(&|info| info.index_bytes as u64),
             "transfers": memory.transfers,

@@ -435,6 +435,11 @@ impl Frames {
         self.short.store(short, Relaxed);
     }
 
+    /// Bytes of the array.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.pages)
+    }
+
     /// How many frames there are.
     pub const fn total(&self) -> u32 {
         self.total

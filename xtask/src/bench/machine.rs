@@ -1,0 +1,103 @@
+//! Figures that the hypervisor tells of itself: what its books cost, and what a clone does.
+//!
+//! Books are read over the control port while a guest that touched all of its RAM stands still. A fork tells in
+//! the hypervisor's log for how long its source was still; under `-icount` at 1 GHz a tick is an instruction.
+
+use super::Figure;
+use crate::build;
+use crate::monitored::{Monitored, number};
+use crate::progress::step;
+use crate::run::Run;
+use crate::toolchain::Toolchain;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// Guest RAM in MiB, touched in full, for which a clone's pause is measured.
+const SIZES: [u64; 3] = [64, 256, 1024];
+const PAGE: u64 = 4096;
+
+fn figure(metric: &str, unit: &str, params: &[(&str, u64)], values: &mut [u64]) -> Result<Figure> {
+    values.sort_unstable();
+    let (Some(&min), Some(&max)) = (values.first(), values.last()) else {
+        anyhow::bail!("{metric}: nothing was measured")
+    };
+    let params: BTreeMap<String, Value> =
+        params.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect();
+    let (metric, unit) = (metric.to_owned(), unit.to_owned());
+    Ok(Figure { metric, value: values[values.len() / 2], unit, params, min, max, n: values.len() as u64 })
+}
+
+/// Bytes of the hypervisor's books for each frame of memory, and for each page that a guest has mapped.
+pub(super) fn books(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+    let image = dir.join("touch.bin");
+    fs::write(&image, build::guest(toolchain, "touch")?)?;
+    let image = image.display().to_string();
+    let words = ["--timeout", "600", "--memory", "64M", "--append", "linger", "--kernel", &image];
+    let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("books"))?;
+    step("measuring what the books cost", || machine.console.wait("guest touch: ok"))?;
+    let (memory, audit) = (machine.ask("memory")?, machine.check()?);
+    machine.shutdown()?;
+    let frames = number(&memory, "/frames/total")?;
+    let leaves = number(&audit, "/leaves")?;
+    ensure!(leaves * PAGE >= 60 << 20, "the guest has only {leaves} pages mapped");
+    let tables = number(&memory, "/frames/tables")? * PAGE;
+    let per_frame = number(&memory, "/frame_bytes")?.div_ceil(frames);
+    let per_mapping = (number(&memory, "/index_bytes")? + tables).div_ceil(leaves);
+    Ok(vec![
+        figure("memory.per_frame", "bytes", &[], &mut [per_frame])?,
+        figure("memory.per_mapping", "bytes", &[], &mut [per_mapping])?,
+    ])
+}
+
+/// For how long a guest is still when it is cloned, and how long the call takes, against its RAM.
+pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+    let image = dir.join("fork.bin");
+    fs::write(&image, build::guest(toolchain, "fork")?)?;
+    let image = image.display().to_string();
+    let mut figures = Vec::new();
+    for mib in SIZES {
+        let dir = dir.join("clones");
+        let memory = format!("{mib}M");
+        let mut words =
+            vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "600"];
+        words.extend(["--host-memory", "2G", "--grant-fork", "64", "--append", "often"]);
+        words.extend(["--memory", &memory, "--kernel", &image]);
+        let mut session = Run::from_words(&words)?.session(&dir, false)?;
+        step(&format!("forking a guest with {mib} MiB"), || session.finish())?;
+        let log = fs::read_to_string(dir.join("hv.log")).context("the hypervisor's log")?;
+        let (mut pauses, mut calls): (Vec<u64>, Vec<u64>) = log.lines().filter_map(told).unzip();
+        let params = [("ram_mib", mib)];
+        figures.push(figure("clone.pause@ram", "insn", &params, &mut pauses)?);
+        figures.push(figure("clone.call@ram", "insn", &params, &mut calls)?);
+    }
+    Ok(figures)
+}
+
+/// What a line of the log says of a fork: ticks still, ticks in all.
+fn told(line: &str) -> Option<(u64, u64)> {
+    let (_, rest) = line.split_once("still for ")?;
+    let (pause, rest) = rest.split_once(" ticks, ")?;
+    let (call, _) = rest.split_once(" in all")?;
+    Some((pause.parse().ok()?, call.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fork_is_read_from_the_log() {
+        let line = "hv: guest 1: forked into 1, still for 12256 ticks, 50913 in all";
+        assert_eq!(told(line), Some((12256, 50913)));
+        assert_eq!(told("hv: 2 CPUs"), None);
+    }
+
+    #[test]
+    fn a_figure_without_values_is_an_error() {
+        assert!(figure("x.y", "insn", &[], &mut []).is_err());
+        assert_eq!(figure("x.y", "insn", &[], &mut [3, 1, 2]).expect("a figure").value, 2);
+    }
+}
