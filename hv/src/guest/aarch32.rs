@@ -47,10 +47,22 @@ pub fn passed(condition: Condition, state: u64) -> bool {
     holds(code, state)
 }
 
-/// Goes on behind the trapped instruction.
+/// Goes on behind the trapped instruction, which counts as executed: a guest that steps through its program takes
+/// its step exception next (DDI 0487, "Software Step exceptions": PSTATE.SS is 0 after the step).
 #[inline]
 pub fn advance(regs: &mut GuestRegs, esr: u64) {
+    if regs.pstate & (pstate::AARCH32 | pstate::SS | pstate::BTYPE) == 0 {
+        regs.pc = regs.pc.wrapping_add(4);
+        return;
+    }
+    advance_slowly(regs, esr);
+}
+
+#[cold]
+fn advance_slowly(regs: &mut GuestRegs, esr: u64) {
+    regs.pstate &= !pstate::SS;
     if regs.pstate & pstate::AARCH32 == 0 {
+        regs.pstate &= !pstate::BTYPE;
         regs.pc = regs.pc.wrapping_add(4);
         return;
     }
@@ -99,6 +111,20 @@ mod tests {
     fn unsaid() -> Condition {
         let Syndrome::Fp(condition) = Syndrome::decode(0x07 << 26) else { panic!("not FP") };
         condition
+    }
+
+    #[test]
+    fn an_emulated_instruction_ends_a_software_step_and_a_branchs_type() {
+        let mut regs = GuestRegs::starting_at(0x4008_0000, 0);
+        regs.pstate |= pstate::SS | pstate::BTYPE;
+        let before = regs.pstate;
+        advance(&mut regs, IL);
+        assert_eq!(regs.pc, 0x4008_0004);
+        assert_eq!(regs.pstate, before & !(pstate::SS | pstate::BTYPE));
+        // In AArch32 those two bits of the branch's type are bits of IT.
+        regs.pstate = USER32 | pstate::SS | pstate::BTYPE;
+        advance(&mut regs, IL);
+        assert_eq!(regs.pstate, USER32 | pstate::BTYPE);
     }
 
     #[test]

@@ -24,6 +24,10 @@ pub mod pstate {
     pub const IRQ: u64 = 1 << 7;
     /// FIQ masked.
     pub const FIQ: u64 = 1 << 6;
+    /// In AArch64, the kind of branch that led here.
+    pub const BTYPE: u64 = 0b11 << 10;
+    /// Software step: the next instruction is executed before the step exception.
+    pub const SS: u64 = 1 << 21;
     /// Speculative store bypass is safe.
     pub const SSBS: u64 = 1 << 12;
     /// Privileged access never.
