@@ -8,11 +8,14 @@ use core::sync::atomic::Ordering;
 use crate::arch::{irq, timer};
 use vmobject::lock::Held;
 
-use super::load::Cpu;
+use super::load::{Cpu, ticks};
 use super::{ASLEEP, Outside, QUEUES, slice};
 
 /// How much of the memory manager's chores is done between two looks around (invariant I6).
 const CHORES: u32 = 64;
+
+/// How long a CPU sleeps at most while there are chores for the daemon or the monitor.
+const ROUND_MS: u64 = 5;
 
 /// Sleeps until something happens, and handles the interrupt.
 pub(super) fn sleep(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
@@ -23,7 +26,10 @@ pub(super) fn sleep(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // Whoever makes a vCPU ready after this sees the flag; whoever did before left it in the queue.
     if QUEUES[cpu.id].is_empty(held) {
-        match cpu.sleepers.next() {
+        // A chore that is not done yet waits for something that need not come as an interrupt here.
+        let round =
+            super::CHORES.load(Ordering::SeqCst).then(|| timer::now().saturating_add(ticks(ROUND_MS)));
+        match cpu.sleepers.next().into_iter().chain(round).min() {
             Some(deadline) => timer::arm_host(deadline),
             None => timer::disarm_host(),
         }
