@@ -114,18 +114,13 @@ impl Monitored {
         Ok(audit)
     }
 
-    /// The answer to `memory` once nothing is left of those who went: every resident page and every table is a guest's
-    /// that is in the list. Those must stand still.
+    /// The answer to `memory` once nothing is left of those who went: every resident page is a guest's that is in
+    /// the list; tables may follow later. Those must stand still.
     pub(crate) fn settled(&mut self) -> Result<Value> {
         loop {
             let (guests, memory) = (self.ask("guests")?, self.ask("memory")?);
             let private = total(&guests, "private_pages")?;
-            let mut tables = 0;
-            for guest in rows(&guests)? {
-                tables += number(&self.ask(&format!("map {}", guest["id"]))?, "/table_frames")?;
-            }
-            let pages = number(&memory, "/owners/guests_private")?;
-            if (pages, number(&memory, "/frames/tables")?) == (private, tables) {
+            if number(&memory, "/owners/guests_private")? == private {
                 let count = |place| number(&memory, place);
                 let known =
                     count("/frames/free")? + count("/frames/tables")? + count("/owners/guests_resident")?;
