@@ -74,6 +74,8 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     quiet::stand_by(held);
     if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() != Life::Running) {
         cpu.unload(outside, held);
+        // Whoever looked before saw that its registers were still here.
+        call_daemon_here();
     }
     if CHORES.swap(false, Ordering::SeqCst) {
         daemon::work(outside, held);
