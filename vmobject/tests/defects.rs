@@ -62,6 +62,33 @@ fn d1_a_page_just_past_the_window_does_not_block_a_bypass() {
 }
 
 #[test]
+fn chores_come_to_their_end_however_small_the_budget() {
+    const PAGES: u32 = 300;
+    for budget in [64, 7, 2] {
+        let rig = Rig::new(8 * PAGES);
+        let source = rig.guest(PAGES);
+        for page in 0..PAGES {
+            rig.store(&source, at(page, 0), 1).unwrap();
+        }
+        let (first, second) = (rig.clone(&source), rig.clone(&source));
+        for page in 0..PAGES - 1 {
+            rig.store(&first, at(page, 0), 2).unwrap();
+            rig.store(&second, at(page, 0), 3).unwrap();
+        }
+        rig.vm.destroy_map(source, &mut Held::root());
+        let enough = (1..100 * PAGES).find(|_| !rig.vm.step(budget, &mut Held::root()));
+        assert!(enough.is_some(), "chores without end, {budget} at a time");
+        rig.check();
+        assert_eq!(rig.load(&first, at(PAGES - 1, 0)), Ok(1));
+        assert_eq!(
+            rig.vm.memory(&mut Held::root()).queues.active,
+            2 * (PAGES - 1) + 1,
+            "hidden pages stayed"
+        );
+    }
+}
+
+#[test]
 fn d5_one_link_that_cannot_move_does_not_freeze_the_rest_of_the_chain() {
     let rig = Rig::new(256);
     let guest = rig.guest(16);

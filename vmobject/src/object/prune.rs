@@ -13,6 +13,7 @@
 //! counts those. Called by `work`, and by a copy that may turn out to be a move.
 
 use super::index::Slot;
+use super::table::Resume;
 use super::work::Progress;
 use super::{Life, Pager, State};
 use crate::Vm;
@@ -38,8 +39,15 @@ impl<M: Machine> Vm<M> {
         state.life == Life::Live && mappings == 0 && children > 0 && children == state.refs
     }
 
-    /// Frees what is hidden in an object that has lost a referrer.
-    pub(super) fn prune(&self, number: u32, left: &mut u32, held: &mut Held<'_, CALLER>) -> Progress {
+    /// Frees what is hidden in an object that has lost a referrer, from where the last call stopped. Each call
+    /// looks at one candidate at least, however small the budget: so the look comes to its end.
+    pub(super) fn prune(
+        &self,
+        number: u32,
+        mut resume: Resume,
+        left: &mut u32,
+        held: &mut Held<'_, CALLER>,
+    ) -> Progress {
         let Some(object) = self.objects.at(number) else { return Progress::Done };
         let below = {
             let (state, mut held) = object.read(held);
@@ -49,36 +57,49 @@ impl<M: Machine> Vm<M> {
             state.shadow
         };
         // What the referrer saw further down may be hidden now, too.
-        if let Some(below) = below {
+        if let (Some(below), None) = (below, resume) {
             self.objects.ask_prune(below.object.index, held);
         }
         let (mut here, mut offset, mut limit) = (number, 0, u32::MAX);
         while let Some((child, start, pages)) = self.fewest(here, left, held) {
             offset = if here == number { start } else { offset + start };
             limit = limit.min(pages);
-            let mut from = PageIndex::new(0);
-            while let Some(page) = self.next_page(child, from..PageIndex::new(limit), held) {
-                if *left == 0 {
-                    self.objects.ask_prune(number, held);
-                    return Progress::More;
+            let mut from = match resume {
+                None => PageIndex::new(0),
+                Some((at, page)) if at == child => {
+                    resume = None;
+                    page
                 }
-                *left -= 1;
+                // All of this one's pages were looked at before.
+                Some(_) => PageIndex::new(limit),
+            };
+            while let Some(page) = self.next_page(child, from..PageIndex::new(limit), held) {
+                *left = left.saturating_sub(1);
                 if let Some(theirs) = page.checked_add(offset) {
                     match self.prune_page(number, theirs, left, held) {
                         Progress::Done => {}
                         again @ (Progress::More | Progress::Blocked) => {
-                            self.objects.ask_prune(number, held);
+                            self.objects.ask_prune_from(number, child, page, held);
                             return again;
                         }
                     }
                 }
                 let Some(next) = page.checked_add(1) else { break };
                 from = next;
+                if *left == 0 {
+                    self.objects.ask_prune_from(number, child, from, held);
+                    return Progress::More;
+                }
             }
             if self.links.read(held).0.counts(child).1 > 0 {
                 break;
             }
             here = child;
+        }
+        if resume.is_some() {
+            // The way down is another one now.
+            self.objects.ask_prune(number, held);
+            return Progress::More;
         }
         Progress::Done
     }

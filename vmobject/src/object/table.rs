@@ -20,13 +20,24 @@ use crate::limits::{MAX_COPIED, MAX_OBJECTS, OBJECT_BLOCK};
 use crate::lock::{Descent, Held, OBJECT, REGISTRY, Ranked, RankedRw, Reading, Writing};
 use crate::store::StoreId;
 
+/// Where a look for hidden pages goes on: the shadow whose pages are the candidates, and which of them is next;
+/// `None` is at the beginning.
+pub(super) type Resume = Option<(u32, PageIndex)>;
+
+/// No look for hidden pages is asked for.
+const IDLE: u64 = u64::MAX;
+/// One is, from the beginning.
+const AFRESH: u64 = u64::MAX - 1;
+// No object has a number that would make a place look like one of these.
+const _: () = assert!(MAX_OBJECTS < u32::MAX);
+
 /// One place for an object: its state behind its lock.
 pub struct Object {
     lock: RankedRw<OBJECT, State>,
     /// It is on the list of chores.
     queued: AtomicBool,
-    /// A referrer went: perhaps all that are left hide something.
-    prune: AtomicBool,
+    /// A referrer went: perhaps all that are left hide something. [`IDLE`], [`AFRESH`], or how far the look is.
+    prune: AtomicU64,
     /// The object that has the slots which frames know under this place's number. Changes only while the
     /// slots are exchanged, with both objects locked.
     home: AtomicU32,
@@ -235,7 +246,7 @@ impl Objects {
             objects.extend((number..number + OBJECT_BLOCK).map(|n| Object {
                 lock: RankedRw::new(State::vacant(n)),
                 queued: AtomicBool::new(false),
-                prune: AtomicBool::new(false),
+                prune: AtomicU64::new(IDLE),
                 home: AtomicU32::new(n),
             }));
             Ok::<_, VmError>(objects.into_boxed_slice())
@@ -280,14 +291,39 @@ impl Objects {
     /// Has an object looked at for pages that nobody sees any more.
     pub(crate) fn ask_prune<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) {
         if let Some(object) = self.at(number) {
-            object.prune.store(true, Relaxed);
+            object.prune.store(AFRESH, Relaxed);
             self.chore(number, held);
         }
     }
 
-    /// Whether that was asked since the last call.
-    pub(super) fn take_prune(&self, number: u32) -> bool {
-        self.at(number).is_some_and(|object| object.prune.swap(false, Relaxed))
+    /// Has that look go on where it stopped: at a page of the shadow whose pages are the candidates. It begins
+    /// afresh if it was asked for meanwhile.
+    pub(super) fn ask_prune_from<const OUTER: u8>(
+        &self,
+        number: u32,
+        child: u32,
+        page: PageIndex,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        if let Some(object) = self.at(number) {
+            let place = u64::from(child) << 32 | u64::from(page.number());
+            // On failure it is asked for afresh already.
+            let _ = object.prune.compare_exchange(IDLE, place, Relaxed, Relaxed);
+            self.chore(number, held);
+        }
+    }
+
+    /// Whether a look was asked for since the last call, and where it goes on.
+    pub(super) fn take_prune(&self, number: u32) -> Option<Resume> {
+        match self.at(number)?.prune.swap(IDLE, Relaxed) {
+            IDLE => None,
+            AFRESH => Some(None),
+            place => {
+                let [a, b, c, d, e, f, g, h] = place.to_be_bytes();
+                let (child, page) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
+                Some(Some((child, PageIndex::new(page))))
+            }
+        }
     }
 
     /// Remembers that a page was copied away from an object; if there are too many to remember, the whole

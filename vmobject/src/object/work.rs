@@ -5,6 +5,7 @@
 //! something to do is on a list; a step takes it off, does a part, and puts it back if there is more.
 //! Called by whoever has time, and by a fault that finds no memory. Calls `collapse` and `prune`.
 
+use super::table::Resume;
 use super::{Life, ObjectId, Pager, Put, State};
 use crate::Vm;
 use crate::addr::PageIndex;
@@ -23,7 +24,7 @@ pub(super) enum Progress {
 
 /// What is done once the object is let go.
 enum Then {
-    Prune,
+    Prune(Resume),
     Trim(Progress),
     LetGo(Option<ObjectId>, Progress),
 }
@@ -70,10 +71,11 @@ impl<M: Machine> Vm<M> {
                 Life::Live if state.refs == 0 => Then::Trim(self.cool(&mut state, left, &mut held)),
                 Life::Live => {
                     let progress = self.collapse(&mut state, left, &mut held);
-                    if !matches!(progress, Progress::Done) || !self.objects.take_prune(number) {
+                    if !matches!(progress, Progress::Done) {
                         return progress;
                     }
-                    Then::Prune
+                    let Some(resume) = self.objects.take_prune(number) else { return progress };
+                    Then::Prune(resume)
                 }
                 // First of all what is below is let go, so that others may have it for themselves.
                 Life::Dying => {
@@ -83,7 +85,7 @@ impl<M: Machine> Vm<M> {
             }
         };
         match then {
-            Then::Prune => self.prune(number, left, held),
+            Then::Prune(resume) => self.prune(number, resume, left, held),
             Then::Trim(progress) => {
                 self.cache_trim(held);
                 progress
