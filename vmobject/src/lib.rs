@@ -165,11 +165,7 @@ impl<M: Machine> Vm<M> {
         store: StoreId,
         held: &mut Held<'_, OUTER>,
     ) -> Result<ObjectId, VmError> {
-        let pages = u32::try_from(self.machine.store().pages(store)).map_err(|_| VmError::Range)?;
-        if pages == 0 {
-            return Err(VmError::Range);
-        }
-        self.image_object(store, Pager::Image(store), pages, held)
+        self.store_object(store, Pager::Image(store), held)
     }
 
     /// The object of a store that is written: the same one for everybody. What is written to its pages goes
@@ -179,11 +175,21 @@ impl<M: Machine> Vm<M> {
         store: StoreId,
         held: &mut Held<'_, OUTER>,
     ) -> Result<ObjectId, VmError> {
+        self.store_object(store, Pager::Disk(store), held)
+    }
+
+    /// The object of all of a store.
+    fn store_object<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        pager: Pager,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
         let pages = u32::try_from(self.machine.store().pages(store)).map_err(|_| VmError::Range)?;
         if pages == 0 {
             return Err(VmError::Range);
         }
-        self.image_object(store, Pager::Disk(store), pages, held)
+        self.image_object(store, pager, pages, held)
     }
 
     /// A new object of this many zero pages, with one reference: the caller's.

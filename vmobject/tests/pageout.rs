@@ -1,7 +1,5 @@
 //! Pageout, one sentence at a time: who goes, who stays, who is asked, and what it costs.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail")]
-
 use vmobject::fault::{Faulted, WaitFor, Wiring};
 use vmobject::lock::Held;
 use vmobject::map::Share;
@@ -9,23 +7,7 @@ use vmobject::page::Owner;
 use vmobject::pmap::Pmap as _;
 use vmobject::prot::Prot;
 use vmobject::store::{StoreError, StoreId};
-use vmobject::testing::{FakeMachine, Rig, TestMap, at};
-
-fn rig(frames: u32, swap: u32) -> Rig {
-    let rig = Rig::new(frames);
-    rig.add_swap(swap);
-    rig
-}
-
-fn byte(page: u32) -> u8 {
-    u8::try_from(page % 250).unwrap() + 1
-}
-
-fn fill(rig: &Rig, guest: &TestMap, pages: core::ops::Range<u32>) {
-    for page in pages {
-        rig.store(guest, at(page, 77), byte(page)).unwrap();
-    }
-}
+use vmobject::testing::{FakeMachine, Rig, TestMap, at, byte_of};
 
 fn is_mapped(guest: &TestMap, page: u32) -> bool {
     guest.with_pmap(&mut Held::root(), |pmap| pmap.lookup(at(page, 0)).is_some())
@@ -33,27 +15,27 @@ fn is_mapped(guest: &TestMap, page: u32) -> bool {
 
 #[test]
 fn nothing_is_paged_out_while_there_is_memory() {
-    let rig = rig(1024, 64);
+    let rig = Rig::with_swap(1024, 64);
     let guest = rig.guest(64);
-    fill(&rig, &guest, 0..64);
+    rig.fill(&guest, 0..64);
     let done = rig.vm.pageout(10_000, &mut Held::root());
     assert_eq!((done.freed, done.more, rig.vm.stats().leaf_visited), (0, false, 0));
 }
 
 #[test]
 fn a_guest_with_more_memory_than_the_host_has_frames_goes_on() {
-    let rig = rig(200, 600);
+    let rig = Rig::with_swap(200, 600);
     let guest = rig.guest(500);
     for page in 0..500 {
         // What the daemon does between two instructions of a guest.
         while rig.vm.pageout(64, &mut Held::root()).more {}
         rig.deliver_all();
-        rig.store(&guest, at(page, 77), byte(page)).unwrap();
+        rig.store(&guest, at(page, 77), byte_of(page)).unwrap();
     }
     for page in (0..500).chain((0..500).rev()) {
         while rig.vm.pageout(64, &mut Held::root()).more {}
         rig.deliver_all();
-        assert_eq!(rig.load(&guest, at(page, 77)), Ok(byte(page)));
+        assert_eq!(rig.load(&guest, at(page, 77)), Ok(byte_of(page)));
     }
     rig.check();
     assert!(rig.vm.stats().evicted >= 1000, "{:?}", rig.vm.stats());
@@ -61,9 +43,9 @@ fn a_guest_with_more_memory_than_the_host_has_frames_goes_on() {
 
 #[test]
 fn a_page_that_is_used_stays_and_one_that_is_not_goes() {
-    let rig = rig(256, 256);
+    let rig = Rig::with_swap(256, 256);
     let guest = rig.guest(100);
-    fill(&rig, &guest, 0..100);
+    rig.fill(&guest, 0..100);
     let used = 0..20;
     // Enough for eighty pages in all.
     rig.vm.set_free_target(rig.free() + 60, rig.free() + 60);
@@ -85,9 +67,9 @@ fn a_page_that_is_used_stays_and_one_that_is_not_goes() {
 
 #[test]
 fn a_page_dirtied_during_pageout_is_not_lost() {
-    let rig = rig(256, 64);
+    let rig = Rig::with_swap(256, 64);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     for page in 0..16 {
         rig.load(&guest, at(page, 77)).unwrap();
@@ -97,21 +79,21 @@ fn a_page_dirtied_during_pageout_is_not_lost() {
     for round in 0..200_u32 {
         rig.vm.pageout(1, &mut Held::root());
         let page = round % 16;
-        rig.store(&guest, at(page, 77), byte(round)).unwrap();
+        rig.store(&guest, at(page, 77), byte_of(round)).unwrap();
         rig.check();
-        assert_eq!(rig.load(&guest, at(page, 77)), Ok(byte(round)));
+        assert_eq!(rig.load(&guest, at(page, 77)), Ok(byte_of(round)));
     }
     rig.page_out_all();
     for round in 184..200 {
-        assert_eq!(rig.load(&guest, at(round % 16, 77)), Ok(byte(round)));
+        assert_eq!(rig.load(&guest, at(round % 16, 77)), Ok(byte_of(round)));
     }
 }
 
 #[test]
 fn no_frame_is_freed_while_a_leaf_reaches_it_d8() {
-    let rig = rig(512, 256);
+    let rig = Rig::with_swap(512, 256);
     let guest = rig.guest(32);
-    fill(&rig, &guest, 0..32);
+    rig.fill(&guest, 0..32);
     let family: Vec<TestMap> = (0..6).map(|_| rig.clone(&guest)).collect();
     for clone in &family {
         for page in 0..32 {
@@ -131,15 +113,15 @@ fn no_frame_is_freed_while_a_leaf_reaches_it_d8() {
     }
     for clone in &family {
         assert!((0..32).all(|page| !is_mapped(clone, page)));
-        assert_eq!(rig.load(clone, at(9, 77)), Ok(byte(9)));
+        assert_eq!(rig.load(clone, at(9, 77)), Ok(byte_of(9)));
     }
 }
 
 #[test]
 fn a_page_that_a_thousand_clones_map_is_evicted_in_bounded_steps() {
-    let rig = rig(4096, 256);
+    let rig = Rig::with_swap(4096, 256);
     let guest = rig.guest(2);
-    fill(&rig, &guest, 0..1);
+    rig.fill(&guest, 0..1);
     let clones: Vec<TestMap> = (0..1000).map(|_| rig.clone(&guest)).collect();
     for clone in &clones {
         rig.load(clone, at(0, 77)).unwrap();
@@ -161,9 +143,9 @@ fn a_page_that_a_thousand_clones_map_is_evicted_in_bounded_steps() {
 
 #[test]
 fn a_clone_that_has_its_own_page_is_not_visited_for_its_ancestors() {
-    let rig = rig(512, 256);
+    let rig = Rig::with_swap(512, 256);
     let guest = rig.guest(2);
-    fill(&rig, &guest, 0..1);
+    rig.fill(&guest, 0..1);
     let clones: Vec<TestMap> = (0..10).map(|_| rig.clone(&guest)).collect();
     for (number, clone) in clones.iter().enumerate() {
         rig.load(clone, at(0, 77)).unwrap();
@@ -179,9 +161,9 @@ fn a_clone_that_has_its_own_page_is_not_visited_for_its_ancestors() {
 
 #[test]
 fn a_page_that_somebody_maps_while_it_is_being_taken_away_stays() {
-    let rig = rig(512, 256);
+    let rig = Rig::with_swap(512, 256);
     let guest = rig.guest(2);
-    fill(&rig, &guest, 0..1);
+    rig.fill(&guest, 0..1);
     let clones: Vec<TestMap> = (0..20).map(|_| rig.clone(&guest)).collect();
     for clone in &clones {
         rig.load(clone, at(0, 77)).unwrap();
@@ -207,9 +189,9 @@ fn a_page_that_somebody_maps_while_it_is_being_taken_away_stays() {
 #[test]
 fn a_map_that_ends_or_moves_during_the_walk_does_not_hide_another_from_it() {
     for budget in 1..40 {
-        let rig = rig(512, 256);
+        let rig = Rig::with_swap(512, 256);
         let guest = rig.guest(2);
-        fill(&rig, &guest, 0..1);
+        rig.fill(&guest, 0..1);
         let mut clones: Vec<TestMap> = (0..12).map(|_| rig.clone(&guest)).collect();
         for clone in &clones {
             rig.load(clone, at(0, 77)).unwrap();
@@ -226,7 +208,7 @@ fn a_map_that_ends_or_moves_during_the_walk_does_not_hide_another_from_it() {
         }
         rig.check();
         for clone in &clones {
-            assert_eq!(rig.load(clone, at(0, 77)), Ok(byte(0)));
+            assert_eq!(rig.load(clone, at(0, 77)), Ok(byte_of(0)));
         }
     }
 }
@@ -251,9 +233,9 @@ fn pages_of_an_image_are_dropped_without_io() {
 
 #[test]
 fn a_wired_page_keeps_its_frame_and_is_evicted_when_it_is_not_wired_any_more_d22() {
-    let rig = rig(256, 64);
+    let rig = Rig::with_swap(256, 64);
     let guest = rig.guest(8);
-    fill(&rig, &guest, 0..8);
+    rig.fill(&guest, 0..8);
     let held = &mut Held::root();
     let Ok(Wiring::Done(wired)) = rig.vm.wire(&guest, at(3, 0), Prot::WRITE, held) else { panic!() };
     let frame = wired.frame();
@@ -261,7 +243,7 @@ fn a_wired_page_keeps_its_frame_and_is_evicted_when_it_is_not_wired_any_more_d22
     rig.check();
     assert_eq!(rig.free(), 255);
     let leaf = guest.with_pmap(held, |pmap| pmap.lookup(at(3, 0))).unwrap();
-    assert_eq!((leaf.frame, rig.load(&guest, at(3, 77))), (frame, Ok(byte(3))));
+    assert_eq!((leaf.frame, rig.load(&guest, at(3, 77))), (frame, Ok(byte_of(3))));
     assert!(!rig.vm.unwire(wired, held));
     rig.page_out_all();
     assert_eq!(rig.free(), 256);
@@ -270,9 +252,9 @@ fn a_wired_page_keeps_its_frame_and_is_evicted_when_it_is_not_wired_any_more_d22
 
 #[test]
 fn a_wired_page_moves_to_another_object_with_its_frame_d22() {
-    let rig = rig(256, 64);
+    let rig = Rig::with_swap(256, 64);
     let guest = rig.guest(8);
-    fill(&rig, &guest, 0..8);
+    rig.fill(&guest, 0..8);
     let clone = rig.clone(&guest);
     let held = &mut Held::root();
     let Ok(Wiring::Done(wired)) = rig.vm.wire(&clone, at(3, 0), Prot::READ, held) else { panic!() };
@@ -290,9 +272,9 @@ fn a_wired_page_moves_to_another_object_with_its_frame_d22() {
 
 #[test]
 fn a_wired_page_that_a_collapse_hides_is_free_when_it_is_unwired_d22() {
-    let rig = rig(256, 64);
+    let rig = Rig::with_swap(256, 64);
     let guest = rig.guest(8);
-    fill(&rig, &guest, 0..8);
+    rig.fill(&guest, 0..8);
     let before = rig.free();
     let clone = rig.clone(&guest);
     let held = &mut Held::root();
@@ -308,12 +290,12 @@ fn a_wired_page_that_a_collapse_hides_is_free_when_it_is_unwired_d22() {
 
 #[test]
 fn a_guest_that_waits_for_memory_goes_on_when_pageout_has_freed_some() {
-    let rig = rig(64, 64);
+    let rig = Rig::with_swap(64, 64);
     let guest = rig.guest(100);
     let mut page = 0;
     let held = &mut Held::root();
     while rig.vm.fault(&guest, at(page, 0), Prot::WRITE, held) == Ok(Faulted::Mapped) {
-        rig.store(&guest, at(page, 77), byte(page)).unwrap();
+        rig.store(&guest, at(page, 77), byte_of(page)).unwrap();
         page += 1;
     }
     let waits = rig.vm.fault(&guest, at(page, 0), Prot::WRITE, held);
@@ -333,9 +315,9 @@ fn a_guest_that_waits_for_memory_goes_on_when_pageout_has_freed_some() {
 
 #[test]
 fn a_store_whose_queue_is_full_is_asked_again_later() {
-    let rig = rig(256, 64);
+    let rig = Rig::with_swap(256, 64);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     *rig.vm.machine().store.refuse_next.lock() = Some(StoreError::Busy);
     rig.page_out();
     rig.check();
@@ -349,7 +331,7 @@ fn a_store_whose_queue_is_full_is_asked_again_later() {
 fn without_swap_a_guests_pages_are_left_alone() {
     let rig = Rig::new(256);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out();
     assert!((0..16).all(|page| is_mapped(&guest, page)), "nothing is unmapped for nothing");
     rig.check();

@@ -1,7 +1,5 @@
 //! Swap, one sentence at a time: what goes out comes back, slots come and go, stores fail.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail")]
-
 use vmobject::addr::PAGE_SIZE;
 use vmobject::fault::{FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
@@ -9,28 +7,11 @@ use vmobject::map::Share;
 use vmobject::pager::swap::SwapInfo;
 use vmobject::prot::Prot;
 use vmobject::store::StoreError;
-use vmobject::testing::{Refused, Rig, SWAP, TestMap, at};
-
-fn rig(frames: u32, swap: u32) -> Rig {
-    let rig = Rig::new(frames);
-    rig.add_swap(swap);
-    rig
-}
-
-/// What page `page` holds after [`fill`].
-fn byte(page: u32) -> u8 {
-    u8::try_from(page % 250).unwrap() + 1
-}
-
-fn fill(rig: &Rig, guest: &TestMap, pages: core::ops::Range<u32>) {
-    for page in pages {
-        rig.store(guest, at(page, 77), byte(page)).unwrap();
-    }
-}
+use vmobject::testing::{Refused, Rig, SWAP, TestMap, at, byte_of};
 
 fn verify(rig: &Rig, guest: &TestMap, pages: core::ops::Range<u32>) {
     for page in pages {
-        assert_eq!(rig.load(guest, at(page, 77)), Ok(byte(page)), "page {page}");
+        assert_eq!(rig.load(guest, at(page, 77)), Ok(byte_of(page)), "page {page}");
     }
 }
 
@@ -48,10 +29,10 @@ fn resident_and_swapped(rig: &Rig) -> (u32, u32) {
 
 #[test]
 fn a_page_that_was_paged_out_comes_back_as_it_was() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(100);
     let before = rig.free();
-    fill(&rig, &guest, 0..100);
+    rig.fill(&guest, 0..100);
     rig.page_out_all();
     rig.check();
     assert_eq!((rig.free(), info(&rig).in_use), (before, 100));
@@ -62,18 +43,18 @@ fn a_page_that_was_paged_out_comes_back_as_it_was() {
 
 #[test]
 fn neighbours_go_out_in_one_transfer_and_come_back_in_one() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(64);
-    fill(&rig, &guest, 0..64);
+    rig.fill(&guest, 0..64);
     rig.page_out_all();
     assert_eq!(rig.vm.stats().page_out, 4, "64 pages in clusters of 16");
-    assert_eq!(rig.load(&guest, at(20, 77)), Ok(byte(20)));
+    assert_eq!(rig.load(&guest, at(20, 77)), Ok(byte_of(20)));
     assert_eq!((rig.vm.stats().page_in, resident_and_swapped(&rig)), (1, (16, 48)));
 }
 
 #[test]
 fn a_page_of_zeros_is_never_written_and_reads_as_zero_again() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(32);
     for page in 0..32 {
         rig.load(&guest, at(page, 0)).unwrap();
@@ -90,9 +71,9 @@ fn a_page_of_zeros_is_never_written_and_reads_as_zero_again() {
 
 #[test]
 fn a_page_of_zeros_over_another_still_hides_it_when_it_was_paged_out() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(8);
-    fill(&rig, &guest, 0..8);
+    rig.fill(&guest, 0..8);
     let clone = rig.clone(&guest);
     rig.store(&clone, at(3, 77), 0).unwrap();
     rig.page_out_all();
@@ -106,9 +87,9 @@ fn a_page_of_zeros_over_another_still_hides_it_when_it_was_paged_out() {
 
 #[test]
 fn a_page_that_was_only_read_since_is_dropped_without_being_written_again() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     verify(&rig, &guest, 0..16);
     assert_eq!(info(&rig).in_use, 16, "the slots are kept along with the frames");
@@ -119,9 +100,9 @@ fn a_page_that_was_only_read_since_is_dropped_without_being_written_again() {
 
 #[test]
 fn a_slot_is_given_back_the_moment_its_page_changes_d11() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     verify(&rig, &guest, 0..16);
     rig.store(&guest, at(3, 77), 200).unwrap();
@@ -137,9 +118,9 @@ fn a_slot_is_given_back_the_moment_its_page_changes_d11() {
 
 #[test]
 fn a_write_to_a_swapped_page_leaves_no_slot_behind() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(4);
-    fill(&rig, &guest, 0..1);
+    rig.fill(&guest, 0..1);
     rig.page_out_all();
     rig.store(&guest, at(0, 78), 9).unwrap();
     assert_eq!(info(&rig).in_use, 0);
@@ -149,10 +130,10 @@ fn a_write_to_a_swapped_page_leaves_no_slot_behind() {
 
 #[test]
 fn a_guest_that_ends_gives_back_every_slot() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let before = rig.free();
     let guest = rig.guest(64);
-    fill(&rig, &guest, 0..64);
+    rig.fill(&guest, 0..64);
     rig.page_out_all();
     verify(&rig, &guest, 0..20);
     rig.destroy(guest);
@@ -162,9 +143,9 @@ fn a_guest_that_ends_gives_back_every_slot() {
 
 #[test]
 fn clones_share_a_swapped_page_and_the_slot_stays_until_the_last_of_them_is_gone() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     let (a, b) = (rig.clone(&guest), rig.clone(&guest));
     verify(&rig, &a, 0..16);
@@ -186,18 +167,18 @@ fn clones_share_a_swapped_page_and_the_slot_stays_until_the_last_of_them_is_gone
 fn a_chain_of_swapped_generations_becomes_one_without_io_d2_d4() {
     // Every generation has its own pages in swap, at offsets that differ; ends in both orders.
     for newest_first in [false, true] {
-        let rig = rig(512, 512);
+        let rig = Rig::with_swap(512, 512);
         let map = rig.map();
         let object = rig.anonymous(80);
         rig.put(&map, 0, 64, object, 16, Prot::ALL, Share::Shared).unwrap();
-        fill(&rig, &map, 0..64);
+        rig.fill(&map, 0..64);
         let mut family = vec![map];
         for generation in 0..4_u32 {
             rig.page_out_all();
             let clone = rig.clone(family.last().unwrap());
             for page in (generation..64).step_by(5) {
-                rig.store(&clone, at(page, 77), byte(page) ^ 0x80).unwrap();
-                rig.store(&clone, at(page, 77), byte(page)).unwrap();
+                rig.store(&clone, at(page, 77), byte_of(page) ^ 0x80).unwrap();
+                rig.store(&clone, at(page, 77), byte_of(page)).unwrap();
             }
             family.push(clone);
         }
@@ -222,9 +203,9 @@ fn a_chain_of_swapped_generations_becomes_one_without_io_d2_d4() {
 
 #[test]
 fn a_bypass_passes_over_an_object_whose_pages_are_all_in_swap_d4() {
-    let rig = rig(256, 256);
+    let rig = Rig::with_swap(256, 256);
     let base = rig.guest(16);
-    fill(&rig, &base, 0..16);
+    rig.fill(&base, 0..16);
     let middle = rig.clone(&base);
     for page in 0..4 {
         rig.store(&middle, at(page, 77), 7).unwrap();
@@ -233,7 +214,7 @@ fn a_bypass_passes_over_an_object_whose_pages_are_all_in_swap_d4() {
     rig.page_out_all();
     for clone in [&first, &second] {
         for page in 0..4 {
-            rig.store(clone, at(page, 77), byte(page)).unwrap();
+            rig.store(clone, at(page, 77), byte_of(page)).unwrap();
         }
     }
     rig.destroy(middle);
@@ -249,9 +230,9 @@ fn a_bypass_passes_over_an_object_whose_pages_are_all_in_swap_d4() {
 
 #[test]
 fn a_write_that_fails_leaves_the_page_where_it_is_and_the_pass_goes_on_d13() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(48);
-    fill(&rig, &guest, 0..48);
+    rig.fill(&guest, 0..48);
     let store = &rig.vm.machine().store;
     // The first cluster fails, then each of its pages alone; the others are written.
     rig.page_out();
@@ -278,10 +259,10 @@ fn a_write_that_fails_leaves_the_page_where_it_is_and_the_pass_goes_on_d13() {
 
 #[test]
 fn a_write_that_fails_harms_nobody_else() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let (a, b) = (rig.guest(16), rig.guest(16));
-    fill(&rig, &a, 0..16);
-    fill(&rig, &b, 0..16);
+    rig.fill(&a, 0..16);
+    rig.fill(&b, 0..16);
     rig.page_out();
     rig.deliver(0, Err(StoreError::Io));
     rig.deliver(0, Ok(()));
@@ -292,9 +273,9 @@ fn a_write_that_fails_harms_nobody_else() {
 
 #[test]
 fn a_page_that_cannot_be_read_back_is_felt_by_whoever_needs_it_and_by_nobody_else() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     let held = &mut Held::root();
     // With its neighbours, then alone.
@@ -313,9 +294,9 @@ fn a_page_that_cannot_be_read_back_is_felt_by_whoever_needs_it_and_by_nobody_els
 
 #[test]
 fn what_the_store_gives_back_wrong_is_not_shown_to_the_guest() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out_all();
     let store = &rig.vm.machine().store;
     let (good, other) = (store.page(SWAP, 5), store.page(SWAP, 6));
@@ -331,7 +312,7 @@ fn what_the_store_gives_back_wrong_is_not_shown_to_the_guest() {
 
 #[test]
 fn a_slot_that_still_has_what_was_written_to_it_before_is_found_out() {
-    let rig = rig(256, 1);
+    let rig = Rig::with_swap(256, 1);
     let guest = rig.guest(1);
     rig.store(&guest, at(0, 77), 1).unwrap();
     rig.page_out_all();
@@ -350,9 +331,9 @@ fn a_slot_that_still_has_what_was_written_to_it_before_is_found_out() {
 
 #[test]
 fn a_page_on_its_way_out_can_be_read_and_a_writer_waits_or_copies() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     let clone = rig.clone(&guest);
     let free = rig.free();
     rig.page_out();
@@ -371,7 +352,7 @@ fn a_page_on_its_way_out_can_be_read_and_a_writer_waits_or_copies() {
     // Now the guest's alone: a writer waits until the store has it.
     rig.page_out_all();
     verify(&rig, &guest, 0..16);
-    rig.store(&guest, at(1, 77), byte(1)).unwrap();
+    rig.store(&guest, at(1, 77), byte_of(1)).unwrap();
     rig.page_out();
     let writes = rig.vm.fault(&guest, at(1, 77), Prot::WRITE, held);
     assert!(matches!(writes, Ok(Faulted::Wait(WaitFor::Io(_)))), "{writes:?}");
@@ -382,9 +363,9 @@ fn a_page_on_its_way_out_can_be_read_and_a_writer_waits_or_copies() {
 
 #[test]
 fn when_swap_is_full_pages_stay_and_guests_go_on() {
-    let rig = rig(256, 20);
+    let rig = Rig::with_swap(256, 20);
     let guest = rig.guest(100);
-    fill(&rig, &guest, 0..100);
+    rig.fill(&guest, 0..100);
     rig.page_out_all();
     rig.check();
     assert_eq!((info(&rig).free(), resident_and_swapped(&rig)), (0, (80, 20)));
@@ -395,10 +376,10 @@ fn when_swap_is_full_pages_stay_and_guests_go_on() {
 
 #[test]
 fn an_object_that_dies_while_its_pages_are_written_is_freed_when_they_are() {
-    let rig = rig(256, 128);
+    let rig = Rig::with_swap(256, 128);
     let before = rig.free();
     let guest = rig.guest(16);
-    fill(&rig, &guest, 0..16);
+    rig.fill(&guest, 0..16);
     rig.page_out();
     rig.destroy(guest);
     rig.check();
@@ -413,7 +394,7 @@ fn an_object_that_dies_while_its_pages_are_written_is_freed_when_they_are() {
 
 #[test]
 fn a_store_is_the_only_one_and_has_pages() {
-    let rig = rig(256, 8);
+    let rig = Rig::with_swap(256, 8);
     rig.vm.machine().store.add(vmobject::store::StoreId(9), vec![0; PAGE_SIZE.try_into().unwrap()]);
     let second = rig.vm.add_swap(vmobject::store::StoreId(9), &mut Held::root());
     assert_eq!(second, Err(vmobject::VmError::Limit("swap stores")));

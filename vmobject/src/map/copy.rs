@@ -69,9 +69,7 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        let list = self.copy_entries(source, &Weak::new(), Kind::AsNeeded, held)?;
-        self.keep(charge_of(&list), true, held);
-        Ok(Snapshot { list })
+        self.keep_copy(source, Kind::AsNeeded, held)
     }
 
     /// The same, so that `source` goes on with its objects as they are and its depth does not grow: what it
@@ -81,7 +79,16 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        let list = self.copy_entries(source, &Weak::new(), Kind::Asymmetric, held)?;
+        self.keep_copy(source, Kind::Asymmetric, held)
+    }
+
+    fn keep_copy<const OUTER: u8>(
+        &self,
+        source: &Map<M>,
+        kind: Kind,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Snapshot, VmError> {
+        let list = self.copy_entries(source, &Weak::new(), kind, held)?;
         self.keep(charge_of(&list), true, held);
         Ok(Snapshot { list })
     }

@@ -17,7 +17,7 @@ use crate::object::index::Slot;
 use crate::object::{Life, ObjectId, Pager, Put, State};
 use crate::page::Queue;
 use crate::stats::Event;
-use crate::store::{Direction, Machine, PageStore as _, StoreError};
+use crate::store::{Machine, PageStore as _, StoreError};
 
 /// A pass that is under way. The caller keeps its reference to the object until it is done.
 #[derive(Debug)]
@@ -169,15 +169,7 @@ impl<M: Machine> Vm<M> {
     ) -> Result<(), StoreError> {
         let first = PageIndex::new(run.start);
         let home = image::home(state, first).ok_or(StoreError::Refused)?;
-        let mut transfer = Transfer {
-            object: state.id(),
-            way: Direction::Out,
-            first,
-            wanted: first,
-            pages: 0,
-            frames: [Pfn::default(); CLUSTER_PAGES as usize],
-            serial,
-        };
+        let mut transfer = Transfer::out(state.id(), first, serial);
         self.pmap_copy(state, run.clone(), held);
         for (number, to) in run.zip(&mut transfer.frames) {
             let Slot::Resident(frame) = state.slots.get(PageIndex::new(number)) else { break };
@@ -232,15 +224,7 @@ impl<M: Machine> Vm<M> {
     /// Asks the store to make durable what it has.
     fn flush(&self, state: &mut State, held: &mut Held<'_, OBJECT>) -> Result<(), StoreError> {
         let Pager::Disk(store) = state.pager else { return Ok(()) };
-        let transfer = Transfer {
-            object: state.id(),
-            way: Direction::Out,
-            first: PageIndex::default(),
-            wanted: PageIndex::default(),
-            pages: 0,
-            frames: [Pfn::default(); CLUSTER_PAGES as usize],
-            serial: 0,
-        };
+        let transfer = Transfer::out(state.id(), PageIndex::default(), 0);
         let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
         match self.machine.store().start_flush(store, token) {
             Ok(()) => {

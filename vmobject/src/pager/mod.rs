@@ -63,6 +63,12 @@ pub struct Transfer {
 }
 
 impl Transfer {
+    /// One out of an object, which has no pages yet.
+    const fn out(object: ObjectId, first: PageIndex, serial: u64) -> Self {
+        let frames = [Pfn::new(0); CLUSTER_PAGES as usize];
+        Self { object, way: Direction::Out, first, wanted: first, pages: 0, frames, serial }
+    }
+
     /// Its pages, each with its frame.
     pub fn iter(&self) -> impl Iterator<Item = (PageIndex, Pfn)> + '_ {
         let pages = (self.first.number()..).map(PageIndex::new);

@@ -171,15 +171,7 @@ impl<M: Machine> Vm<M> {
         slot: u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Result<(), StoreError> {
-        let mut transfer = Transfer {
-            object: state.id(),
-            way: Direction::Out,
-            first,
-            wanted: first,
-            pages: 0,
-            frames: [Pfn::default(); CLUSTER_PAGES as usize],
-            serial: 0,
-        };
+        let mut transfer = Transfer::out(state.id(), first, 0);
         for ((to, &frame), slot) in transfer.frames.iter_mut().zip(frames).zip(slot..) {
             *to = frame;
             transfer.pages += 1;

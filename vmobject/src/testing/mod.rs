@@ -290,6 +290,21 @@ impl Rig {
         while self.page_out() > 0 || self.deliver_all() > 0 {}
     }
 
+    /// A rig with a swap store.
+    pub fn with_swap(frames: u32, swap: u32) -> Self {
+        let rig = Self::new(frames);
+        rig.add_swap(swap);
+        rig
+    }
+
+    /// Writes [`byte_of`] each page into it, so that it can be told from the others.
+    pub fn fill(&self, guest: &TestMap, pages: Range<u32>) {
+        for page in pages {
+            let stored = self.store(guest, at(page, 77), byte_of(page));
+            assert_eq!(stored, Ok(()), "page {page}");
+        }
+    }
+
     /// Does all chores that can be done.
     pub fn settle(&self) {
         while self.vm.step(1000, &mut Held::root()) {}
@@ -327,4 +342,10 @@ pub fn at(page: u32, offset: u64) -> Ipa {
         Some(at) => at,
         None => panic!("no such page"),
     }
+}
+
+/// What [`Rig::fill`] writes into a page: never zero.
+pub fn byte_of(page: u32) -> u8 {
+    let [byte, ..] = (page % 250 + 1).to_le_bytes();
+    byte
 }
