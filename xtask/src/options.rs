@@ -4,19 +4,14 @@
 //! refused by name, never dropped.
 
 use anyhow::{Result, bail};
+use hv_abi::manifest::mebibytes;
 use hv_abi::manifest::{NAME_LIMIT, PARTITION, SWAP_PARTITION};
 use std::fmt;
 use std::path::PathBuf;
 
 /// `256M`, `1G`, or a plain number of MiB; in MiB.
 pub(crate) fn size_mib(text: &str) -> Result<u64, String> {
-    let wrong = || "a size is written 256M or 1G".to_owned();
-    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
-        Some(digits) => (digits, 1024),
-        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(unit).filter(|mib| *mib > 0).ok_or_else(wrong)
+    mebibytes(text).filter(|mib| *mib > 0).ok_or_else(|| "a size is written 256M or 1G".to_owned())
 }
 
 /// RAM of a guest, within what its machine has room for; in MiB.

@@ -34,3 +34,12 @@ pub const GUESTS_LIMIT: usize = 64;
 pub const DEFAULT_MEMORY_MIB: u64 = 256;
 /// Children that a guest can be granted to fork at most.
 pub const FORK_LIMIT: u32 = 1024;
+
+/// Reads a size as people write it, `256M`, `1G` or a plain number of MiB; in MiB.
+pub fn mebibytes(text: &str) -> Option<u64> {
+    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
+        Some(digits) => (digits, 1024),
+        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}

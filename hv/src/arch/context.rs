@@ -64,12 +64,15 @@ pub enum Trap {
 }
 
 impl Trap {
-    /// ESR_EL2; all ones for what has none.
+    /// What stands for the syndrome of an interrupt.
+    pub const NO_SYNDROME: u64 = u64::MAX;
+
+    /// ESR_EL2, or [`Self::NO_SYNDROME`].
     #[inline]
     pub const fn syndrome(&self) -> u64 {
         match *self {
             Self::Sync { esr, .. } | Self::SError { esr } => esr,
-            Self::Irq | Self::Fiq => u64::MAX,
+            Self::Irq | Self::Fiq => Self::NO_SYNDROME,
         }
     }
 }

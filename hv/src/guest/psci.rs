@@ -31,18 +31,20 @@ pub mod function {
 
 /// Return codes, as the 64-bit register holds them.
 pub mod code {
+    use hv_abi::call::status;
+
     /// SUCCESS.
-    pub const SUCCESS: u64 = 0;
+    pub const SUCCESS: u64 = status::SUCCESS.cast_unsigned();
     /// NOT_SUPPORTED.
-    pub const NOT_SUPPORTED: u64 = u64::MAX;
+    pub const NOT_SUPPORTED: u64 = status::NOT_SUPPORTED.cast_unsigned();
     /// INVALID_PARAMETERS.
-    pub const INVALID_PARAMETERS: u64 = -2i64 as u64;
+    pub const INVALID_PARAMETERS: u64 = status::INVALID_PARAMETERS.cast_unsigned();
     /// DENIED.
-    pub const DENIED: u64 = -3i64 as u64;
+    pub const DENIED: u64 = status::DENIED.cast_unsigned();
     /// ALREADY_ON.
-    pub const ALREADY_ON: u64 = -4i64 as u64;
+    pub const ALREADY_ON: u64 = status::ALREADY_ON.cast_unsigned();
     /// ON_PENDING.
-    pub const ON_PENDING: u64 = -5i64 as u64;
+    pub const ON_PENDING: u64 = status::ON_PENDING.cast_unsigned();
     /// INVALID_ADDRESS.
     pub const INVALID_ADDRESS: u64 = -9i64 as u64;
 }

@@ -168,8 +168,6 @@ pub struct Trace([[AtomicU64; 2]; Self::LENGTH]);
 impl Trace {
     /// How many are kept; a power of two.
     pub const LENGTH: usize = 16;
-    /// What stands for the syndrome when an interrupt ended the run.
-    pub const INTERRUPT: u64 = u64::MAX;
 
     const fn new() -> Self {
         Self([const { [const { AtomicU64::new(0) }; 2] }; Self::LENGTH])

@@ -88,18 +88,19 @@ pub fn disks() -> &'static Disks {
     vm().machine().store()
 }
 
+/// Tables that map nothing.
+fn empty() -> Result<Stage2<Tables, HardwareTlb>, VmError> {
+    Stage2::new(Tables::of_machine(), HardwareTlb, geometry()).map_err(|OutOfTables| VmError::NoFrames)
+}
+
 /// A new, empty map with tables of its own.
 pub fn new_map<const OUTER: u8>(held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
-    let tables = Stage2::new(Tables::of_machine(), HardwareTlb, geometry())
-        .map_err(|OutOfTables| VmError::NoFrames)?;
-    vm().create_map(tables, held)
+    vm().create_map(empty()?, held)
 }
 
 /// A map with tables of its own, and the memory of a snapshot.
 pub fn map_of<const OUTER: u8>(snapshot: &Snapshot, held: &mut Held<'_, OUTER>) -> Result<Arc<Map>, VmError> {
-    let tables = Stage2::new(Tables::of_machine(), HardwareTlb, geometry())
-        .map_err(|OutOfTables| VmError::NoFrames)?;
-    vm().map_snapshot(snapshot, tables, held)
+    vm().map_snapshot(snapshot, empty()?, held)
 }
 
 /// Makes CPU `cpu`, which is this one, translate with a map's tables from the next guest run on, under a VMID

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use vmobject::lock::{Held, Ranked};
 
 use super::cmd::{self, Later, Outcome, Reply};
-use super::console::{Console, Routed};
+use super::console::{Console, ESCAPE, Routed};
 use super::host::Guests;
 use super::line::MAX_LINE;
 use crate::arch::timer;
@@ -132,10 +132,9 @@ fn addressed(line: &str) -> (Door, String) {
 /// Takes a byte typed at the console; what comes back is for the attached guest. `out` shows the echo.
 pub fn typed<const R: u8>(byte: u8, out: &mut dyn Write, held: &mut Held<'_, R>) -> Option<u8> {
     const { assert!(R < rank::GUESTS) };
-    let printed = match console::attached().and_then(|id| table::get(id, held)) {
-        Some(guest) => guest.log.total(held),
-        None => 0,
-    };
+    // Needed where the monitor opens.
+    let attached = console::attached().filter(|_| byte == ESCAPE).and_then(|id| table::get(id, held));
+    let printed = attached.map_or(0, |guest| guest.log.total(held));
     let (mut desk, _held) = DESK.lock(held);
     let was_open = desk.console.is_open();
     if was_open && desk.requests.iter().filter(|(door, _)| *door == Door::Console).count() >= MAX_REQUESTS {

@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use hv_abi::manifest::mebibytes;
 use serde_json::{Value, json};
 use spin::Once;
 use vmobject::lock::Held;
@@ -16,10 +17,11 @@ use vmobject::lock::Held;
 use super::cmd::Host;
 use super::parse::Until;
 use super::view::{self, Objects};
+use crate::arch::context::Trap;
 use crate::guest::exit::Ending;
 use crate::guest::family::Birth;
 use crate::guest::snapshot::{self, SnapshotError};
-use crate::guest::vcpu::{Trace, Vcpu};
+use crate::guest::vcpu::Vcpu;
 use crate::guest::{Guest, GuestId, Life, console, create, table};
 use crate::loader::manifest::parse_guest;
 use crate::loader::{Boot, GuestConfig};
@@ -347,7 +349,7 @@ impl Host for Guests<'_, '_> {
 fn exits(guest: &Guest, vcpu: &Vcpu) -> Vec<Value> {
     let (guest, index) = (guest.id.0, vcpu.index);
     let row = |(number, esr, pc): (u64, u64, u64)| {
-        let (class, syndrome) = if esr == Trace::INTERRUPT {
+        let (class, syndrome) = if esr == Trap::NO_SYNDROME {
             ("interrupt".to_string(), "-".to_string())
         } else {
             (format!("{:#04x}", esr >> 26 & 0x3f), format!("{esr:#x}"))
@@ -373,7 +375,11 @@ fn configure(
         match key.as_str() {
             "name" => {}
             "kernel" | "initrd" | "bios" | "append" => fields[key] = json!(value),
-            "memory" => fields["memory_mib"] = json!(mebibytes(value)?),
+            "memory" => {
+                let size = mebibytes(value);
+                let wrong = || format!("memory: '{value}' is not a size; write 256M or 1G");
+                fields["memory_mib"] = json!(size.ok_or_else(wrong)?);
+            }
             "vcpus" => {
                 let number: u64 = value.parse().map_err(|_| format!("vcpus: '{value}' is not a number"))?;
                 fields["vcpus"] = json!(number);
@@ -412,19 +418,6 @@ fn configure(
         }
     }
     parse_guest(&fields.to_string()).map_err(|error| error.to_string())
-}
-
-/// `256M`, `1G`, or a plain number of MiB.
-fn mebibytes(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.strip_suffix(['G', 'g']) {
-        Some(digits) => (digits, 1024),
-        None => (text.strip_suffix(['M', 'm']).unwrap_or(text), 1),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(unit))
-        .ok_or_else(|| format!("memory: '{text}' is not a size; write 256M or 1G"))
 }
 
 #[cfg(test)]

@@ -29,6 +29,8 @@ const MAX_INDENT: usize = 24;
 pub struct Objects {
     infos: BTreeMap<u32, ObjectInfo>,
     mapped_by: BTreeMap<u32, BTreeSet<u32>>,
+    /// Those that more than one reference leads to, by themselves or by what shadows them.
+    shared: BTreeSet<u32>,
 }
 
 /// Pages that a guest can reach without asking a pager, by whose they are.
@@ -55,7 +57,16 @@ impl Objects {
                 mapped_by.entry(entry.object.number()).or_default().insert(guest.id.0);
             });
         }
-        Self { infos, mapped_by }
+        let mut objects = Self { infos, mapped_by, shared: BTreeSet::new() };
+        let twice: Vec<u32> =
+            objects.infos.values().filter(|info| info.refs > 1).map(|info| info.id.number()).collect();
+        for number in twice {
+            let mut next = Some(number);
+            while let Some(number) = next.filter(|number| objects.shared.insert(*number)) {
+                next = objects.below(number);
+            }
+        }
+        objects
     }
 
     /// Every object that a guest reaches, each once.
@@ -77,26 +88,14 @@ impl Objects {
     /// Whose the pages are that a guest reaches.
     pub fn holding(&self, guest: &Guest, held: &mut Held<'_, 0>) -> Holding {
         let mut holding = Holding::default();
-        let shared = self.shared();
         for number in self.reached(guest, held) {
             let Some(info) = self.infos.get(&number) else { continue };
             let resident = u64::from(info.counts.resident);
-            *(if shared.contains(&number) { &mut holding.shared } else { &mut holding.private }) += resident;
+            *(if self.shared.contains(&number) { &mut holding.shared } else { &mut holding.private }) +=
+                resident;
             holding.swapped += u64::from(info.counts.swapped);
         }
         holding
-    }
-
-    /// Objects that more than one reference leads to, by themselves or by what shadows them.
-    fn shared(&self) -> BTreeSet<u32> {
-        let mut shared = BTreeSet::new();
-        for info in self.infos.values().filter(|info| info.refs > 1) {
-            let mut next = Some(info.id.number());
-            while let Some(number) = next.filter(|number| shared.insert(*number)) {
-                next = self.below(number);
-            }
-        }
-        shared
     }
 
     /// The objects that `guest` reaches, or all: what is shadowed above what shadows it, indented by depth.
@@ -140,10 +139,10 @@ impl Objects {
     /// Frames by queue and owner, and what sharing saves.
     pub fn memory(&self, held: &mut Held<'_, 0>) -> Value {
         let memory = mm::vm().memory(held);
-        let shared = self.shared();
         let sum = |of: &dyn Fn(&ObjectInfo) -> u64| self.infos.values().map(of).sum::<u64>();
-        let shared_frames =
-            sum(&|info| if shared.contains(&info.id.number()) { info.counts.resident.into() } else { 0 });
+        let shared_frames = sum(&|info| {
+            if self.shared.contains(&info.id.number()) { info.counts.resident.into() } else { 0 }
+        });
         let resident = sum(&|info| info.counts.resident.into());
         let guests = table::all(held);
         // What the guests would hold if each had a copy of all that it reaches.

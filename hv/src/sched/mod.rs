@@ -274,6 +274,25 @@ pub fn call_daemon_here() {
     CHORES.store(true, Ordering::SeqCst);
 }
 
+/// Shakes other CPUs, and again every millisecond, until they have come; false if they do not within so many
+/// milliseconds. Once is not enough: one may have been between looking for this and running a guest.
+fn shake_until(patience_ms: u64, mut shake: impl FnMut(), come: impl Fn() -> bool) -> bool {
+    let deadline = timer::now().saturating_add(load::ticks(patience_ms));
+    let mut next = 0;
+    while !come() {
+        let now = timer::now();
+        if now > deadline {
+            return false;
+        }
+        if now >= next {
+            shake();
+            next = now.saturating_add(load::ticks(1));
+        }
+        core::hint::spin_loop();
+    }
+    true
+}
+
 /// Stops a guest's vCPUs: each leaves its CPU at its next exit, which this brings about.
 pub fn interrupt_guest<const R: u8>(guest: &Arc<Guest>, held: &mut Held<'_, R>) {
     const { assert!(R < rank::SCHED) };

@@ -6,10 +6,10 @@
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::arch::{percpu, timer};
+use crate::arch::percpu;
 use vmobject::lock::Held;
 
-use super::call_daemon;
+use super::{call_daemon, shake_until};
 
 /// How long the others are waited for, in milliseconds.
 const PATIENCE_MS: u64 = 2000;
@@ -36,17 +36,7 @@ pub fn quietly<R>(held: &mut Held<'_, 0>, work: impl FnOnce(&mut Held<'_, 0>) ->
         return None;
     }
     let others = percpu::count().saturating_sub(1);
-    let deadline = timer::now().saturating_add(super::load::ticks(PATIENCE_MS));
-    let (mut came, mut shake) = (true, 0);
-    while STANDING.load(Ordering::SeqCst) < others && came {
-        if timer::now() >= shake {
-            // Again: one may have been between looking for this and running a guest.
-            call_daemon();
-            shake = timer::now().saturating_add(super::load::ticks(1));
-        }
-        core::hint::spin_loop();
-        came = timer::now() < deadline;
-    }
+    let came = shake_until(PATIENCE_MS, call_daemon, || STANDING.load(Ordering::SeqCst) >= others);
     let result = came.then(|| work(held));
     WANTED.store(false, Ordering::SeqCst);
     // Nobody may still count as standing when the next one asks.

@@ -10,8 +10,8 @@ use crate::arch::timer;
 use crate::guest::{Guest, Life};
 use vmobject::lock::Held;
 
-use super::load::{Cpu, ticks};
-use super::{Outside, interrupt_guest, resume};
+use super::load::Cpu;
+use super::{Outside, interrupt_guest, resume, shake_until};
 
 /// How long the other CPUs are waited for, in milliseconds.
 const PATIENCE_MS: u64 = 200;
@@ -68,17 +68,8 @@ fn settle(
     if cpu.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.guest, guest)) {
         cpu.unload(outside, held);
     }
-    let deadline = timer::now().saturating_add(ticks(PATIENCE_MS));
-    let mut shake = 0;
-    while !guest.is_quiet() {
-        if timer::now() > deadline {
-            return Err(Restless::Late);
-        }
-        if timer::now() >= shake {
-            interrupt_guest(guest, held);
-            shake = timer::now().saturating_add(ticks(1));
-        }
-        core::hint::spin_loop();
+    if !shake_until(PATIENCE_MS, || interrupt_guest(guest, held), || guest.is_quiet()) {
+        return Err(Restless::Late);
     }
     match guest.life() {
         Life::Paused => Ok(()),
