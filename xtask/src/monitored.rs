@@ -115,7 +115,7 @@ impl Monitored {
     }
 
     /// The answer to `memory` once nothing is left of those who went: every resident page is a guest's that is in
-    /// the list; tables may follow later. Those must stand still.
+    /// the list. Those guests must stand still; tables of who went may follow later.
     pub(crate) fn settled(&mut self) -> Result<Value> {
         loop {
             let (guests, memory) = (self.ask("guests")?, self.ask("memory")?);

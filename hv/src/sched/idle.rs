@@ -17,9 +17,10 @@ const CHORES: u32 = 64;
 /// How long a CPU sleeps at most while there are chores for the daemon or the monitor.
 const ROUND_MS: u64 = 5;
 
-/// Sleeps until something happens, and handles the interrupt.
-pub(super) fn sleep(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
-    if crate::mm::vm().step(CHORES, held) | super::page_out(held) {
+/// Sleeps until something happens, and handles the interrupt. Not while there is `more` to do for the memory
+/// manager.
+pub(super) fn sleep(cpu: &mut Cpu, more: bool, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    if crate::mm::vm().step(CHORES, held) || more {
         slice::idle_interrupts(cpu, outside, held);
         return;
     }

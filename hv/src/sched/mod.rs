@@ -85,10 +85,10 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
         wake(&vcpu, held);
     }
-    page_out(held);
+    let more = page_out(held);
     match next(cpu.id, held) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
-        None => idle::sleep(cpu, outside, held),
+        None => idle::sleep(cpu, more, outside, held),
     }
 }
 
