@@ -9,8 +9,10 @@
 //! * [`vpl011`] - the console's UART.
 //! * [`vrtc`] - the clock.
 //! * [`vtimer`] - the EL1 physical timer, and deadlines of the virtual one.
+//! * [`virtio`] - the disk.
 
 pub mod vgic;
+pub mod virtio;
 pub mod vpl011;
 pub mod vrtc;
 pub mod vtimer;

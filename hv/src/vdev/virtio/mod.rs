@@ -1,0 +1,268 @@
+//! Virtio devices over MMIO (virtio 1.2, 4.2.2: the transport of version 2), as pure logic.
+//!
+//! A driver sets registers here and rings in its own memory; a device reads those through [`Ram`], which names
+//! nothing but the guest's RAM and may say that it has to wait. So a device works in small steps, and each can be
+//! done again from its start: what the driver sees of a request changes only when its last step is done. Everything
+//! that a driver says is taken for a lie: a ring or chain that cannot be right stops the device until the driver
+//! resets it (2.1.2), and harms nobody else.
+//!
+//! * [`queue`] - the split ring and chains of descriptors.
+//! * [`blk`] - the disk.
+
+pub mod blk;
+#[cfg(test)]
+mod blk_tests;
+#[cfg(test)]
+mod driver;
+#[cfg(test)]
+mod fuzz_tests;
+pub mod queue;
+
+use super::low;
+use queue::Queue;
+
+/// Why an access did not happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault<W> {
+    /// Not yet: the same again when this has happened.
+    Wait(W),
+    /// Never: nothing is there that may be used.
+    Bad,
+}
+
+/// A guest's RAM, and nothing else of its address space.
+pub trait Ram {
+    /// What an access may have to wait for.
+    type Wait;
+
+    /// Reads what the driver wrote before whatever was read last.
+    fn read(&mut self, at: u64, out: &mut [u8]) -> Result<(), Fault<Self::Wait>>;
+
+    /// Writes; the driver sees writes in their order.
+    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<(), Fault<Self::Wait>>;
+}
+
+const MAGIC: u64 = 0x000;
+const VERSION: u64 = 0x004;
+const DEVICE_ID: u64 = 0x008;
+const VENDOR_ID: u64 = 0x00c;
+const DEVICE_FEATURES: u64 = 0x010;
+const DEVICE_FEATURES_SEL: u64 = 0x014;
+const DRIVER_FEATURES: u64 = 0x020;
+const DRIVER_FEATURES_SEL: u64 = 0x024;
+const QUEUE_SEL: u64 = 0x030;
+const QUEUE_NUM_MAX: u64 = 0x034;
+const QUEUE_NUM: u64 = 0x038;
+const QUEUE_READY: u64 = 0x044;
+const QUEUE_NOTIFY: u64 = 0x050;
+const INTERRUPT_STATUS: u64 = 0x060;
+const INTERRUPT_ACK: u64 = 0x064;
+const STATUS: u64 = 0x070;
+const QUEUE_DESC: u64 = 0x080;
+const QUEUE_DRIVER: u64 = 0x090;
+const QUEUE_DEVICE: u64 = 0x0a0;
+const SHM_LEN: u64 = 0x0b0;
+const SHM_BASE: u64 = 0x0b8;
+const CONFIG: u64 = 0x100;
+
+/// "virt", little-endian.
+const MAGIC_VALUE: u64 = 0x7472_6976;
+/// Nobody's in particular: QEMU's, for whose machine drivers are made.
+const VENDOR: u64 = 0x554d_4551;
+
+const FEATURES_OK: u32 = 8;
+const DRIVER_OK: u32 = 4;
+const NEEDS_RESET: u32 = 64;
+
+/// An interrupt's reason: a buffer was used.
+const USED_BUFFER: u32 = 1;
+/// An interrupt's reason: the device's configuration changed, or it needs a reset.
+const CONFIG_CHANGED: u32 = 2;
+
+/// Feature: chains may go through a table of their own.
+pub const RING_INDIRECT: u64 = 1 << 28;
+/// Feature: virtio 1, which is all that we speak.
+pub const VERSION_1: u64 = 1 << 32;
+
+/// What a register write asks of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// Nothing.
+    Nothing,
+    /// To look at its queue.
+    Notify,
+    /// To forget what it was doing: its queue is gone.
+    Forget,
+}
+
+/// The registers of a device with one queue.
+#[derive(Clone, Debug)]
+pub struct Transport {
+    device: u32,
+    offered: u64,
+    wanted: u64,
+    offered_half: u32,
+    wanted_half: u32,
+    selected: u32,
+    status: u32,
+    interrupt: u32,
+    queue: Queue,
+}
+
+impl Transport {
+    /// A device of this kind, with these features, out of reset.
+    pub fn new(device: u32, features: u64) -> Self {
+        Self {
+            device,
+            offered: features | VERSION_1,
+            wanted: 0,
+            offered_half: 0,
+            wanted_half: 0,
+            selected: 0,
+            status: 0,
+            interrupt: 0,
+            queue: Queue::default(),
+        }
+    }
+
+    /// The interrupt line.
+    pub const fn line(&self) -> bool {
+        self.interrupt != 0
+    }
+
+    /// True when the driver has set everything up and nothing has gone wrong since.
+    pub const fn is_running(&self) -> bool {
+        self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK && self.queue.is_ready()
+    }
+
+    /// True when both sides have the feature.
+    pub const fn has(&self, feature: u64) -> bool {
+        self.offered & self.wanted & feature != 0
+    }
+
+    /// The queue.
+    pub const fn queue(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
+    /// Tells the driver that a buffer was used.
+    pub const fn used(&mut self) {
+        self.interrupt |= USED_BUFFER;
+    }
+
+    /// The driver broke the rules: nothing happens any more until it resets the device, and it is told.
+    pub const fn fail(&mut self) {
+        self.status |= NEEDS_RESET;
+        self.interrupt |= CONFIG_CHANGED;
+    }
+
+    /// Reads `bytes` bytes at `offset`; `config` is the device's own part.
+    pub fn read(&self, offset: u64, bytes: usize, config: &[u8]) -> u64 {
+        if let Some(at) = offset.checked_sub(CONFIG) {
+            let at = usize::try_from(at).unwrap_or(usize::MAX);
+            let part = at.checked_add(bytes).and_then(|end| config.get(at..end)).unwrap_or_default();
+            return part.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
+        }
+        if bytes != 4 {
+            return 0;
+        }
+        let first = self.selected == 0;
+        match offset {
+            MAGIC => MAGIC_VALUE,
+            VERSION => 2,
+            DEVICE_ID => u64::from(self.device),
+            VENDOR_ID => VENDOR,
+            DEVICE_FEATURES => u64::from(half(self.offered, self.offered_half)),
+            QUEUE_NUM_MAX if first => u64::from(queue::SIZE_MAX),
+            QUEUE_READY if first => u64::from(self.queue.is_ready()),
+            INTERRUPT_STATUS => u64::from(self.interrupt),
+            STATUS => u64::from(self.status),
+            // There is no shared memory: its length and base are all ones.
+            SHM_LEN | 0x0b4 | SHM_BASE | 0x0bc => 0xffff_ffff,
+            // The configuration never changes, so its generation is 0, as everything else is.
+            _ => 0,
+        }
+    }
+
+    /// Writes a register of four bytes; the configuration space takes no writes.
+    pub fn write(&mut self, offset: u64, bytes: usize, value: u64) -> Asked {
+        if bytes != 4 {
+            return Asked::Nothing;
+        }
+        let word = low(value);
+        match offset {
+            DEVICE_FEATURES_SEL => self.offered_half = word,
+            DRIVER_FEATURES_SEL => self.wanted_half = word,
+            // They stand once the driver has said so.
+            DRIVER_FEATURES if self.status & FEATURES_OK == 0 => {
+                set_half(&mut self.wanted, self.wanted_half, word);
+            }
+            QUEUE_SEL => self.selected = word,
+            QUEUE_NOTIFY if word == 0 && self.is_running() => return Asked::Notify,
+            INTERRUPT_ACK => self.interrupt &= !word,
+            STATUS => return self.set_status(word),
+            QUEUE_READY if self.selected == 0 => {
+                if word & 1 == 0 {
+                    self.queue = Queue::default();
+                    return Asked::Forget;
+                }
+                self.queue.start();
+            }
+            QUEUE_NUM..=QUEUE_DEVICE_HIGH if self.selected == 0 => self.set_queue(offset, word),
+            _ => {}
+        }
+        Asked::Nothing
+    }
+
+    /// Where the queue is; a queue in use stays where it is.
+    fn set_queue(&mut self, offset: u64, word: u32) {
+        if self.queue.is_ready() {
+            return;
+        }
+        let which = u32::from(offset & 4 != 0);
+        match offset & !4 {
+            QUEUE_NUM => self.queue.size = u16::try_from(word).unwrap_or(0),
+            QUEUE_DESC => set_half(&mut self.queue.table, which, word),
+            QUEUE_DRIVER => set_half(&mut self.queue.available, which, word),
+            QUEUE_DEVICE => set_half(&mut self.queue.used, which, word),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, word: u32) -> Asked {
+        if word == 0 {
+            *self = Self::new(self.device, self.offered);
+            return Asked::Forget;
+        }
+        let mut status = word & 0xff | self.status & NEEDS_RESET;
+        let acceptable = self.wanted & !self.offered == 0 && self.wanted & VERSION_1 != 0;
+        if self.status & FEATURES_OK == 0 && !acceptable {
+            status &= !FEATURES_OK;
+        }
+        if status & FEATURES_OK == 0 {
+            status &= !DRIVER_OK;
+        }
+        self.status = status;
+        Asked::Nothing
+    }
+}
+
+const QUEUE_DEVICE_HIGH: u64 = QUEUE_DEVICE + 4;
+
+/// The lower or upper word; there are no others.
+fn half(value: u64, which: u32) -> u32 {
+    match which {
+        0 => low(value),
+        1 => low(value >> 32),
+        _ => 0,
+    }
+}
+
+fn set_half(value: &mut u64, which: u32, word: u32) {
+    let word = u64::from(word);
+    match which {
+        0 => *value = *value & !0xffff_ffff | word,
+        1 => *value = *value & 0xffff_ffff | word << 32,
+        _ => {}
+    }
+}
