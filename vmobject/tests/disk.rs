@@ -192,6 +192,30 @@ fn an_object_that_ends_is_cleaned_first_and_whoever_opens_it_meanwhile_finds_it_
 }
 
 #[test]
+fn an_object_with_more_pages_than_a_step_looks_at_ends_all_the_same() {
+    let rig = {
+        let machine = FakeMachine::new();
+        machine.store.add(DISK, vec![0x11; usize::try_from(700 * PAGE_SIZE).unwrap()]);
+        Rig::with(machine, 1024)
+    };
+    for cached in [0, 1000] {
+        rig.vm.set_cache_limit(cached, &mut Held::root());
+        let (guest, _) = open(&rig, 700);
+        for page in 0..700 {
+            rig.store(&guest, at(page, 7), 0x77 + u8::from(cached > 0)).unwrap();
+        }
+        rig.vm.destroy_map(guest, &mut Held::root());
+        for _ in 0..200 {
+            rig.vm.step(64, &mut Held::root());
+            rig.deliver_all();
+        }
+        assert!(!rig.vm.step(64, &mut Held::root()), "there is no end to it");
+        assert!((0..700).all(|page| stored(&rig, page) == 0x77 + u8::from(cached > 0)));
+        assert_eq!(rig.objects(), u32::from(cached > 0));
+    }
+}
+
+#[test]
 fn an_object_whose_store_is_gone_ends_all_the_same_and_that_is_counted() {
     let rig = rig(16);
     let (guest, _) = open(&rig, 16);

@@ -49,7 +49,7 @@ impl<M: Machine> Vm<M> {
         let wanted = state.pager != Pager::None && self.objects.cache_limit.load(Relaxed) > 0;
         let kept = wanted && self.objects.cache(state.id, held);
         if kept {
-            state.deactivated = 0;
+            (state.deactivated, state.sent) = (0, 0);
             self.objects.chore(state.id.index, held);
         }
         kept
@@ -74,12 +74,19 @@ impl<M: Machine> Vm<M> {
         if !matches!(state.pager, Pager::Disk(_)) {
             return Progress::Done;
         }
-        let pages = state.pages;
-        match self.put_dirty(state, &mut 0, pages, left, held) {
+        match self.send_last(state, left, held) {
             Put::All => Progress::Done,
             Put::Budget => Progress::More,
             Put::Memory | Put::Store => Progress::Blocked,
         }
+    }
+
+    /// Goes on sending what changed of an object without references to its store.
+    pub(super) fn send_last(&self, state: &mut State, left: &mut u32, held: &mut Held<'_, OBJECT>) -> Put {
+        let (mut next, end) = (state.sent, state.pages);
+        let put = self.put_dirty(state, &mut next, end, left, held);
+        state.sent = next;
+        put
     }
 
     /// Ends the objects that are longest unused until the others have no more frames than the cache may.

@@ -154,6 +154,8 @@ pub struct State {
     pub(crate) unwritten: u32,
     /// In the cache: pages before this one were moved to the inactive queue.
     deactivated: u32,
+    /// Without references: what changed before this page is on its way to the store, or was.
+    sent: u32,
 }
 
 impl State {
@@ -177,6 +179,7 @@ impl State {
             role: Role::Plain,
             unwritten: 0,
             deactivated: 0,
+            sent: 0,
         }
     }
 

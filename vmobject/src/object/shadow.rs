@@ -127,7 +127,7 @@ impl<M: Machine> Vm<M> {
     pub(super) fn end(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
         debug_assert_eq!(state.refs, 0);
         self.links.write(held).0.orphan(state.id.index);
-        state.life = Life::Dying;
+        (state.life, state.sent) = (Life::Dying, 0);
         self.objects.chore(state.id.index, held);
     }
 

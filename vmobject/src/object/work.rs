@@ -105,8 +105,7 @@ impl<M: Machine> Vm<M> {
             return Progress::Done; // the completion puts it back
         }
         if let Pager::Disk(_) = state.pager {
-            let pages = state.pages;
-            match self.put_dirty(state, &mut 0, pages, left, held) {
+            match self.send_last(state, left, held) {
                 Put::All if state.paging == 0 => {}
                 Put::All => return Progress::Done,
                 Put::Budget => return Progress::More,
