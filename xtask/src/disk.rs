@@ -26,6 +26,8 @@ pub(crate) struct Guest {
     pub(crate) vcpus: u32,
     /// Children that it may fork.
     pub(crate) grant_fork: u32,
+    /// For each disk, what becomes of writes.
+    pub(crate) disks: Vec<&'static str>,
 }
 
 /// What goes onto the disk.
@@ -61,10 +63,16 @@ impl Disk {
             .guests
             .iter()
             .map(|guest| {
+                let disks: Vec<Value> = guest
+                    .disks
+                    .iter()
+                    .enumerate()
+                    .map(|(number, writes)| json!({"disk": number, "writes": writes}))
+                    .collect();
                 let mut value = json!({
                     "name": guest.name, "append": guest.append,
                     "memory_mib": guest.memory_mib, "vcpus": guest.vcpus,
-                    "grant_fork": guest.grant_fork,
+                    "grant_fork": guest.grant_fork, "disks": disks,
                 });
                 let named = [("kernel", &guest.kernel), ("initrd", &guest.initrd), ("bios", &guest.bios)];
                 for (key, image) in named {

@@ -26,20 +26,55 @@ pub(crate) fn are_cached() -> bool {
 pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
     let image = cache().join(format!("Image-{version}"));
     if !image.is_file() {
-        let archive = Arm64::open()?;
-        let package = archive.resolve("linux-image-cloud-arm64", version)?;
-        let into = cache().join("unpacked").join(&package);
-        archive.unpack(&package, &into)?;
-        let boot = into.join("boot");
+        let boot = unpacked(version)?.join("boot");
         let found = fs::read_dir(&boot).with_context(|| format!("reading {}", boot.display()))?;
         let found = found.flatten().map(|f| f.path());
         let vmlinuz = found
             .into_iter()
             .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz")))
-            .with_context(|| format!("{package} has no vmlinuz"))?;
+            .with_context(|| format!("Debian's kernel {version} has no vmlinuz"))?;
         write_whole(&image, &plain_image(&vmlinuz)?)?;
     }
     Ok(image)
+}
+
+/// The drivers of a disk that a Debian kernel of a version has apart from itself: an archive that goes behind an
+/// initramfs, whose first program loads them in the order of their names.
+pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
+    const IN_ORDER: [&str; 4] = ["virtio_ring.ko", "virtio.ko", "virtio_mmio.ko", "virtio_blk.ko"];
+    let image = cache().join(format!("drivers-{version}.cpio"));
+    if !image.is_file() {
+        let unpacked = unpacked(version)?.join("lib/modules");
+        let release = fs::read_dir(&unpacked).with_context(|| format!("reading {}", unpacked.display()))?;
+        let release = release.flatten().next().context("the kernel's package has no modules")?.path();
+        let name = release.file_name().context("a folder without a name")?.to_string_lossy().into_owned();
+        let mut cpio = Cpio::default();
+        for dir in ["lib", "lib/modules", &format!("lib/modules/{name}")] {
+            cpio.add(dir, 0o40755, &[]);
+        }
+        for (number, driver) in IN_ORDER.iter().enumerate() {
+            // What is not there is part of the kernel itself.
+            for end in ["", ".xz"] {
+                let places = ["drivers/virtio", "drivers/block"]
+                    .map(|folder| release.join("kernel").join(folder).join(format!("{driver}{end}")));
+                if let Some(file) = places.iter().find(|file| file.is_file()) {
+                    let place = format!("lib/modules/{name}/{number}-{driver}{end}");
+                    cpio.add(&place, 0o100_644, &fs::read(file)?);
+                }
+            }
+        }
+        write_whole(&image, &cpio.finish())?;
+    }
+    fs::read(&image).with_context(|| format!("reading {}", image.display()))
+}
+
+/// The files of a Debian cloud kernel's package.
+fn unpacked(version: &str) -> Result<PathBuf> {
+    let archive = Arm64::open()?;
+    let package = archive.resolve("linux-image-cloud-arm64", version)?;
+    let into = cache().join("unpacked").join(&package);
+    archive.unpack(&package, &into)?;
+    Ok(into)
 }
 
 /// U-Boot for QEMU's arm64 machine.

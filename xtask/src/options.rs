@@ -3,9 +3,9 @@
 //! Each is read in full before anything is built, so a slip costs a moment. What the hypervisor cannot do yet is
 //! refused by name, never dropped.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use hv_abi::manifest::mebibytes;
-use hv_abi::manifest::{NAME_LIMIT, PARTITION, SWAP_PARTITION};
+use hv_abi::manifest::{DISKS_LIMIT, NAME_LIMIT, PARTITION, SWAP_PARTITION};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -62,11 +62,24 @@ pub(crate) enum Writes {
     Private,
 }
 
+impl Writes {
+    /// The word for the manifest.
+    pub(crate) const fn word(self) -> &'static str {
+        match self {
+            Self::Persist => "through",
+            Self::Refused => "refused",
+            Self::Private => "private",
+        }
+    }
+}
+
 /// `--disk FILE[,ro|private]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskFile {
-    file: PathBuf,
-    writes: Writes,
+    /// The file.
+    pub(crate) file: PathBuf,
+    /// What becomes of writes.
+    pub(crate) writes: Writes,
 }
 
 /// Reads `FILE[,ro|private]`; the file must be there.
@@ -80,6 +93,29 @@ pub(crate) fn disk(text: &str) -> Result<DiskFile, String> {
         Some((_, other)) => return Err(format!("'{other}' after the comma; it is ro or private")),
     };
     Ok(DiskFile { file: file(name)?, writes })
+}
+
+/// Refuses disks that so many guests cannot have: a file that one of them writes has no other user.
+pub(crate) fn check_disks(disks: &[DiskFile], guests: u32) -> Result<()> {
+    ensure!(disks.len() <= DISKS_LIMIT, "{} disks; a guest has at most {DISKS_LIMIT}", disks.len());
+    let place = |disk: &DiskFile| disk.file.canonicalize().unwrap_or_else(|_| disk.file.clone());
+    for (number, disk) in disks.iter().enumerate() {
+        if disk.writes == Writes::Persist {
+            ensure!(
+                guests == 1,
+                "--disk {disk}: {guests} guests cannot all write to it; add ,private or ,ro"
+            );
+            let mut others = disks.iter().enumerate().filter(|(other, _)| *other != number);
+            let twice = others.any(|(_, other)| place(other) == place(disk));
+            ensure!(!twice, "--disk {disk}: it is given twice, and written to; add ,private or ,ro to both");
+        }
+        let bytes = std::fs::metadata(&disk.file)?.len();
+        ensure!(
+            bytes > 0 && bytes % 512 == 0,
+            "--disk {disk}: a disk is some sectors of 512 bytes, not {bytes}"
+        );
+    }
+    Ok(())
 }
 
 impl fmt::Display for DiskFile {
@@ -142,8 +178,6 @@ pub(crate) fn image(text: &str) -> Result<String, String> {
 
 /// Options that were read, of a kind that nothing may serve yet.
 pub(crate) struct Ahead<'a> {
-    /// `--disk`.
-    pub(crate) disks: &'a [DiskFile],
     /// `--image`.
     pub(crate) image: Option<&'a str>,
 }
@@ -151,11 +185,6 @@ pub(crate) struct Ahead<'a> {
 impl Ahead<'_> {
     /// Refuses the first that nothing can serve, and says what there is instead.
     pub(crate) fn refuse(&self) -> Result<()> {
-        if let Some(disk) = self.disks.first() {
-            bail!(
-                "--disk {disk}: guests have no disk device yet; what they need goes into the initramfs (--initrd FILE)"
-            );
-        }
         if let Some(image) = self.image {
             bail!(
                 "--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios"
@@ -169,7 +198,7 @@ impl Ahead<'_> {
 mod tests {
     use super::*;
 
-    const NOTHING: Ahead<'_> = Ahead { disks: &[], image: None };
+    const NOTHING: Ahead<'_> = Ahead { image: None };
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -191,6 +220,26 @@ mod tests {
         assert_eq!(disk(&format!("{file},private")).map(|d| d.to_string()), Ok(format!("{file},private")));
         assert!(disk(&format!("{file},rw")).is_err_and(|why| why.contains("'rw' after the comma")));
         assert!(disk("/nowhere,ro").is_err());
+    }
+
+    #[test]
+    fn a_file_that_a_guest_writes_to_has_no_other_user() {
+        let file = std::env::temp_dir().join(format!("xtask-disk-{}", std::process::id()));
+        std::fs::write(&file, [0; 1024]).unwrap();
+        let disks = |all: &[Writes]| -> Vec<_> {
+            all.iter().map(|&writes| DiskFile { file: file.clone(), writes }).collect()
+        };
+        let refused = |all: &[Writes], guests, words: &str| {
+            check_disks(&disks(all), guests).is_err_and(|why| why.to_string().contains(words))
+        };
+        assert!(check_disks(&disks(&[Writes::Persist]), 1).is_ok());
+        assert!(check_disks(&disks(&[Writes::Private, Writes::Refused, Writes::Private]), 9).is_ok());
+        assert!(refused(&[Writes::Persist], 2, "2 guests cannot all write"));
+        assert!(refused(&[Writes::Persist, Writes::Refused], 1, "given twice"));
+        assert!(refused(&[Writes::Private; 9], 1, "at most 8"));
+        std::fs::write(&file, [0; 1000]).unwrap();
+        assert!(refused(&[Writes::Persist], 1, "sectors of 512 bytes, not 1000"));
+        std::fs::remove_file(&file).unwrap();
     }
 
     #[test]
@@ -231,12 +280,7 @@ mod tests {
     #[test]
     fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
         assert!(NOTHING.refuse().is_ok());
-        let disks = [DiskFile { file: "root.img".into(), writes: Writes::Private }];
-        for (refused, name) in [
-            (Ahead { disks: &disks, ..NOTHING }, "--disk root.img,private: "),
-            (Ahead { image: Some("nbd:a:1"), ..NOTHING }, "--image nbd:a:1: "),
-        ] {
-            assert!(refused.refuse().is_err_and(|why| why.to_string().starts_with(name)), "{name}");
-        }
+        let refused = Ahead { image: Some("nbd:a:1") }.refuse();
+        assert!(refused.is_err_and(|why| why.to_string().starts_with("--image nbd:a:1: ")));
     }
 }

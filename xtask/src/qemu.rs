@@ -29,10 +29,21 @@ pub(crate) struct Machine {
     pub(crate) log: PathBuf,
     /// The control socket, if any.
     pub(crate) socket: Option<PathBuf>,
+    /// Disks for guests, by their numbers.
+    pub(crate) disks: Vec<Drive>,
     /// Wait for gdb on this port.
     pub(crate) gdb: Option<u16>,
     /// Tell every instruction in some ranges of addresses.
     pub(crate) trace: Option<Trace>,
+}
+
+/// A file as a disk for guests.
+#[derive(Clone, Debug)]
+pub(crate) struct Drive {
+    /// The file.
+    pub(crate) file: PathBuf,
+    /// Nobody writes to it.
+    pub(crate) read_only: bool,
 }
 
 /// A log of instructions.
@@ -97,6 +108,13 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
         .args(["-device", "virtio-blk-device,drive=images"])
         .arg("-kernel")
         .arg(hypervisor);
+    for (number, drive) in machine.disks.iter().enumerate() {
+        let (id, file) = (format!("{}{number}", hv_abi::manifest::DISK_ID), name(&drive.file));
+        let writes = if drive.read_only { "on" } else { "off" };
+        command
+            .args(["-drive", &format!("if=none,id={id},format=raw,readonly={writes},file={file}")])
+            .args(["-device", &format!("virtio-blk-device,drive={id},serial={id}")]);
+    }
     if !machine.append.is_empty() {
         command.args(["-append", &machine.append]);
     }

@@ -2,8 +2,8 @@
 
 use crate::disk::{Disk, Guest};
 use crate::ending::{Kept, Terminal};
-use crate::options::{self, Ahead};
-use crate::qemu::{self, Machine};
+use crate::options::{self, Ahead, Writes};
+use crate::qemu::{self, Drive, Machine};
 use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
 use crate::symbols::Log;
@@ -145,16 +145,18 @@ impl Run {
         let mut bios = None;
         let mut initrd = None;
         let mut linux = false;
+        let mut version = None;
         if let Some(file) = &self.bios {
             bios = Some(disk.add("bios", read(file)?));
         } else if let Some(file) = self.kernel.as_ref().filter(|k| !is_version(k)) {
             kernel = Some(disk.add("kernel", images::plain_image(file)?));
             linux = self.initrd.is_some();
         } else if apt::can_download() {
-            let version =
+            let debian =
                 self.kernel.as_ref().map_or(images::KERNELS[0].to_owned(), |k| k.display().to_string());
-            kernel = Some(disk.add("kernel", std::fs::read(images::kernel(&version)?)?));
+            kernel = Some(disk.add("kernel", std::fs::read(images::kernel(&debian)?)?));
             linux = true;
+            version = Some(debian);
         } else {
             eprintln!(
                 "xtask: apt is not here, so there is no Debian kernel: running the tiny guest `hello` instead (--kernel FILE boots yours)"
@@ -164,7 +166,11 @@ impl Run {
         if let Some(file) = &self.initrd {
             initrd = Some(disk.add("initrd", read(file)?));
         } else if linux {
-            initrd = Some(disk.add("initrd", std::fs::read(images::initramfs()?)?));
+            let mut root = std::fs::read(images::initramfs()?)?;
+            if let (Some(version), false) = (version, self.disks.is_empty()) {
+                root.extend(images::drivers(&version)?);
+            }
+            initrd = Some(disk.add("initrd", root));
         }
         for (name, file) in &self.with {
             ensure!(!disk.has(name), "there is an image '{name}' already");
@@ -191,6 +197,7 @@ impl Run {
                 memory_mib: self.memory,
                 vcpus: self.vcpus,
                 grant_fork: self.grant_fork,
+                disks: self.disks.iter().map(|disk| disk.writes.word()).collect(),
             });
         }
         Ok(disk)
@@ -207,6 +214,11 @@ impl Run {
                 && std::io::stdin().is_terminal(),
             log: dir.join("hv.log"),
             socket: self.socket.clone(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| Drive { file: disk.file.clone(), read_only: disk.writes != Writes::Persist })
+                .collect(),
             gdb: self.gdb,
             trace: self.trace.clone(),
         }
@@ -215,6 +227,7 @@ impl Run {
     /// Builds everything; what starts `machine`, its files in `dir`.
     fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
         self.ahead().refuse()?;
+        options::check_disks(&self.disks, self.guests)?;
         let lock = reserve(dir)?;
         // A log that is there belongs to this run.
         let _ = std::fs::remove_file(&machine.log);
@@ -282,7 +295,7 @@ impl Run {
     }
 
     fn ahead(&self) -> Ahead<'_> {
-        Ahead { disks: &self.disks, image: self.image.as_deref() }
+        Ahead { image: self.image.as_deref() }
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod boot;
 mod clones;
+mod disks;
 mod guests;
 mod machine;
 mod modules;
@@ -79,6 +80,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     if both || options.boot {
         trials.extend(boot::trials());
         trials.extend(clones::trials());
+        trials.extend(disks::trials());
         trials.extend(monitor::trials());
         trials.extend(guests::trials());
     }

@@ -31,6 +31,8 @@ const STATUS_AT: usize = 32;
 /// Pages with the slots, and one more to bounce through.
 const DMA_PAGES: usize = SLOTS * SLOT_BYTES / BOUNCE_BYTES + 1;
 const BOUNCE_BYTES: usize = 4096;
+/// Bytes of a disk's name.
+pub const ID_BYTES: usize = 20;
 /// Looks at the queue before [`Blk::read_now`] gives up: some ten seconds at least.
 const PATIENCE: u32 = u32::MAX;
 
@@ -79,6 +81,7 @@ enum Kind {
     Read = 0,
     Write = 1,
     Flush = 4,
+    Id = 8,
     Discard = 11,
 }
 
@@ -336,6 +339,21 @@ impl<T: Transport> Blk<T> {
         Ok(())
     }
 
+    /// What the disk calls itself, with zeros behind it, waiting. For boot.
+    pub fn id_now(&mut self) -> Result<[u8; ID_BYTES], BlkError> {
+        if self.in_flight > 0 {
+            return Err(BlkError::Busy);
+        }
+        let (bounce, base) = (self.dma.at(SLOTS * SLOT_BYTES), self.bounce());
+        // SAFETY: the bounce page is ours, and nothing is in flight.
+        unsafe { bounce.cast::<[u8; ID_BYTES]>().write([0; ID_BYTES]) };
+        let bytes = u32::try_from(ID_BYTES).map_err(|_| BlkError::Refused)?;
+        self.enqueue(Kind::Id, 0, &[Segment { base, bytes }], Some(0))?;
+        self.wait()?;
+        // SAFETY: as above; the device is done with the page.
+        Ok(unsafe { bounce.cast::<[u8; ID_BYTES]>().read() })
+    }
+
     /// Waits for the one request in flight.
     fn wait(&mut self) -> Result<(), BlkError> {
         for _ in 0..PATIENCE {
@@ -367,7 +385,7 @@ impl<T: Transport> Blk<T> {
         let Some(slot) = free else { return Err(BlkError::Busy) };
         let (header_sector, range) = match kind {
             Kind::Discard => (0, segments.first().copied()),
-            Kind::Read | Kind::Write | Kind::Flush => (sector, None),
+            Kind::Read | Kind::Write | Kind::Flush | Kind::Id => (sector, None),
         };
         write_header(&self.dma, slot, kind, header_sector);
         let in_pool = if let Some(range) = range {
@@ -470,7 +488,7 @@ impl<'a> Buffers<'a> {
             let address = usize::try_from(segment.base.bits()).unwrap_or(0);
             let start = NonNull::new(core::ptr::with_exposed_provenance_mut(address));
             if let (Some(start), Ok(bytes)) = (start, usize::try_from(segment.bytes)) {
-                buffers.push(start, bytes, request.kind == Kind::Read);
+                buffers.push(start, bytes, matches!(request.kind, Kind::Read | Kind::Id));
             }
             entry = next;
         }

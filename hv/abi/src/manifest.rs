@@ -13,13 +13,21 @@
 //! `version` must be [`VERSION`] when it is there. `images` gives exact lengths; an image that it leaves
 //! out counts as long as its partition. `overcommit_percent`, 100 or more, bounds how much memory is promised
 //! to guests, in hundredths of frames and swap together; without it there is no bound. A guest has a `kernel`
-//! or a `bios`; `initrd`, `append`, `memory_mib` (256), `vcpus` (1) and `grant_fork` (0) may be left out. Any
-//! other key is an error.
+//! or a `bios`; `initrd`, `append`, `memory_mib` (256), `vcpus` (1), `grant_fork` (0) and `disks` may be left out.
+//! Any other key is an error.
+//!
+//! A disk of a guest is a whole disk of the host, whatever is on it: one that calls itself [`DISK_ID`] and a number.
+//! `"disks": [{"disk": 0, "writes": "through"}]` gives it to a guest; `writes` is `through` (they go to the disk),
+//! `private` (they are the guest's own and end with it) or `refused`.
 
 /// The partition that holds the manifest.
 pub const PARTITION: &str = "manifest";
 /// The partition that pages are swapped to.
 pub const SWAP_PARTITION: &str = "swap";
+/// What a disk for guests calls itself (VIRTIO_BLK_T_GET_ID), before its number.
+pub const DISK_ID: &str = "guest-disk-";
+/// Disks of one guest at most.
+pub const DISKS_LIMIT: usize = 8;
 /// The format that this build reads and writes.
 pub const VERSION: u64 = 1;
 /// Bytes that a manifest can have at most.

@@ -41,7 +41,7 @@ pub(super) fn find(platform: &Platform) -> Disks {
     for slot in &platform.virtio {
         look(slot, &mut disks);
     }
-    for name in disks.names() {
+    for (_, name) in disks.partitions() {
         info!("partition \"{name}\"");
     }
     disks

@@ -20,7 +20,6 @@ use arrayvec::ArrayVec;
 use board::platform::{MAX_SEED, Platform};
 use vmobject::charge::Overcommit;
 use vmobject::lock::Held;
-use vmobject::store::StoreId;
 
 /// Makes and starts every guest of the manifest.
 pub(super) fn start(machine: &'static Machine, held: &mut Held<'_, 0>) {
@@ -124,11 +123,10 @@ fn read() -> Option<Manifest> {
 /// Every partition that a guest could be made from, with its first page.
 fn images(manifest: &Manifest) -> Vec<create::Image> {
     let mut images = Vec::new();
-    for (index, name) in mm::disks().names().enumerate() {
+    for (store, name) in mm::disks().partitions() {
         if name == hv_abi::manifest::PARTITION || name == hv_abi::manifest::SWAP_PARTITION {
             continue;
         }
-        let Ok(store) = u16::try_from(index).map(StoreId) else { break };
         let bytes = manifest.bytes_of(name).unwrap_or_else(|| mm::disks().bytes(store));
         let mut head = vec![0; usize::try_from(bytes).unwrap_or(HEAD).min(HEAD)];
         match mm::disks().read_now(store, 0, &mut head) {

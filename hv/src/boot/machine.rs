@@ -20,11 +20,16 @@ use core::fmt::Write as _;
 use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Once;
 use vmobject::lock::Held;
+use vmobject::pager::{Down, Shutdown};
 
 /// How many typed bytes one interrupt takes in (invariant I6).
 const MAX_TYPED: usize = 64;
 /// How long the last answer may take to leave the control port, in seconds.
 const PATIENCE_S: u64 = 1;
+/// How long disks may take to be written at the end, in seconds.
+const WRITING_S: u64 = 60;
+/// How much is looked at between two looks for what disks have finished.
+const CHORES: u32 = 256;
 /// The virtual timer's physical interrupt.
 const VIRTUAL_TIMER: u32 = hv_abi::machine::INTID_VIRTUAL_TIMER;
 
@@ -120,14 +125,35 @@ impl Front for Machine {
     }
 
     fn leave(&self) -> ! {
+        let written = write_disks();
         // The device takes the last answer in its own time, and the machine's end would be faster.
         let deadline = timer::now().saturating_add(timer::freq().saturating_mul(PATIENCE_S));
         while !control::is_sent() && timer::now() < deadline {
             core::hint::spin_loop();
         }
         ::log::info!("the last guest has ended");
-        crate::arch::power::exit(0)
+        crate::arch::power::exit(if written { 0 } else { 1 })
     }
+}
+
+/// Brings what guests wrote to their disks there; false when not all of it got there. No guest runs any more.
+fn write_disks() -> bool {
+    let (mut shutdown, mut held) = (Shutdown::default(), Held::root());
+    let deadline = timer::now().saturating_add(timer::freq().saturating_mul(WRITING_S));
+    while timer::now() < deadline {
+        match mm::vm().shutdown_step(&mut shutdown, CHORES, &mut held) {
+            Down::Done(left) if left.unwritten == 0 => return true,
+            Down::Done(left) => {
+                ::log::error!("{} pages of disks could not be written", left.unwritten);
+                return false;
+            }
+            Down::More | Down::Wait(_) => {
+                complete(&mut held);
+            }
+        }
+    }
+    ::log::error!("the disks do not take what was written in {WRITING_S} s");
+    false
 }
 
 /// Delivers what disks have finished.

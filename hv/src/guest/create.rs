@@ -20,6 +20,7 @@ use vmobject::map::Share;
 
 use super::console::Log;
 use super::devices::Devices;
+use super::disks::{self, DiskError};
 use super::family::Birth;
 use super::trng::Generator;
 use super::vcpu::Vcpu;
@@ -112,6 +113,8 @@ pub enum CreateError {
     Vm(VmError),
     /// A page of an image could not be had.
     Fault(FaultError),
+    /// A disk cannot be had.
+    Disk(DiskError),
     /// The disk did not answer.
     Stalled,
     /// Too few frames are free.
@@ -132,6 +135,7 @@ impl fmt::Display for CreateError {
             }
             Self::Vm(error) => write!(f, "memory: {error:?}"),
             Self::Fault(error) => write!(f, "cannot fill its memory: {error:?}"),
+            Self::Disk(error) => error.fmt(f),
             Self::Stalled => f.write_str("the disk does not answer"),
         }
     }
@@ -145,6 +149,11 @@ impl From<PlanError> for CreateError {
 impl From<TreeError> for CreateError {
     fn from(error: TreeError) -> Self {
         Self::Tree(error)
+    }
+}
+impl From<DiskError> for CreateError {
+    fn from(error: DiskError) -> Self {
+        Self::Disk(error)
     }
 }
 impl From<VmError> for CreateError {
@@ -226,7 +235,7 @@ fn tree(config: &GuestConfig, plan: &Plan, random: &mut Generator) -> Result<Vec
         vcpus: config.vcpus,
         append: &config.append,
         initrd: plan.initrd.map(|(start, end)| (start.bits(), end.bits())),
-        virtio: 0,
+        virtio: u32::try_from(config.disks.len()).unwrap_or(u32::MAX),
         rng_seed,
         kaslr_seed: random.words()[0],
     })?)
@@ -234,6 +243,7 @@ fn tree(config: &GuestConfig, plan: &Plan, random: &mut Generator) -> Result<Vec
 
 fn prepare(
     map: &Arc<Map>,
+    id: GuestId,
     config: &GuestConfig,
     log: Option<Arc<Log>>,
     poll: &dyn Fn(&mut Held<'_, 0>),
@@ -241,6 +251,7 @@ fn prepare(
 ) -> Result<Parts, CreateError> {
     let plan = lay_out(config)?;
     fill(map, &plan, held)?;
+    let disks = disks::open(map, id, &config.disks, held)?;
     for &(at, bytes) in &plan.zero {
         // Less than a page: the rest of a segment's last one.
         let zeros = [0; 4096];
@@ -258,8 +269,10 @@ fn prepare(
         // It was made just now, so it is off.
         let _ = first.power_on(plan.entry.bits(), plan.x0, held);
     }
+    let mut devices = Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds());
+    devices.disks = disks;
     Ok(Parts {
-        devices: Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds()),
+        devices,
         vcpus: vcpus.into_boxed_slice(),
         random,
         log: log.unwrap_or_default(),
@@ -279,7 +292,7 @@ pub fn create(
 ) -> Result<Arc<Guest>, CreateError> {
     let map = mm::new_map(held)?;
     let promised = mm::vm().set_vcpus(&map, config.vcpus, held).map_err(CreateError::from);
-    match promised.and_then(|()| prepare(&map, &config, log, poll, held)) {
+    match promised.and_then(|()| prepare(&map, id, &config, log, poll, held)) {
         Ok(parts) => Ok(Arc::new(Guest::new(id, config, map, parts))),
         Err(error) => {
             mm::vm().destroy_map(map, held);

@@ -8,12 +8,13 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
+use super::disks::Disk;
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
 use crate::vdev::vgic::SgiRegister;
 use crate::vdev::{Vgic, Vpl011, Vrtc, Vtimer};
-use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
+use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, INTID_VIRTIO};
 
 /// How much may be typed before the guest reads it.
 const TYPE_AHEAD: usize = 4096;
@@ -40,6 +41,8 @@ pub struct Devices {
     pub uart: Vpl011,
     /// The clock.
     pub rtc: Vrtc,
+    /// The disks.
+    pub disks: Vec<Disk>,
     /// Each vCPU's EL1 physical timer.
     pub timers: Vec<Vtimer>,
     /// Typed, and not yet taken by the console's FIFO.
@@ -47,12 +50,13 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Devices out of reset, for `vcpus` vCPUs; the clock starts at `seconds`.
+    /// Devices out of reset, for `vcpus` vCPUs, without disks; the clock starts at `seconds`.
     pub fn new(vcpus: usize, lrs: usize, freq: u64, seconds: u32) -> Self {
         Self {
             vgic: Vgic::new(vcpus, lrs),
             uart: Vpl011::new(),
             rtc: Vrtc::new(freq, seconds),
+            disks: Vec::new(),
             timers: (0..vcpus).map(|_| Vtimer::new()).collect(),
             typed: VecDeque::new(),
         }
@@ -74,6 +78,9 @@ impl Devices {
                 if stale.is_empty() { (value, 0) } else { self.read_stale(target, size, reader, stale.0) }
             }
             Target::Rtc(offset) => (self.rtc.read(offset, now), 0),
+            Target::Disk(number, offset) => {
+                (self.disks.get(number).map_or(0, |disk| disk.blk.read(offset, 1 << size)), 0)
+            }
         }
     }
 
@@ -83,7 +90,7 @@ impl Devices {
         match target {
             Target::Distributor(offset) => self.vgic.dist_read(offset, bytes),
             Target::Redistributor(vcpu, offset) => self.vgic.redist_read(vcpu, offset, bytes),
-            Target::Uart(_) | Target::Rtc(_) => 0,
+            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) => 0,
         }
     }
 
@@ -105,7 +112,7 @@ impl Devices {
         match target {
             Target::Uart(offset) => {
                 let output = self.uart.write(offset, value);
-                Effect { kicks: self.update_uart(), output }
+                Effect { kicks: self.update_uart(), output, work: false }
             }
             Target::Distributor(offset) => Effect::of(self.vgic.dist_write(offset, bytes, value)),
             Target::Redistributor(vcpu, offset) => {
@@ -115,7 +122,16 @@ impl Devices {
                 self.rtc.write(offset, value, now);
                 Effect::of(self.vgic.set_spi(INTID_PL031, self.rtc.level()))
             }
+            Target::Disk(number, offset) => self.write_disk(number, offset, bytes, value),
         }
+    }
+
+    fn write_disk(&mut self, number: usize, offset: u64, bytes: usize, value: u64) -> Effect {
+        let Some(disk) = self.disks.get_mut(number) else { return Effect::default() };
+        let work = disk.blk.write(offset, bytes, value);
+        let line = u32::try_from(number).unwrap_or(0);
+        let kicks = self.vgic.set_spi(INTID_VIRTIO + line, disk.blk.line());
+        Effect { work, ..Effect::of(kicks) }
     }
 
     /// Brings typed bytes to the console, and its line to the interrupt controller.

@@ -10,7 +10,7 @@ use super::inject::Exception;
 use super::mmio::{self, WINDOW_END, WINDOW_START};
 use super::syndrome::{Abort, DataAbort, Fault};
 use super::vcpu::count;
-use super::{Complaint, aarch32, rank};
+use super::{Complaint, aarch32, disks, rank};
 use crate::arch;
 use crate::mm;
 use hv_abi::machine::FLASH0;
@@ -138,6 +138,10 @@ fn served(
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Result<Exit, FaultError> {
     count(&run.vcpu.counts.faults);
+    if at.bits() >= disks::BASE {
+        // Where disks are kept, and nothing of the guest's.
+        return Err(FaultError::Hole(at));
+    }
     let by = Instruction { vcpu: run.vcpu.index, pc: run.context.regs.pc };
     match mm::vm().fault_for(&run.guest.map, Some(by), at, wanted, held) {
         Ok(Faulted::Mapped) => Ok(Exit::Resume),
@@ -169,7 +173,7 @@ fn device(
     far: u64,
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Exit {
-    let Some(target) = mmio::find(at, run.guest.vcpus.len()) else {
+    let Some(target) = mmio::find(at, run.guest.vcpus.len(), run.guest.config.disks.len()) else {
         return hole(run, at, external(data, far));
     };
     let (Some(access), false, false) = (data.access, data.abort.walk, data.maintenance) else {
@@ -187,11 +191,16 @@ fn device(
         } else {
             let (value, kicks) = devices.read(target, access.size, run.vcpu.index, run.guest.time());
             run.context.regs.write(usize::from(access.rt), mmio::extended(access, value));
-            mmio::Effect { kicks, output: None }
+            mmio::Effect { kicks, output: None, work: false }
         }
     };
     aarch32::advance(&mut run.context.regs, esr);
     run.kicks |= effect.kicks;
+    if effect.work {
+        // This vCPU does it before it goes on.
+        run.guest.work.want();
+        run.kicks |= 1 << run.vcpu.index;
+    }
     if let Some(byte) = effect.output {
         run.guest.print(byte, held);
     }

@@ -7,7 +7,7 @@
 use super::syndrome::Access;
 use crate::arch::context::GuestRegs;
 use crate::vdev::Kicks;
-use hv_abi::machine::{GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, VMGENID};
+use hv_abi::machine::{GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, VIRTIO_BASE, VIRTIO_STRIDE, VMGENID};
 use vmobject::addr::Ipa;
 
 /// The lowest address of the device window; below are the flash banks.
@@ -26,6 +26,8 @@ pub enum Target {
     Uart(u64),
     /// The clock.
     Rtc(u64),
+    /// A disk.
+    Disk(usize, u64),
 }
 
 impl Target {
@@ -34,14 +36,14 @@ impl Target {
     pub const fn widest(self) -> u8 {
         match self {
             Self::Distributor(_) | Self::Redistributor(..) => 3,
-            Self::Uart(_) | Self::Rtc(_) => 2,
+            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) => 2,
         }
     }
 }
 
-/// The device at an address, for a guest with `vcpus` vCPUs.
+/// The device at an address, for a guest with so many vCPUs and disks.
 #[inline]
-pub fn find(at: Ipa, vcpus: usize) -> Option<Target> {
+pub fn find(at: Ipa, vcpus: usize, disks: usize) -> Option<Target> {
     let at = at.bits();
     if PL011.contains(at) {
         return Some(Target::Uart(at - PL011.base));
@@ -51,6 +53,10 @@ pub fn find(at: Ipa, vcpus: usize) -> Option<Target> {
     }
     if PL031.contains(at) {
         return Some(Target::Rtc(at - PL031.base));
+    }
+    if let Some(above) = at.checked_sub(VIRTIO_BASE) {
+        let disk = usize::try_from(above / VIRTIO_STRIDE).ok().filter(|&disk| disk < disks)?;
+        return Some(Target::Disk(disk, above % VIRTIO_STRIDE));
     }
     let above = at.checked_sub(GICR_BASE)?;
     let vcpu = usize::try_from(above / GICR_STRIDE).ok().filter(|&vcpu| vcpu < vcpus)?;
@@ -64,12 +70,14 @@ pub struct Effect {
     pub kicks: u64,
     /// A byte for the console.
     pub output: Option<u8>,
+    /// A disk has something to do.
+    pub work: bool,
 }
 
 impl Effect {
     /// Kicks alone.
     pub const fn of(kicks: Kicks) -> Self {
-        Self { kicks: kicks.0, output: None }
+        Self { kicks: kicks.0, output: None, work: false }
     }
 }
 
@@ -124,10 +132,12 @@ mod tests {
     }
 
     #[test]
-    fn a_redistributor_exists_only_for_a_vcpu_that_does() {
-        assert_eq!(find(Ipa::new(0x080c_0010), 2), Some(Target::Redistributor(1, 0x10)));
-        assert_eq!(find(Ipa::new(0x080e_0000), 2), None);
-        assert_eq!(find(Ipa::new(0x0900_0018), 1), Some(Target::Uart(0x18)));
-        assert_eq!(find(Ipa::new(0x0a00_0000), 1), None);
+    fn a_redistributor_or_disk_exists_only_for_a_vcpu_or_disk_that_does() {
+        assert_eq!(find(Ipa::new(0x080c_0010), 2, 0), Some(Target::Redistributor(1, 0x10)));
+        assert_eq!(find(Ipa::new(0x080e_0000), 2, 0), None);
+        assert_eq!(find(Ipa::new(0x0900_0018), 1, 0), Some(Target::Uart(0x18)));
+        assert_eq!(find(Ipa::new(0x0a00_0000), 1, 0), None);
+        assert_eq!(find(Ipa::new(0x0a00_0270), 1, 2), Some(Target::Disk(1, 0x70)));
+        assert_eq!(find(Ipa::new(0x0a00_0400), 1, 2), None);
     }
 }

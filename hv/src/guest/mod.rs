@@ -9,6 +9,7 @@ pub mod console;
 pub mod create;
 pub mod debug;
 pub mod devices;
+pub mod disks;
 pub mod exit;
 pub mod family;
 pub mod genid;
@@ -125,6 +126,8 @@ pub enum Complaint {
     Hole,
     /// A device access that cannot be done by hand.
     Device,
+    /// A disk's request that cannot be done.
+    Disk,
 }
 
 /// A virtual machine.
@@ -139,6 +142,8 @@ pub struct Guest {
     pub vcpus: Box<[Vcpu]>,
     /// Its devices.
     pub devices: Ranked<{ rank::DEVICES }, Devices>,
+    /// Whether its disks have something to do.
+    pub work: disks::Work,
     /// Its name in the TLB, as far as it is still valid.
     vmid: Ranked<{ rank::VMID }, Vmid>,
     /// Its random numbers.
@@ -171,7 +176,13 @@ impl Drop for Guest {
 impl Guest {
     /// A guest whose memory is filled and whose first vCPU is switched on.
     fn new(id: GuestId, config: GuestConfig, map: Arc<Map>, parts: create::Parts) -> Self {
+        let work = disks::Work::default();
+        if !config.disks.is_empty() {
+            // A twin's disks go on with what the source's were doing.
+            work.wake();
+        }
         Self {
+            work,
             id,
             config,
             map,

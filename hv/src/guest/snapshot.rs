@@ -19,6 +19,7 @@ use vmobject::lock::{Held, Ranked};
 
 use super::create::{CreateError, Parts};
 use super::devices::Devices;
+use super::disks;
 use super::exit::Ending;
 use super::family::Birth;
 use super::trng::Generator;
@@ -56,8 +57,10 @@ impl Snapshot {
 pub enum SnapshotError {
     /// The memory manager refused.
     Vm(VmError),
-    /// The guest has another number of vCPUs, or another amount of RAM.
+    /// The guest has another number of vCPUs or disks, or another amount of RAM.
     Shape,
+    /// The guest writes through to a disk, which cannot be what it was.
+    Disk(String),
     /// There are [`MAX_KEPT`] already.
     TooMany,
     /// There is one of that name.
@@ -70,7 +73,10 @@ impl fmt::Display for SnapshotError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vm(error) => write!(f, "memory: {error:?}"),
-            Self::Shape => f.write_str("it has other vCPUs or other RAM than the snapshot"),
+            Self::Shape => f.write_str("it has other vCPUs, disks or RAM than the snapshot"),
+            Self::Disk(id) => {
+                write!(f, "it writes through to disk '{id}', which cannot be taken back; have it private")
+            }
             Self::TooMany => write!(f, "there are {MAX_KEPT} snapshots already"),
             Self::Exists => f.write_str("there is a snapshot of that name"),
             Self::Twin(error) => error.fmt(f),
@@ -99,10 +105,12 @@ pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Snapshot, SnapshotE
         let context = vcpu.context.lock(held).0.clone();
         vcpus.push((context, *vcpu.power.lock(held).0));
     }
-    let devices = guest.devices.lock(held).0.clone();
+    let mut devices = guest.devices.lock(held).0.clone();
+    devices.disks.iter_mut().for_each(disks::Disk::detach);
+    let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let random = Ranked::new(guest.random.lock(held).0.child());
     let memory = mm::vm().snapshot(&guest.map, held)?;
-    Ok(Snapshot { config: guest.config.clone(), memory, vcpus, devices, random, time: guest.time() })
+    Ok(Snapshot { config, memory, vcpus, devices, random, time: guest.time() })
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
@@ -153,8 +161,12 @@ pub fn restore(
 ) -> Result<(), SnapshotError> {
     debug_assert!(guest.is_quiet());
     let config = &snapshot.config;
-    if guest.vcpus.len() != snapshot.vcpus.len() || guest.config.memory != config.memory {
+    let shape = |config: &GuestConfig| (config.vcpus, config.memory, config.disks.len());
+    if shape(&guest.config) != shape(config) {
         return Err(SnapshotError::Shape);
+    }
+    if let Some(disk) = disks::written_through(&guest.config) {
+        return Err(SnapshotError::Disk(disk.id.clone()));
     }
     let mut random = snapshot.twin(held);
     let mut devices = snapshot.devices.clone();
@@ -165,6 +177,7 @@ pub fn restore(
         *vcpu.power.lock(held).0 = *power;
     }
     *guest.devices.lock(held).0 = devices;
+    guest.work.wake();
     guest.offset.store(timer::now().wrapping_sub(snapshot.time), Ordering::SeqCst);
     let renewed = genid::renew(&guest.map, &mut random, poll, held);
     *guest.random.lock(held).0 = random;

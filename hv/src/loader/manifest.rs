@@ -12,7 +12,9 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
-use hv_abi::manifest::{APPEND_LIMIT, DEFAULT_MEMORY_MIB, FORK_LIMIT, GUESTS_LIMIT, NAME_LIMIT, VERSION};
+use hv_abi::manifest::{
+    APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, NAME_LIMIT, VERSION,
+};
 use serde_json::{Map, Value};
 
 /// All that the manifest says.
@@ -52,6 +54,34 @@ pub struct GuestConfig {
     pub vcpus: usize,
     /// How many children, forked by itself or them, may live at once; 0 is none.
     pub grant_fork: u32,
+    /// Its disks.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// One disk of a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// What the host's disk calls itself.
+    pub id: String,
+    /// What becomes of writes.
+    pub writes: Writes,
+}
+
+/// What becomes of a guest's writes to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writes {
+    /// They go to the host's disk.
+    Through,
+    /// They are the guest's own and end with it.
+    Private,
+    /// They are refused.
+    Refused,
+}
+
+impl Writes {
+    /// Each with its word in a manifest.
+    const WORDS: [(&str, Self); 3] =
+        [("through", Self::Through), ("private", Self::Private), ("refused", Self::Refused)];
 }
 
 /// What a guest runs, by the names of partitions.
@@ -178,6 +208,13 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
     let mib = object.number("memory_mib", RAM_LEAST / MIB, RAM_LIMIT / MIB)?;
     let vcpus = object.number("vcpus", 1, MAX_VCPUS as u64)?.unwrap_or(1);
     let grant_fork = object.number("grant_fork", 0, u64::from(FORK_LIMIT))?.unwrap_or(0);
+    let mut disks = Vec::new();
+    for (place, value) in object.list("disks")? {
+        if disks.len() == DISKS_LIMIT {
+            return wrong(&place, format!("more than {DISKS_LIMIT} disks"));
+        }
+        disks.push(disk(Object::new(&place, value)?)?);
+    }
     object.nothing_else()?;
     Ok(GuestConfig {
         name,
@@ -188,7 +225,19 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
         vcpus: usize::try_from(vcpus).unwrap_or(MAX_VCPUS),
         // At most FORK_LIMIT, which is a u32.
         grant_fork: u32::try_from(grant_fork).unwrap_or(0),
+        disks,
     })
+}
+
+fn disk(mut object: Object) -> Parsed<DiskConfig> {
+    let number = object.number("disk", 0, u64::from(u16::MAX))?;
+    let Some(number) = number else { return wrong(&object.place_of("disk"), "missing") };
+    let word = object.required_name("writes")?;
+    let Some((_, writes)) = Writes::WORDS.into_iter().find(|(known, _)| *known == word) else {
+        return wrong(&object.place_of("writes"), "not through, private or refused");
+    };
+    object.nothing_else()?;
+    Ok(DiskConfig { id: format!("{DISK_ID}{number}"), writes })
 }
 
 /// A JSON object and its place; each key is taken out when it is read.
@@ -294,7 +343,7 @@ mod tests {
             "images": [{"partition": "linux", "bytes": 31461376}],
             "guests": [
                 {"name": "one", "kernel": "linux", "initrd": "root", "append": "a=\"b\\c\"",
-                 "memory_mib": 512, "vcpus": 4},
+                 "memory_mib": 512, "vcpus": 4, "disks": [{"disk": 2, "writes": "private"}]},
                 {"name": "boot", "bios": "u-boot"}]}"#
             .to_vec();
         bytes.resize(4096, 0);
@@ -305,6 +354,8 @@ mod tests {
         let [one, boot] = manifest.guests.as_slice() else { panic!("two guests") };
         assert_eq!((one.boot.image(), one.boot.initrd()), ("linux", Some("root")));
         assert_eq!((one.append.as_str(), one.memory, one.vcpus), ("a=\"b\\c\"", 512 << 20, 4));
+        let private = DiskConfig { id: "guest-disk-2".to_owned(), writes: Writes::Private };
+        assert_eq!((one.disks.as_slice(), boot.disks.len()), ([private].as_slice(), 0));
         assert_eq!(boot.boot, Boot::Bios { image: "u-boot".to_owned() });
         assert_eq!((boot.memory, boot.vcpus), (DEFAULT_MEMORY_MIB << 20, 1));
     }
@@ -328,6 +379,10 @@ mod tests {
         assert_eq!(guest(r#","kernel":"k","vcpu":1"#), "manifest: guests[0].vcpu: unknown key");
         assert!(guest(r#","kernel":"k","memory_mib":1"#).contains("memory_mib: not a number from 2"));
         assert!(guest(r#","kernel":"k","append":"a\u0000""#).contains("zero byte"));
+        let disk = |text: &str| guest(&format!(r#","kernel":"k","disks":[{{{text}}}]"#));
+        assert_eq!(disk(r#""writes":"private""#), "manifest: guests[0].disks[0].disk: missing");
+        let writes = disk(r#""disk":1,"writes":"shared""#);
+        assert_eq!(writes, "manifest: guests[0].disks[0].writes: not through, private or refused");
     }
 
     #[test]

@@ -10,5 +10,5 @@ pub mod image;
 pub mod manifest;
 pub mod plan;
 
-pub use manifest::{Boot, GuestConfig, Manifest};
+pub use manifest::{Boot, DiskConfig, GuestConfig, Manifest, Writes};
 pub use plan::{Blob, Plan, plan};

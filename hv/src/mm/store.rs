@@ -1,6 +1,7 @@
 //! The VM's backing stores on the metal: partitions of virtio disks.
 //!
-//! A store is a partition; its [`StoreId`] is its place among all partitions of all disks, in the order found.
+//! A store is a partition, or a whole disk that says that it is for guests; its [`StoreId`] is its place among all
+//! of them, in the order found.
 //! Starting a transfer turns frames into segments, joining neighbours, and puts them on the disk's queue. The
 //! scheduler calls [`Disks::poll`] when a disk interrupts, and delivers what it gives to the VM.
 //!
@@ -31,10 +32,12 @@ struct Disk {
     interrupt: Interrupt,
 }
 
-/// One partition.
+/// One partition, or all of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Part {
     disk: usize,
+    /// It is a disk for guests: what is on it is none of our business.
+    whole: bool,
     name: String,
     first_sector: u64,
     sectors: u64,
@@ -53,15 +56,23 @@ impl Disks {
         Self { disks: Vec::new(), parts: Vec::new() }
     }
 
-    /// Adds a disk and the partitions of its table. Waits for the disk: for boot.
+    /// Adds a disk: the partitions of its table, or all of it if it is for guests. Waits for the disk: for boot.
     pub fn add(&mut self, mut blk: Blk, interrupt: Interrupt) -> Result<(), GptError> {
         let (disk, parts) = (self.disks.len(), &mut self.parts);
+        let id = blk.id_now().unwrap_or_default();
+        let id = String::from_utf8_lossy(id.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned();
+        if id.starts_with(hv_abi::manifest::DISK_ID) && parts.len() <= usize::from(u16::MAX) {
+            parts.push(Part { disk, whole: true, name: id, first_sector: 0, sectors: blk.sectors() });
+            self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
+            return Ok(());
+        }
         let known = parts.len();
         let mut each = |partition: Partition| {
             // More partitions than a StoreId can name cannot be used.
             if parts.len() <= usize::from(u16::MAX) {
                 let Partition { name, first_sector, sectors, .. } = partition;
-                parts.push(Part { disk, name: name.to_string(), first_sector, sectors });
+                let name = name.to_string();
+                parts.push(Part { disk, whole: false, name, first_sector, sectors });
             }
         };
         let read = gpt::read(&mut blk, &mut each);
@@ -75,13 +86,31 @@ impl Disks {
 
     /// The partition of this name, the first if there are several.
     pub fn find(&self, name: &str) -> Option<StoreId> {
-        let index = self.parts.iter().position(|part| part.name == name)?;
-        u16::try_from(index).ok().map(StoreId)
+        self.partitions().find(|(_, found)| *found == name).map(|(store, _)| store)
     }
 
-    /// The partitions' names, in the order of their numbers.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.parts.iter().map(|part| part.name.as_str())
+    /// The disk for guests that calls itself so.
+    pub fn find_disk(&self, id: &str) -> Option<StoreId> {
+        self.stores().find(|(_, part)| part.whole && part.name == id).map(|(store, _)| store)
+    }
+
+    /// The partitions, in the order of their numbers.
+    pub fn partitions(&self) -> impl Iterator<Item = (StoreId, &str)> {
+        self.stores().filter(|(_, part)| !part.whole).map(|(store, part)| (store, part.name.as_str()))
+    }
+
+    /// What a store is called.
+    pub fn name(&self, store: StoreId) -> Option<&str> {
+        self.part(store).map(|part| part.name.as_str())
+    }
+
+    /// True when a store takes no writes.
+    pub fn is_read_only(&self, store: StoreId) -> bool {
+        self.disk_of(store).is_ok_and(|(_, disk)| disk.blk.lock().is_read_only())
+    }
+
+    fn stores(&self) -> impl Iterator<Item = (StoreId, &Part)> {
+        (0..=u16::MAX).map(StoreId).zip(&self.parts)
     }
 
     /// Bytes in a store.
@@ -259,7 +288,7 @@ mod tests {
     use vmobject::addr::PhysAddr;
 
     fn part() -> Part {
-        Part { disk: 0, name: String::new(), first_sector: 100, sectors: 20 }
+        Part { disk: 0, whole: false, name: String::new(), first_sector: 100, sectors: 20 }
     }
 
     fn segment(base: u64, bytes: u32) -> Segment {

@@ -417,7 +417,9 @@ fn configure(
             fields["vcpus"] = json!(model.vcpus);
         }
     }
-    parse_guest(&fields.to_string()).map_err(|error| error.to_string())
+    let config = parse_guest(&fields.to_string()).map_err(|error| error.to_string())?;
+    // Another like the first has its disks.
+    Ok(GuestConfig { disks: model.map(|model| model.disks.clone()).unwrap_or_default(), ..config })
 }
 
 #[cfg(test)]
@@ -433,6 +435,7 @@ mod tests {
             memory: 256 << 20,
             vcpus: 2,
             grant_fork: 0,
+            disks: Vec::new(),
         }
     }
 

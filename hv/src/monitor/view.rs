@@ -225,7 +225,7 @@ fn named(guests: &BTreeSet<u32>) -> String {
 }
 
 fn disk(store: StoreId) -> &'static str {
-    mm::disks().names().nth(usize::from(store.0)).unwrap_or("?")
+    mm::disks().name(store).unwrap_or("?")
 }
 
 fn pager(pager: Pager) -> String {

@@ -7,7 +7,7 @@ use crate::guest::exit::Ending;
 use crate::guest::{create, table};
 use vmobject::lock::Held;
 
-use super::{Outside, WAITERS, launch_again};
+use super::{Outside, WAITERS, errands, launch_again};
 
 /// How many guests are buried in one go (invariant I6).
 const MAX_BURIALS: usize = 4;
@@ -18,6 +18,7 @@ pub(super) fn work(outside: &dyn Outside, held: &mut Held<'_, 0>) {
         let Some(guest) = table::claim_ended(held) else { return };
         let (id, ending) = (guest.id, guest.ending());
         WAITERS.forget(|entry| entry.guest.id != id, held);
+        errands::forget(id, held);
         log::info!("guest {} \"{}\": ended: {}", id, guest.name(), ending.name());
         let config = guest.config.clone();
         let log = guest.log.clone();

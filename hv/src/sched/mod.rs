@@ -8,6 +8,7 @@
 //! then looks for a note.
 
 mod daemon;
+mod errands;
 pub mod fork;
 mod idle;
 pub mod load;
@@ -231,6 +232,7 @@ pub fn io_done<const R: u8>(token: IoToken, held: &mut Held<'_, R>) {
     while let Some(vcpu) = WAITERS.take_io(token, held) {
         wake(&vcpu, held);
     }
+    errands::io_done(token, held);
 }
 
 /// Frames became free: wakes who waited for memory.
@@ -239,6 +241,7 @@ pub fn memory_freed<const R: u8>(held: &mut Held<'_, R>) {
     while let Some(vcpu) = WAITERS.take_memory(held) {
         wake(&vcpu, held);
     }
+    errands::memory_freed(held);
 }
 
 /// Frees memory for a while if it is short; true if more could be done now.

@@ -18,7 +18,7 @@ use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
 
 use super::load::{Cpu, ticks};
-use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, start, wake};
+use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, start, wake};
 
 /// The interrupt by which CPUs kick each other.
 const KICK_SGI: u32 = 0;
@@ -88,6 +88,9 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
         }
         vcpu.take_note();
         cpu.flush = true;
+        if entry.guest.work.waits() {
+            entry.guest.work.wake();
+        }
         go(cpu, entry, &mut context, outside, &mut held)
     };
     leave(cpu, entry, leaves, outside, held);
@@ -121,6 +124,12 @@ fn go(
     let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
     loop {
         if cpu.flush {
+            while guest.work.take() {
+                if let Some(leaves) = run_errands(cpu, entry, outside, held) {
+                    cpu.fp_live = run.fp_live;
+                    return leaves;
+                }
+            }
             let kicks = cpu.flush(guest, vcpu, outside, held) & !(1 << vcpu.index);
             if kicks != 0 {
                 super::wake_many(&entry.guest, kicks, held);
@@ -158,6 +167,25 @@ fn go(
             }
         }
     }
+}
+
+/// Does the work of the guest's disks for as long as there is some and no interrupt ends the slice.
+#[cold]
+fn run_errands(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Option<Leaves> {
+    while errands::run(cpu, entry, held) {
+        if irq::is_pending()
+            && let Some(leaves) = interrupted(cpu, entry, outside, held)
+        {
+            entry.guest.work.want();
+            return Some(leaves);
+        }
+    }
+    None
 }
 
 /// Passes kicks on; one for this vCPU itself means that its list registers are out of date.
@@ -229,7 +257,9 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
     let virtual_timer =
         virtual_deadline(control, compare, guest.offset()).filter(|_| !timer_is_high(control));
     let physical = physical.map(|at| at.saturating_add(guest.offset()));
-    block(cpu, entry, virtual_timer.unwrap_or(u64::MAX).min(physical.unwrap_or(u64::MAX)))
+    let deadline = virtual_timer.unwrap_or(u64::MAX).min(physical.unwrap_or(u64::MAX));
+    let disks = guest.work.waits().then(|| timer::now().saturating_add(ticks(PATIENCE_MS)));
+    block(cpu, entry, deadline.min(disks.unwrap_or(u64::MAX)))
 }
 
 /// Leaves the CPU until somebody wakes the vCPU, or `deadline`.
@@ -313,6 +343,11 @@ fn interrupted(
         cpu.flush = true;
         vcpu.take_note();
     }
+    if seen.ticked && guest.work.waits() {
+        guest.work.wake();
+    }
+    // What has come may be what a disk waited for.
+    cpu.flush |= guest.work.is_wanted();
     if seen.ticked {
         let kicks = guest.devices.lock(held).0.timer_update(vcpu.index, guest.time());
         cpu.flush |= kicks & 1 << vcpu.index != 0;

@@ -58,7 +58,7 @@ impl<T: PartialEq> Sleepers<T> {
     }
 }
 
-/// vCPUs that wait for a transfer or for memory, of all CPUs.
+/// vCPUs, or requests of disks, that wait for a transfer or for memory, of all CPUs.
 pub struct Waiters<T>(Ranked<{ rank::WAITERS }, Vec<(Waiting, T)>>);
 
 impl<T> Default for Waiters<T> {
@@ -81,13 +81,15 @@ impl<T: Clone + PartialEq> Waiters<T> {
         list.try_reserve(more)
     }
 
-    /// Adds one; it must look once more afterwards, because what it waits for may have come meanwhile.
+    /// Adds one; it must look once more afterwards, because what it waits for may have come meanwhile. Where no
+    /// room was made and there is no memory it is left out: everybody who waits looks by himself after a while.
     pub fn add<const R: u8>(&self, what: Waiting, vcpu: &T, held: &mut Held<'_, R>) {
         const { assert!(R < rank::WAITERS) };
         let (mut list, _held) = self.0.lock(held);
-        match list.iter_mut().find(|(_, other)| other == vcpu) {
-            Some(entry) => entry.0 = what,
-            None => list.push((what, vcpu.clone())),
+        match list.iter().position(|(_, other)| other == vcpu) {
+            Some(place) => list[place].0 = what,
+            None if list.try_reserve(1).is_ok() => list.push((what, vcpu.clone())),
+            None => {}
         }
     }
 

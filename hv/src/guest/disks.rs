@@ -1,0 +1,371 @@
+//! A guest's disks: their objects in its map, and the work of their devices.
+//!
+//! A disk is one more entry of the guest's map, above everything that the guest itself can reach: so the call that
+//! copies or resets the map copies or resets the disk at the same instant as RAM, and a disk's bytes are read and
+//! written through the fault path like any others. What becomes of writes is the entry's doing: a private disk is
+//! copied on write over an image that all share; one written through is the store's own object, whose changes
+//! reach the store when they are cleaned, at the latest at a flush. A copy of such a guest gets a copy-object, and
+//! is private. Nothing here waits: see [`step`]. Called by `create`, `snapshot` and `sched`.
+//!
+//! Each store is written through by one guest at most: a second is refused, and so is a writer while others read the
+//! store as something that does not change. Who reads a store that another writes sees it as it was when he opened it.
+
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use hv_abi::machine::{INTID_VIRTIO, RAM_BASE, RAM_LIMIT};
+use vmobject::VmError;
+use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex};
+use vmobject::fault::{Copied, FaultError, WaitFor};
+use vmobject::lock::Held;
+use vmobject::map::{Discarded, Share};
+use vmobject::object::ObjectId;
+use vmobject::pager::{Clean, Cleaned};
+use vmobject::prot::Prot;
+
+use super::create::CreateError;
+use super::devices::Devices;
+use super::{Complaint, Guest, GuestId, rank, table};
+use crate::loader::{DiskConfig, GuestConfig, Writes};
+use crate::mm::{self, Map};
+use crate::vdev::virtio::blk::{Blk, Did, Medium, SECTOR, SLOTS};
+use crate::vdev::virtio::{Fault, Ram};
+
+/// Where the objects of disks begin in a guest's map: no guest has RAM or devices here, and `memory` lets none in.
+pub const BASE: u64 = RAM_BASE + RAM_LIMIT;
+/// Slots that a flush looks at in one step.
+const CLEANED: u32 = 64;
+
+/// A flush under way. A twin begins its own: this one's transfers are not for it.
+#[derive(Debug, Default)]
+struct Pass(Option<Clean>);
+
+impl Clone for Pass {
+    fn clone(&self) -> Self {
+        Self(None)
+    }
+}
+
+/// One disk: its device, and where its bytes are.
+#[derive(Clone)]
+pub struct Disk {
+    /// What the driver sees.
+    pub blk: Blk,
+    range: IpaRange,
+    /// The object whose store sees what is written.
+    through: Option<ObjectId>,
+    passes: [Pass; SLOTS],
+}
+
+impl Disk {
+    /// Makes it one whose writes nobody else sees: its entry has become a copy.
+    pub fn detach(&mut self) {
+        self.through = None;
+    }
+}
+
+/// What disks a copy of a guest has: private ones, for the store is the source's.
+pub fn detached(disks: &[DiskConfig]) -> Vec<DiskConfig> {
+    let private = |disk: &DiskConfig| match disk.writes {
+        Writes::Through => DiskConfig { writes: Writes::Private, ..disk.clone() },
+        Writes::Private | Writes::Refused => disk.clone(),
+    };
+    disks.iter().map(private).collect()
+}
+
+/// The disk that a guest writes through, if any.
+pub fn written_through(config: &GuestConfig) -> Option<&DiskConfig> {
+    config.disks.iter().find(|disk| disk.writes == Writes::Through)
+}
+
+/// Why a disk cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskError {
+    /// The machine has no such disk.
+    Missing(String),
+    /// Another guest writes to it.
+    Written(String, GuestId),
+    /// Others rely on its not changing.
+    Read(String),
+    /// The host's disk takes no writes.
+    ReadOnly(String),
+    /// It is larger than what is left of the guest's addresses.
+    TooLarge(String),
+}
+
+impl core::fmt::Display for DiskError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Missing(id) => write!(f, "the machine has no disk '{id}'"),
+            Self::Written(id, guest) => {
+                write!(f, "guest {guest} writes to disk '{id}'; have it private or ro")
+            }
+            Self::Read(id) => write!(f, "others use disk '{id}' as it is; have it private or ro"),
+            Self::ReadOnly(id) => write!(f, "disk '{id}' takes no writes; have it private or ro"),
+            Self::TooLarge(id) => write!(f, "disk '{id}' is too large for a guest"),
+        }
+    }
+}
+
+/// Puts a new guest's disks into its map.
+pub fn open(
+    map: &Arc<Map>,
+    guest: GuestId,
+    disks: &[DiskConfig],
+    held: &mut Held<'_, 0>,
+) -> Result<Vec<Disk>, CreateError> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(disks.len()).map_err(|_| CreateError::OutOfMemory)?;
+    let mut next = Ipa::new(BASE);
+    for config in disks {
+        let disk = open_one(map, guest, config, next, held)?;
+        // Disks do not share a 2 MiB chunk.
+        let end = disk.range.end().checked_add(CHUNK_SIZE - 1);
+        next = end.ok_or_else(|| DiskError::TooLarge(config.id.clone()))?.chunk();
+        list.push(disk);
+    }
+    Ok(list)
+}
+
+fn open_one(
+    map: &Arc<Map>,
+    guest: GuestId,
+    config: &DiskConfig,
+    start: Ipa,
+    held: &mut Held<'_, 0>,
+) -> Result<Disk, CreateError> {
+    let (vm, id) = (mm::vm(), || config.id.clone());
+    let store = mm::disks().find_disk(&config.id).ok_or_else(|| DiskError::Missing(id()))?;
+    let (bytes, through) = (mm::disks().bytes(store), config.writes == Writes::Through);
+    if through {
+        let writes = |other: &Arc<Guest>| {
+            other.id != guest && written_through(&other.config).is_some_and(|disk| disk.id == config.id)
+        };
+        if let Some(other) = table::all(held).iter().find(|other| writes(other)) {
+            return Err(DiskError::Written(id(), other.id).into());
+        }
+        if mm::disks().is_read_only(store) {
+            return Err(DiskError::ReadOnly(id()).into());
+        }
+    }
+    let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).ok();
+    let range = pages.and_then(|pages| IpaRange::from_pages(start, pages));
+    let range = range.ok_or_else(|| DiskError::TooLarge(id()))?;
+    let object = if through { vm.disk(store, held) } else { vm.image(store, held) };
+    let object = object.map_err(|error| refused(error, config))?;
+    let (prot, share) = match config.writes {
+        Writes::Through => (Prot::READ | Prot::WRITE, Share::Shared),
+        Writes::Private => (Prot::READ | Prot::WRITE, Share::Copy),
+        // Not shared: another guest may write to the store.
+        Writes::Refused => (Prot::READ, Share::Copy),
+    };
+    let inserted = vm.insert(map, range, object, PageIndex::default(), prot, share, held);
+    inserted.map_err(|error| refused(error, config))?;
+    Ok(Disk {
+        blk: Blk::new(bytes / SECTOR, config.writes == Writes::Refused, &config.id),
+        range,
+        through: through.then_some(object),
+        passes: Default::default(),
+    })
+}
+
+fn refused(error: VmError, config: &DiskConfig) -> CreateError {
+    match error {
+        VmError::ReadOnly => DiskError::Read(config.id.clone()).into(),
+        VmError::Reach { .. } => DiskError::TooLarge(config.id.clone()).into(),
+        VmError::NoMemory
+        | VmError::NoFrames
+        | VmError::Range
+        | VmError::Overlap
+        | VmError::Overcommit { .. }
+        | VmError::Limit(_) => error.into(),
+    }
+}
+
+/// Whether a guest's disks have something to do. Set by whoever knows of something, taken by whoever does it.
+#[derive(Debug, Default)]
+pub struct Work {
+    wanted: AtomicBool,
+    /// What was waited for may have happened.
+    woken: AtomicBool,
+    /// Something is waited for.
+    waits: AtomicBool,
+}
+
+impl Work {
+    /// There may be something.
+    pub fn want(&self) {
+        self.wanted.store(true, Ordering::SeqCst);
+    }
+
+    /// There may be something that waited before.
+    pub fn wake(&self) {
+        self.woken.store(true, Ordering::SeqCst);
+        self.want();
+    }
+
+    /// Takes the wish: whoever does looks until there is nothing, or wishes again.
+    pub fn take(&self) -> bool {
+        self.is_wanted() && self.wanted.swap(false, Ordering::SeqCst)
+    }
+
+    /// True when there may be something to do.
+    pub fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
+    /// True while something is waited for.
+    pub fn waits(&self) -> bool {
+        self.waits.load(Ordering::Relaxed)
+    }
+}
+
+/// What one step came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Something was done, and these vCPUs have something to look at.
+    Done(u64),
+    /// There is nothing to do.
+    Nothing,
+    /// A request of a disk waits; there may be others.
+    Wait {
+        /// Which disk.
+        disk: usize,
+        /// Which of its requests.
+        slot: usize,
+        /// For what.
+        what: WaitFor,
+    },
+}
+
+/// Does one piece of work of a guest's disks: at most a page is moved.
+pub fn step(guest: &Guest, held: &mut Held<'_, { rank::VCPU }>) -> Step {
+    let (mut devices, mut held) = guest.devices.lock(held);
+    let Devices { disks, vgic, .. } = &mut *devices;
+    if guest.work.woken.swap(false, Ordering::SeqCst) {
+        guest.work.waits.store(false, Ordering::SeqCst);
+        disks.iter_mut().for_each(|disk| disk.blk.wake());
+    }
+    for (number, disk) in disks.iter_mut().enumerate() {
+        let Disk { blk, range, through, passes } = disk;
+        let mut reach = Reach { guest, range: *range, through: *through, passes, held: &mut held };
+        match blk.step(&mut reach) {
+            Did::Nothing => {}
+            Did::Some => {
+                let line = u32::try_from(number).unwrap_or(0);
+                return Step::Done(vgic.set_spi(INTID_VIRTIO + line, blk.line()).0);
+            }
+            Did::Wait(slot, what) => {
+                guest.work.waits.store(true, Ordering::SeqCst);
+                return Step::Wait { disk: number, slot, what };
+            }
+        }
+    }
+    Step::Nothing
+}
+
+/// What a disk's device reaches: the guest's RAM, and the disk's bytes.
+struct Reach<'r, 'h> {
+    guest: &'r Guest,
+    range: IpaRange,
+    through: Option<ObjectId>,
+    passes: &'r mut [Pass; SLOTS],
+    held: &'r mut Held<'h, { rank::DEVICES }>,
+}
+
+type Reached<T> = Result<T, Fault<WaitFor>>;
+
+impl Reach<'_, '_> {
+    /// Where in the map some bytes of RAM are: nothing else is reached this way.
+    fn ram(&self, at: u64, bytes: usize) -> Reached<Ipa> {
+        let end = at.checked_add(bytes as u64).filter(|_| at >= RAM_BASE);
+        let inside = end.is_some_and(|end| end - RAM_BASE <= self.guest.config.memory);
+        if inside { Ok(Ipa::new(at)) } else { Err(Fault::Bad) }
+    }
+
+    /// Where in the map some bytes of the disk are.
+    fn disk(&self, at: u64) -> Reached<Ipa> {
+        self.range.start().checked_add(at).ok_or(Fault::Bad)
+    }
+
+    fn copied(&self, copied: Result<Copied, FaultError>) -> Reached<()> {
+        match copied {
+            Ok(Copied::Done) => Ok(()),
+            Ok(Copied::Wait(what)) => Err(Fault::Wait(what)),
+            Err(error) => {
+                if self.guest.complain_once(Complaint::Disk) {
+                    log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
+                }
+                Err(Fault::Bad)
+            }
+        }
+    }
+}
+
+impl Ram for Reach<'_, '_> {
+    type Wait = WaitFor;
+
+    fn read(&mut self, at: u64, out: &mut [u8]) -> Reached<()> {
+        let at = self.ram(at, out.len())?;
+        let copied = mm::vm().read(&self.guest.map, at, out, self.held);
+        self.copied(copied)
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
+        let at = self.ram(at, bytes.len())?;
+        let copied = mm::vm().write(&self.guest.map, at, bytes, self.held);
+        self.copied(copied)
+    }
+}
+
+impl Medium for Reach<'_, '_> {
+    fn load(&mut self, at: u64, out: &mut [u8]) -> Reached<()> {
+        let copied = mm::vm().read(&self.guest.map, self.disk(at)?, out, self.held);
+        self.copied(copied)
+    }
+
+    fn store(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
+        let copied = mm::vm().write(&self.guest.map, self.disk(at)?, bytes, self.held);
+        self.copied(copied)
+    }
+
+    fn clear(&mut self, at: u64, bytes: u64) -> Reached<()> {
+        let start = self.disk(at)?;
+        let end = start.checked_add(bytes).ok_or(Fault::Bad)?;
+        let range = IpaRange::new(start, end).ok_or(Fault::Bad)?;
+        match mm::vm().discard(&self.guest.map, range, self.held) {
+            Ok(Discarded::Done(_)) => Ok(()),
+            Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
+            Err(error) => {
+                if self.guest.complain_once(Complaint::Disk) {
+                    log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
+                }
+                Err(Fault::Bad)
+            }
+        }
+    }
+
+    fn flush(&mut self, slot: usize, first: bool) -> Reached<bool> {
+        let (Some(object), Some(pass)) = (self.through, self.passes.get_mut(slot)) else { return Ok(true) };
+        if first {
+            pass.0 = None;
+        }
+        let pages = u32::try_from(self.range.pages()).map_err(|_| Fault::Bad)?;
+        let all = PageIndex::default()..PageIndex::new(pages);
+        let clean = pass.0.get_or_insert_with(|| mm::vm().page_clean(object, all));
+        match mm::vm().clean_step(clean, CLEANED, self.held) {
+            Cleaned::More => Ok(false),
+            Cleaned::Wait(what) => Err(Fault::Wait(what)),
+            Cleaned::Done { failed } => {
+                pass.0 = None;
+                if failed == 0 {
+                    return Ok(true);
+                }
+                log::error!("guest {}: a disk did not take {failed} pages; they are kept", self.guest.id);
+                Err(Fault::Bad)
+            }
+        }
+    }
+}
