@@ -57,6 +57,8 @@ pub mod hello;
 #[cfg(target_os = "none")]
 pub mod irq;
 #[cfg(target_os = "none")]
+pub mod rings;
+#[cfg(target_os = "none")]
 pub mod scribble;
 #[cfg(target_os = "none")]
 pub mod smp;

@@ -1,7 +1,7 @@
 //! Boot tests of guests' disks: what is written, where it ends up, and who sees it.
 
-use super::machine::{boot, logs, monitored};
-use crate::monitored::Monitored;
+use super::machine::{boot, logs, monitored, tiny_guest};
+use crate::monitored::{Monitored, text};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use std::fs;
@@ -19,6 +19,7 @@ pub(super) fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> =
         [("6.12", "neoverse-n1"), ("6.1", "cortex-a53")].into_iter().map(each).collect();
     trials.push(boot("clones_of_a_linux_that_writes_have_disks_of_their_own", relatives));
+    trials.push(boot("a_driver_that_breaks_every_rule_of_the_ring_harms_nobody", hostile));
     trials
 }
 
@@ -36,19 +37,16 @@ fn lines(first: u32) -> Vec<u8> {
     (first..first + 131_072).flat_map(|number| format!("{number}\n").into_bytes()).collect()
 }
 
-/// A guest's line that must come to its end: what is echoed is not what was typed.
+/// A guest's line that must end well, in time: what is echoed is not what was typed.
 fn does(machine: &mut Monitored, guest: u64, line: &str, number: u32) -> Result<()> {
-    machine.talk(
-        guest,
-        &format!("({line}) && echo done-$(({number}+1000))"),
-        &format!("done-{}", number + 1000),
-    )
+    let typed = format!("({line}) && echo done-$(({number}+1000))");
+    machine.talk(guest, &typed, &format!("done-{}", number + 1000))
 }
 
 /// Both disks are flushed, which `sync` alone does not do to a disk without a filesystem, and the guest's caches are
 /// dropped, so that the next look is at the disks.
 const FORGET: &str = "sync; for disk in vda vdb; do dd if=/dev/null of=/dev/$disk conv=notrunc,fsync; done; \
-                      echo 3 >/proc/sys/vm/drop_caches";
+                      echo 7 >/proc/sys/vm/drop_caches";
 
 /// A disk that persists, one that is private, one that is read only.
 fn persists(name: &str, kernel: &str, cpu: &str) -> Result<()> {
@@ -165,5 +163,35 @@ fn relatives(name: &str) -> Result<()> {
     let mut model = before;
     model[8 * MIB..9 * MIB].copy_from_slice(&lines(1_000_000));
     ensure!(fs::read(&kept)? == model, "the file is not what the parent wrote");
+    Ok(())
+}
+
+/// A guest whose driver does everything wrong, with several seeds, beside a Linux that uses the same file.
+fn hostile(name: &str) -> Result<()> {
+    let (file, before) = file(name, "shared.img")?;
+    let disk = format!("{},private", file.display());
+    let with = format!("rings={}", tiny_guest(name, "rings")?);
+    let words = ["--batch", "--timeout", "400", "--disk", &disk, "--with", &with];
+    let mut machine = monitored(name, &words)?;
+    machine.ask("wait guest \"guest ready: guest\"")?;
+    let busy = "dmesg -n 1; cp /dev/vda /was; (while :; do echo 7 >/proc/sys/vm/drop_caches; cmp /was /dev/vda || echo torn-$((6*7)); \
+                dd if=/was of=/dev/vda bs=64k conv=notrunc,fsync; done) >/tmp/busy 2>&1 & echo busy-$((1+1))";
+    machine.talk(1, busy, "busy-2")?;
+    does(&mut machine, 1, "cmp /was /dev/vda", 0)?;
+    for seed in 1..=4 {
+        let create = format!("create name=rings{seed} kernel=rings memory=8M vcpus={}", 1 + seed % 2);
+        machine.ask(&format!("{create} append=\"linger seed={seed}\""))?;
+        machine.ask(&format!("wait rings{seed} \"guest rings: \""))?;
+        let log = machine.ask(&format!("log rings{seed}"))?;
+        ensure!(text(&log, "/log")?.contains("guest rings: ok"), "{}", text(&log, "/log")?);
+        machine.check()?;
+        machine.ask(&format!("send rings{seed} x"))?;
+        machine.ask(&format!("wait rings{seed} gone"))?;
+    }
+    does(&mut machine, 1, "kill $!; wait; ! grep torn- /tmp/busy", 1)?;
+    does(&mut machine, 1, "cmp /was /dev/vda", 2)?;
+    machine.check()?;
+    machine.shutdown()?;
+    ensure!(fs::read(&file)? == before, "the file has changed");
     Ok(())
 }
