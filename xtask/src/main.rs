@@ -6,7 +6,7 @@
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
 //! * `build`, `images`, `disk` - what the machine runs, and the disk that brings it there.
 //! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
-//! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `demo`, `bench`, `doctor` - the commands.
+//! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `sim`, `demo`, `bench`, `doctor` - the commands.
 
 mod apt;
 mod bench;
@@ -24,6 +24,7 @@ mod qemu;
 mod run;
 mod script;
 mod session;
+mod sim;
 mod symbols;
 mod test;
 mod toolchain;
@@ -52,6 +53,8 @@ enum Cli {
         #[arg(required = true, trailing_var_arg = true)]
         words: Vec<String>,
     },
+    /// The host simulator of the memory manager
+    Sim(sim::Sim),
     /// A narrated demonstration on real Linux guests
     Demo(demo::Demo),
     /// What the way through EL2 costs, in instructions
@@ -115,6 +118,7 @@ fn main() -> ExitCode {
             ctl::run(&socket.unwrap_or_else(run::default_socket), json, &words)
         }
         Cli::Bench(options) => options.run(),
+        Cli::Sim(options) => options.run(),
         Cli::Demo(options) => options.run(),
         Cli::Debug(options) => debug(options),
         Cli::Doctor => {

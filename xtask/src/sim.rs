@@ -1,0 +1,46 @@
+//! `cargo xtask sim`: the simulator of the memory manager, from any seed and for as long as one likes.
+//!
+//! It is a test of `stage2`, where the real VM and the real tables meet; here it only gets its seed and its steps.
+
+use anyhow::{Context, Result, ensure};
+use std::process::Command;
+
+/// The test's name.
+const TEST: &str = "every_guest_reads_what_it_and_its_ancestors_wrote";
+
+/// What is simulated.
+#[derive(clap::Args)]
+pub(crate) struct Sim {
+    /// Of the first world; the next has the next one
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Of all worlds together
+    #[arg(long, default_value_t = 1_000_000)]
+    steps: u64,
+}
+
+impl Sim {
+    /// Plays; fails if a guest read a wrong byte, a cache knew too much or the audit found something.
+    pub(crate) fn run(&self) -> Result<()> {
+        let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .args([
+                "test",
+                "--quiet",
+                "--package",
+                "stage2",
+                "--test",
+                "sim",
+                "--",
+                "--exact",
+                "--nocapture",
+                TEST,
+            ])
+            .current_dir(crate::root())
+            .env("SIM_SEED", self.seed.to_string())
+            .env("SIM_STEPS", self.steps.to_string())
+            .status()
+            .context("starting cargo")?;
+        ensure!(status.success(), "the simulator found something; what it says above names the seed");
+        Ok(())
+    }
+}
