@@ -48,6 +48,8 @@ const WORLDS_WANT: [&str; 9] = [
 ];
 /// Steps of one world: it begins young, and becomes old.
 const LIFE: u64 = 2500;
+/// Steps of the run that is a test: enough for everything of interest to happen.
+const SHORT: u64 = 18 * LIFE;
 
 /// A number from the surroundings, as `cargo xtask sim` gives them.
 fn given(name: &str) -> Option<u64> {
@@ -57,7 +59,7 @@ fn given(name: &str) -> Option<u64> {
 
 #[test]
 fn every_guest_reads_what_it_and_its_ancestors_wrote() {
-    let (seed, steps) = (given("SIM_SEED").unwrap_or(1), given("SIM_STEPS").unwrap_or(18 * LIFE));
+    let (seed, steps) = (given("SIM_SEED").unwrap_or(1), given("SIM_STEPS").unwrap_or(SHORT));
     let (start, mut told) = (Instant::now(), Instant::now());
     let (mut seen, mut accesses, mut played) = (BTreeMap::<&str, u64>::new(), 0, 0);
     let cpus = [CORTEX_A53, NEOVERSE_N1, CORTEX_A710];
@@ -88,7 +90,7 @@ fn every_guest_reads_what_it_and_its_ancestors_wrote() {
     let never =
         WANTED.iter().chain(&WORLDS_WANT).filter(|what| seen.get(**what).is_none_or(|count| *count == 0));
     let never: Vec<_> = never.collect();
-    assert!(never.is_empty() || played < 18 * LIFE, "these never happened: {never:?}");
+    assert!(never.is_empty() || played < SHORT, "these never happened: {never:?}");
 }
 
 #[test]

@@ -4,8 +4,7 @@
 //! refused by name, never dropped.
 
 use anyhow::{Result, bail, ensure};
-use hv_abi::manifest::mebibytes;
-use hv_abi::manifest::{DISKS_LIMIT, NAME_LIMIT, PARTITION, SWAP_PARTITION};
+use hv_abi::manifest::{DISKS_LIMIT, NAME_LIMIT, PARTITION, SWAP_PARTITION, mebibytes};
 use std::fmt;
 use std::path::PathBuf;
 
@@ -176,29 +175,17 @@ pub(crate) fn image(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// Options that were read, of a kind that nothing may serve yet.
-pub(crate) struct Ahead<'a> {
-    /// `--image`.
-    pub(crate) image: Option<&'a str>,
-}
-
-impl Ahead<'_> {
-    /// Refuses the first that nothing can serve, and says what there is instead.
-    pub(crate) fn refuse(&self) -> Result<()> {
-        if let Some(image) = self.image {
-            bail!(
-                "--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios"
-            );
-        }
-        Ok(())
+/// Refuses `--image`, which nothing can serve yet, and says what there is instead.
+pub(crate) fn refuse_image(image: Option<&str>) -> Result<()> {
+    if let Some(image) = image {
+        bail!("--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios");
     }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const NOTHING: Ahead<'_> = Ahead { image: None };
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -279,8 +266,8 @@ mod tests {
 
     #[test]
     fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
-        assert!(NOTHING.refuse().is_ok());
-        let refused = Ahead { image: Some("nbd:a:1") }.refuse();
+        assert!(refuse_image(None).is_ok());
+        let refused = refuse_image(Some("nbd:a:1"));
         assert!(refused.is_err_and(|why| why.to_string().starts_with("--image nbd:a:1: ")));
     }
 }

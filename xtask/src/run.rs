@@ -2,7 +2,7 @@
 
 use crate::disk::{Disk, Guest};
 use crate::ending::{Kept, Terminal};
-use crate::options::{self, Ahead, Writes};
+use crate::options::{self, Writes};
 use crate::qemu::{self, Drive, Machine};
 use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
@@ -226,7 +226,7 @@ impl Run {
 
     /// Builds everything; what starts `machine`, its files in `dir`.
     fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
-        self.ahead().refuse()?;
+        options::refuse_image(self.image.as_deref())?;
         options::check_disks(&self.disks, self.guests)?;
         let lock = reserve(dir)?;
         // A log that is there belongs to this run.
@@ -292,10 +292,6 @@ impl Run {
     /// True where the machine waits for the monitor's word when its last guest has ended.
     fn stays(&self) -> bool {
         self.script.is_some() && !self.batch
-    }
-
-    fn ahead(&self) -> Ahead<'_> {
-        Ahead { image: self.image.as_deref() }
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! It is a test of `stage2`, where the real VM and the real tables meet; here it only gets its seed and its steps.
 
+use crate::test::cargo;
 use anyhow::{Context, Result, ensure};
-use std::process::Command;
 
 /// The test's name.
 const TEST: &str = "every_guest_reads_what_it_and_its_ancestors_wrote";
@@ -22,19 +22,8 @@ pub(crate) struct Sim {
 impl Sim {
     /// Plays; fails if a guest read a wrong byte, a cache knew too much or the audit found something.
     pub(crate) fn run(&self) -> Result<()> {
-        let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args([
-                "test",
-                "--quiet",
-                "--package",
-                "stage2",
-                "--test",
-                "sim",
-                "--",
-                "--exact",
-                "--nocapture",
-                TEST,
-            ])
+        let status = cargo(&["test", "--quiet", "--package", "stage2", "--test", "sim"])
+            .args(["--", "--exact", "--nocapture", TEST])
             .current_dir(crate::root())
             .env("SIM_SEED", self.seed.to_string())
             .env("SIM_STEPS", self.steps.to_string())

@@ -53,7 +53,8 @@ fn passes(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-fn cargo(words: &[&str]) -> Command {
+/// A cargo command with the toolchain that runs us.
+pub(crate) fn cargo(words: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(words);
     command

@@ -8,13 +8,13 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use super::disks::Disk;
+use super::disks::{self, Disk};
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
 use crate::vdev::vgic::SgiRegister;
 use crate::vdev::{Vgic, Vpl011, Vrtc, Vtimer};
-use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, INTID_VIRTIO};
+use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
 
 /// How much may be typed before the guest reads it.
 const TYPE_AHEAD: usize = 4096;
@@ -129,9 +129,7 @@ impl Devices {
     fn write_disk(&mut self, number: usize, offset: u64, bytes: usize, value: u64) -> Effect {
         let Some(disk) = self.disks.get_mut(number) else { return Effect::default() };
         let work = disk.blk.write(offset, bytes, value);
-        let line = u32::try_from(number).unwrap_or(0);
-        let kicks = self.vgic.set_spi(INTID_VIRTIO + line, disk.blk.line());
-        Effect { work, ..Effect::of(kicks) }
+        Effect { work, ..Effect::of(disks::signal(number, &disk.blk, &mut self.vgic)) }
     }
 
     /// Brings typed bytes to the console, and its line to the interrupt controller.

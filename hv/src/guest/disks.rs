@@ -32,6 +32,7 @@ use crate::loader::{DiskConfig, GuestConfig, Writes};
 use crate::mm::{self, Map};
 use crate::vdev::virtio::blk::{Blk, Did, Medium, SECTOR, SLOTS};
 use crate::vdev::virtio::{Fault, Ram};
+use crate::vdev::{Kicks, Vgic};
 
 /// Where the objects of disks begin in a guest's map: no guest has RAM or devices here, and `memory` lets none in.
 pub const BASE: u64 = RAM_BASE + RAM_LIMIT;
@@ -64,6 +65,12 @@ impl Disk {
     pub fn detach(&mut self) {
         self.through = None;
     }
+}
+
+/// Brings the line of a guest's disk to its interrupt controller: which vCPUs have something to look at.
+pub fn signal(number: usize, blk: &Blk, vgic: &mut Vgic) -> Kicks {
+    let line = u32::try_from(number).unwrap_or(0);
+    vgic.set_spi(INTID_VIRTIO + line, blk.line())
 }
 
 /// What disks a copy of a guest has: private ones, for the store is the source's.
@@ -253,10 +260,7 @@ pub fn step(guest: &Guest, held: &mut Held<'_, { rank::VCPU }>) -> Step {
         let mut reach = Reach { guest, range: *range, through: *through, passes, held: &mut held };
         match blk.step(&mut reach) {
             Did::Nothing => {}
-            Did::Some => {
-                let line = u32::try_from(number).unwrap_or(0);
-                return Step::Done(vgic.set_spi(INTID_VIRTIO + line, blk.line()).0);
-            }
+            Did::Some => return Step::Done(signal(number, blk, vgic).0),
             Did::Wait(slot, what) => {
                 guest.work.waits.store(true, Ordering::SeqCst);
                 return Step::Wait { disk: number, slot, what };
@@ -294,13 +298,16 @@ impl Reach<'_, '_> {
         match copied {
             Ok(Copied::Done) => Ok(()),
             Ok(Copied::Wait(what)) => Err(Fault::Wait(what)),
-            Err(error) => {
-                if self.guest.complain_once(Complaint::Disk) {
-                    log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
-                }
-                Err(Fault::Bad)
-            }
+            Err(error) => Err(self.fails(error)),
         }
+    }
+
+    /// Says once why a request fails.
+    fn fails(&self, error: impl core::fmt::Debug) -> Fault<WaitFor> {
+        if self.guest.complain_once(Complaint::Disk) {
+            log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
+        }
+        Fault::Bad
     }
 }
 
@@ -338,12 +345,7 @@ impl Medium for Reach<'_, '_> {
         match mm::vm().discard(&self.guest.map, range, self.held) {
             Ok(Discarded::Done(_)) => Ok(()),
             Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
-            Err(error) => {
-                if self.guest.complain_once(Complaint::Disk) {
-                    log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
-                }
-                Err(Fault::Bad)
-            }
+            Err(error) => Err(self.fails(error)),
         }
     }
 
