@@ -46,7 +46,7 @@ fn does(machine: &mut Monitored, guest: u64, line: &str, number: u32) -> Result<
 /// Both disks are flushed, which `sync` alone does not do to a disk without a filesystem, and the guest's caches are
 /// dropped, so that the next look is at the disks.
 const FORGET: &str = "sync; for disk in vda vdb; do dd if=/dev/null of=/dev/$disk conv=notrunc,fsync; done; \
-                      echo 7 >/proc/sys/vm/drop_caches";
+                      echo 3 >/proc/sys/vm/drop_caches";
 
 /// A disk that persists, one that is private, one that is read only.
 fn persists(name: &str, kernel: &str, cpu: &str) -> Result<()> {
@@ -174,7 +174,7 @@ fn hostile(name: &str) -> Result<()> {
     let words = ["--batch", "--timeout", "400", "--disk", &disk, "--with", &with];
     let mut machine = monitored(name, &words)?;
     machine.ask("wait guest \"guest ready: guest\"")?;
-    let busy = "dmesg -n 1; cp /dev/vda /was; (while :; do echo 7 >/proc/sys/vm/drop_caches; cmp /was /dev/vda || echo torn-$((6*7)); \
+    let busy = "dmesg -n 1; cp /dev/vda /was; (while :; do echo 3 >/proc/sys/vm/drop_caches; cmp /was /dev/vda || echo torn-$((6*7)); \
                 dd if=/was of=/dev/vda bs=64k conv=notrunc,fsync; done) >/tmp/busy 2>&1 & echo busy-$((1+1))";
     machine.talk(1, busy, "busy-2")?;
     does(&mut machine, 1, "cmp /was /dev/vda", 0)?;
