@@ -336,3 +336,29 @@ fn without_swap_a_guests_pages_are_left_alone() {
     assert!((0..16).all(|page| is_mapped(&guest, page)), "nothing is unmapped for nothing");
     rig.check();
 }
+
+#[test]
+fn a_page_that_a_collapse_moves_while_its_leaves_are_looked_for_is_found_where_it_is_now() {
+    for apart in 1..=6 {
+        let rig = Rig::with_swap(1536, 1536);
+        let guest = rig.guest(1200);
+        rig.fill(&guest, 0..600);
+        let clone = rig.clone(&guest);
+        // As many of its own, so that what is below moves up to it; and leaves to what it shares.
+        rig.fill(&guest, 600..1200);
+        (0..600).for_each(|page| assert_eq!(rig.load(&guest, at(page, 77)), Ok(byte_of(page))));
+        rig.vm.set_free_target(u32::MAX, u32::MAX);
+        while is_mapped(&guest, 300) {
+            rig.vm.pageout(1, &mut Held::root());
+            rig.deliver_all();
+        }
+        rig.vm.destroy_map(clone, &mut Held::root());
+        // The two go through the same pages, and the collapse is the faster one.
+        while rig.vm.step(3 + apart, &mut Held::root()) {
+            rig.vm.pageout(1, &mut Held::root());
+            rig.check();
+            rig.deliver_all();
+        }
+        assert!(rig.vm.stats().collapse_moved >= 600, "{:?}", rig.vm.stats());
+    }
+}

@@ -105,7 +105,9 @@ impl<M: Machine> Vm<M> {
                 Stop::Map(Some(map), at) => self.visit(&map, at, sweep, held),
                 Stop::Object(number, page) => {
                     let Some(object) = self.objects.at(number) else { return Swept::Not };
-                    let open = object.read(held).0.slots.get(page) == Slot::Absent;
+                    // A collapse may have moved the very page up here: that hides nothing.
+                    let slot = object.read(held).0.slots.get(page);
+                    let open = slot == Slot::Absent || slot == Slot::Resident(sweep.frame);
                     (sweep.here, sweep.at, sweep.cursor, sweep.open) = (number, page, None, open);
                 }
             }
