@@ -20,7 +20,7 @@ pub const CLUSTER_PAGES: u32 = 16;
 /// Neighbours that are looked at when a fault is served from a page that is there already.
 pub const AROUND_PAGES: u32 = 16;
 /// Transfers in flight.
-pub const MAX_IO: u32 = 1024;
+pub const MAX_IO: u32 = 256;
 /// Transfers out in flight.
 pub const MAX_PUTS: u32 = 32;
 /// Pages of a swap store that are used: 64 GiB.

@@ -11,6 +11,8 @@
 
 use super::hal::{Identity, Pages};
 use super::{DeviceError, Mmio, kick, negotiate, queue};
+use arrayvec::ArrayVec;
+use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::{DeviceStatus, Transport};
@@ -105,7 +107,7 @@ struct Entry {
 /// One disk.
 /// # Invariants
 /// B1. `slots[s]` is `Some` exactly when some `by_head[h]` is `s`, and then the chain of descriptor `h` is in the
-///     queue, made of the buffers that `Buffers::of` lists for it.
+///     queue, made of the buffers that `Buffers::fill` lists for it.
 /// B2. Pool entries of different requests and of the free list are disjoint, and together they are the pool.
 pub struct Blk<T: Transport = Mmio> {
     transport: T,
@@ -290,10 +292,12 @@ impl<T: Transport> Blk<T> {
             self.give_up();
             return self.fail_one();
         };
-        let mut buffers = Buffers::of(&self.dma, slot, request, &self.pool);
-        let (inputs, outputs) = buffers.lists();
-        // SAFETY: B1: these are the buffers that went in with this head; the pool has not changed since.
-        let popped = unsafe { self.queue.pop_used(head, inputs, outputs) };
+        let popped = {
+            let mut buffers = ManuallyDrop::new(Buffers::new());
+            let (inputs, outputs) = buffers.fill(&self.dma, slot, request, &self.pool);
+            // SAFETY: B1: these are the buffers that went in with this head; the pool has not changed since.
+            unsafe { self.queue.pop_used(head, inputs, outputs) }
+        };
         if popped.is_err() {
             self.give_up();
             return self.fail_one();
@@ -400,11 +404,13 @@ impl<T: Transport> Blk<T> {
             segments: u16::try_from(in_pool.len()).map_err(|_| BlkError::Refused)?,
             first: self.take_entries(in_pool),
         };
-        let mut buffers = Buffers::of(&self.dma, slot, request, &self.pool);
-        let (inputs, outputs) = buffers.lists();
-        // SAFETY: the segments are the device's by `start`'s contract until the completion, and the rest lies in
-        // a slot that stays taken until then.
-        let added = unsafe { self.queue.add(inputs, outputs) };
+        let added = {
+            let mut buffers = ManuallyDrop::new(Buffers::new());
+            let (inputs, outputs) = buffers.fill(&self.dma, slot, request, &self.pool);
+            // SAFETY: the segments are the device's by `start`'s contract until the completion, and the rest lies
+            // in a slot that stays taken until then.
+            unsafe { self.queue.add(inputs, outputs) }
+        };
         let Some(entry) = added.ok().and_then(|head| self.by_head.get_mut(usize::from(head))) else {
             self.give_entries(request);
             return Err(BlkError::Busy);
@@ -461,25 +467,30 @@ impl<T: Transport> Drop for Blk<T> {
     }
 }
 
-/// The buffers of one request, as the queue wants to see them when they go in and when they come back.
+/// The buffers of one request, as the queue wants to see them when they go in and when they come back. Filled where
+/// it stands: room for the longest request is 4 KiB, and most have one segment. Lists of references have nothing to
+/// drop, and the queue borrows them for as long as what they refer to: hence `ManuallyDrop` wherever there is one.
 struct Buffers<'a> {
-    inputs: [&'a [u8]; MAX_SEGMENTS + 2],
-    outputs: [&'a mut [u8]; MAX_SEGMENTS + 2],
-    input_count: usize,
-    output_count: usize,
+    inputs: ArrayVec<&'a [u8], { MAX_SEGMENTS + 2 }>,
+    outputs: ArrayVec<&'a mut [u8], { MAX_SEGMENTS + 2 }>,
 }
 
 impl<'a> Buffers<'a> {
-    fn of(dma: &'a Pages, slot: usize, request: Request, pool: &[Entry; QUEUE]) -> Self {
-        let mut buffers = Self {
-            inputs: [&[]; MAX_SEGMENTS + 2],
-            outputs: core::array::from_fn(|_| -> &mut [u8] { &mut [] }),
-            input_count: 0,
-            output_count: 0,
-        };
-        buffers.push(at(dma, slot, 0), 16, false);
+    fn new() -> Self {
+        Self { inputs: ArrayVec::new(), outputs: ArrayVec::new() }
+    }
+
+    /// Lists a request's.
+    fn fill(
+        &'a mut self,
+        dma: &'a Pages,
+        slot: usize,
+        request: Request,
+        pool: &[Entry; QUEUE],
+    ) -> (&'a [&'a [u8]], &'a mut [&'a mut [u8]]) {
+        self.push(at(dma, slot, 0), 16, false);
         if request.kind == Kind::Discard {
-            buffers.push(at(dma, slot, RANGE_AT), 16, false);
+            self.push(at(dma, slot, RANGE_AT), 16, false);
         }
         let mut entry = request.first;
         for _ in 0..request.segments {
@@ -488,12 +499,12 @@ impl<'a> Buffers<'a> {
             let address = usize::try_from(segment.base.bits()).unwrap_or(0);
             let start = NonNull::new(core::ptr::with_exposed_provenance_mut(address));
             if let (Some(start), Ok(bytes)) = (start, usize::try_from(segment.bytes)) {
-                buffers.push(start, bytes, matches!(request.kind, Kind::Read | Kind::Id));
+                self.push(start, bytes, matches!(request.kind, Kind::Read | Kind::Id));
             }
             entry = next;
         }
-        buffers.push(at(dma, slot, STATUS_AT), 1, true);
-        buffers
+        self.push(at(dma, slot, STATUS_AT), 1, true);
+        (&self.inputs, &mut self.outputs)
     }
 
     fn push(&mut self, start: NonNull<u8>, bytes: usize, device_writes: bool) {
@@ -501,17 +512,11 @@ impl<'a> Buffers<'a> {
         if device_writes {
             // SAFETY: RAM that is the request's alone, by `start`'s contract or as part of its slot. The queue
             // takes the address and the length, and touches no byte.
-            self.outputs[self.output_count] = unsafe { whole.as_mut() };
-            self.output_count += 1;
+            self.outputs.push(unsafe { whole.as_mut() });
         } else {
             // SAFETY: as above.
-            self.inputs[self.input_count] = unsafe { whole.as_ref() };
-            self.input_count += 1;
+            self.inputs.push(unsafe { whole.as_ref() });
         }
-    }
-
-    fn lists(&'a mut self) -> (&'a [&'a [u8]], &'a mut [&'a mut [u8]]) {
-        (&self.inputs[..self.input_count], &mut self.outputs[..self.output_count])
     }
 }
 

@@ -192,7 +192,8 @@ impl PageStore for Disks {
         token: IoToken,
     ) -> Result<(), StoreError> {
         let (part, disk) = self.disk_of(store)?;
-        let transfer = Transfer::new(part, first, frames)?;
+        let mut transfer = Transfer::default();
+        transfer.describe(part, first, frames)?;
         let way = match direction {
             Direction::In => blk::Direction::Read,
             Direction::Out => blk::Direction::Write,
@@ -232,7 +233,7 @@ impl PageStore for Disks {
 }
 
 /// A transfer, as a disk takes it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Transfer {
     sector: u64,
     segments: ArrayVec<Segment, MAX_SEGMENTS>,
@@ -241,11 +242,12 @@ struct Transfer {
 }
 
 impl Transfer {
-    fn new(part: &Part, first: u64, frames: &[Pfn]) -> Result<Self, StoreError> {
+    /// Fills in an empty one where it stands: there is room for 2 KiB of segments.
+    fn describe(&mut self, part: &Part, first: u64, frames: &[Pfn]) -> Result<(), StoreError> {
         let start = first.checked_mul(PER_PAGE).filter(|start| *start < part.sectors);
         let start = start.ok_or(StoreError::Refused)?;
         let mut left = (part.sectors - start) * SECTOR;
-        let mut transfer = Self { sector: part.first_sector + start, segments: ArrayVec::new(), tail: None };
+        self.sector = part.first_sector + start;
         for frame in frames {
             let bytes = left.min(PAGE_SIZE);
             let base = frame.base();
@@ -256,10 +258,10 @@ impl Transfer {
             left -= bytes;
             if bytes < PAGE_SIZE {
                 let number = |value: u64| usize::try_from(value).map_err(|_| StoreError::Refused);
-                transfer.tail = Some((number(base.bits() + bytes)?, number(PAGE_SIZE - bytes)?));
+                self.tail = Some((number(base.bits() + bytes)?, number(PAGE_SIZE - bytes)?));
             }
             // A neighbour of the last frame lengthens its segment.
-            if let Some(last) = transfer.segments.last_mut()
+            if let Some(last) = self.segments.last_mut()
                 && last.base.checked_add(u64::from(last.bytes)) == Some(base)
                 && let Some(joined) = last.bytes.checked_add(size)
             {
@@ -267,9 +269,9 @@ impl Transfer {
                 continue;
             }
             let segment = Segment { base, bytes: size };
-            transfer.segments.try_push(segment).map_err(|_| StoreError::Refused)?;
+            self.segments.try_push(segment).map_err(|_| StoreError::Refused)?;
         }
-        Ok(transfer)
+        Ok(())
     }
 }
 
@@ -291,6 +293,11 @@ mod tests {
         Part { disk: 0, whole: false, name: String::new(), first_sector: 100, sectors: 20 }
     }
 
+    fn transfer(part: &Part, first: u64, frames: &[Pfn]) -> Result<Transfer, StoreError> {
+        let mut transfer = Transfer::default();
+        transfer.describe(part, first, frames).map(|()| transfer)
+    }
+
     fn segment(base: u64, bytes: u32) -> Segment {
         Segment { base: PhysAddr::new(base), bytes }
     }
@@ -299,7 +306,7 @@ mod tests {
     fn neighbouring_frames_are_one_segment() {
         let frames = [Pfn::new(5), Pfn::new(6), Pfn::new(8)];
         let part = Part { sectors: 1000, ..part() };
-        let transfer = Transfer::new(&part, 2, &frames).unwrap();
+        let transfer = transfer(&part, 2, &frames).unwrap();
         assert_eq!(transfer.sector, 116);
         assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 0x2000), segment(0x8000, 0x1000)]);
         assert_eq!(transfer.tail, None);
@@ -307,16 +314,16 @@ mod tests {
 
     #[test]
     fn the_last_part_of_a_page_is_transferred_and_the_rest_of_its_frame_is_zeroed() {
-        let transfer = Transfer::new(&part(), 2, &[Pfn::new(5)]).unwrap();
+        let transfer = transfer(&part(), 2, &[Pfn::new(5)]).unwrap();
         assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 4 * 512)]);
         assert_eq!(transfer.tail, Some((0x5800, 0x800)));
     }
 
     #[test]
     fn pages_past_the_end_are_refused() {
-        assert_eq!(Transfer::new(&part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
-        assert_eq!(Transfer::new(&part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
-        assert_eq!(Transfer::new(&part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
+        assert_eq!(transfer(&part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
+        assert_eq!(transfer(&part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
+        assert_eq!(transfer(&part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
     }
 
     #[test]

@@ -73,6 +73,8 @@ pub fn main_loop(outside: &dyn Outside) -> ! {
 /// One turn of the main loop: a chore, a slice or a sleep.
 pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     quiet::stand_by(held);
+    // What a vCPU left behind and what comes next are long enough, each: interrupts in between (invariant I6).
+    slice::idle_interrupts(cpu, outside, held);
     if cpu.loaded.as_ref().is_some_and(|loaded| loaded.guest.life() != Life::Running) {
         cpu.unload(outside, held);
         // Whoever looked before saw that its registers were still here.

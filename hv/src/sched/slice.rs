@@ -369,7 +369,7 @@ fn interrupted(
     None
 }
 
-/// Interrupts that came while nothing ran.
+/// Takes the interrupts that came while no vCPU ran.
 pub fn idle_interrupts(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     let seen = {
         // Nobody contends for it: it only says that this call chain holds what a running vCPU would.

@@ -1,7 +1,7 @@
 //! The slot index of one object: for each page absent, zero, resident or swapped (DESIGN 4).
 //!
 //! A three-level radix: a root that grows to the highest page present, regions of 64 leaves, leaves of 64
-//! slots of four bytes. What is not there costs nothing: a region that was never touched is an empty box,
+//! slots of four bytes. What is not there costs nothing: a region that was never touched is no box,
 //! and a leaf whose pages are all zero is one bit. Range operations skip what is not there, so their cost
 //! follows what is present in the range (D10). Called by `object`, `fault`, `pager`.
 
@@ -67,7 +67,11 @@ struct Region {
     zero: u64,
     /// Slots that are not absent, for each leaf that is there.
     present: [u8; LEAVES],
-    leaves: [Box<[u32]>; LEAVES],
+    leaves: [Option<Box<[u32; LEAF]>>; LEAVES],
+}
+
+impl Region {
+    const NOTHING: Self = Self { zero: 0, present: [0; LEAVES], leaves: [const { None }; LEAVES] };
 }
 
 /// How many slots of each kind there are.
@@ -109,7 +113,7 @@ impl SlotCounts {
 /// Where each page of one object is.
 #[derive(Default)]
 pub struct Index {
-    root: Vec<Box<[Region]>>,
+    root: Vec<Option<Box<[Region; 1]>>>,
     counts: SlotCounts,
 }
 
@@ -118,12 +122,12 @@ const fn split(page: PageIndex) -> (usize, usize, usize) {
     (number >> REGION_SHIFT, (number >> LEAF_SHIFT) & (LEAVES - 1), number & (LEAF - 1))
 }
 
-/// One value in a box, or the refusal of the heap.
-fn boxed<T>(value: T) -> Result<Box<[T]>, VmError> {
-    let mut one = Vec::new();
-    one.try_reserve_exact(1).map_err(|_| VmError::NoMemory)?;
-    one.push(value);
-    Ok(one.into_boxed_slice())
+/// So many values in a box, or the refusal of the heap.
+fn boxed<T, const N: usize>(value: impl Fn() -> T) -> Result<Box<[T; N]>, VmError> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(N).map_err(|_| VmError::NoMemory)?;
+    values.resize_with(N, value);
+    values.try_into().map_err(|_| VmError::NoMemory)
 }
 
 impl Index {
@@ -137,13 +141,19 @@ impl Index {
         self.counts
     }
 
+    #[inline]
+    fn region(&self, region: usize) -> Option<&Region> {
+        let [region] = &**self.root.get(region)?.as_ref()?;
+        Some(region)
+    }
+
     /// What is known of a page.
     #[inline]
     pub fn get(&self, page: PageIndex) -> Slot {
         let (region, leaf, slot) = split(page);
-        let Some([region]) = self.root.get(region).map(|region| &**region) else { return Slot::Absent };
-        match region.leaves[leaf].get(slot) {
-            Some(&bits) => Slot::decode(bits),
+        let Some(region) = self.region(region) else { return Slot::Absent };
+        match &region.leaves[leaf] {
+            Some(slots) => Slot::decode(slots[slot]),
             None if region.zero & 1 << leaf != 0 => Slot::Zero,
             None => Slot::Absent,
         }
@@ -154,15 +164,16 @@ impl Index {
     #[inline]
     pub fn set(&mut self, page: PageIndex, to: Slot) -> Result<Slot, VmError> {
         let (region, leaf, slot) = split(page);
-        let there = self.root.get(region).is_some_and(|r| !r.is_empty() && !r[0].leaves[leaf].is_empty());
-        if !there {
+        if self.region(region).is_none_or(|home| home.leaves[leaf].is_none()) {
             if to == Slot::Absent && self.get(page) == Slot::Absent {
                 return Ok(Slot::Absent);
             }
             self.grow(region, leaf)?;
         }
-        let home = &mut self.root[region][0];
-        let bits = &mut home.leaves[leaf][slot];
+        let Some(Some(home)) = self.root.get_mut(region) else { return Err(VmError::NoMemory) };
+        let [home] = &mut **home;
+        let Some(slots) = &mut home.leaves[leaf] else { return Err(VmError::NoMemory) };
+        let bits = &mut slots[slot];
         let before = Slot::decode(*bits);
         *bits = to.encode();
         self.counts.sub(before);
@@ -172,7 +183,7 @@ impl Index {
             (false, true) => {
                 home.present[leaf] -= 1;
                 if home.present[leaf] == 0 {
-                    home.leaves[leaf] = Box::default();
+                    home.leaves[leaf] = None;
                 }
             }
             (true, true) | (false, false) => {}
@@ -186,26 +197,24 @@ impl Index {
         if self.root.len() <= region {
             let more = region + 1 - self.root.len();
             self.root.try_reserve_exact(more).map_err(|_| VmError::NoMemory)?;
-            self.root.resize_with(region + 1, Box::default);
+            self.root.resize_with(region + 1, || None);
         }
-        if self.root[region].is_empty() {
-            let leaves = [const { Vec::new() }; LEAVES].map(Vec::into_boxed_slice);
-            self.root[region] = boxed(Region { zero: 0, present: [0; LEAVES], leaves })?;
+        let home = &mut self.root[region];
+        if home.is_none() {
+            *home = Some(boxed(|| Region::NOTHING)?);
         }
-        Ok(&mut self.root[region][0])
+        let [home] = &mut **home.as_mut().ok_or(VmError::NoMemory)?;
+        Ok(home)
     }
 
     /// Makes the leaf there.
     #[cold]
     fn grow(&mut self, region: usize, leaf: usize) -> Result<(), VmError> {
         let home = self.reach(region)?;
-        let mut slots = Vec::new();
-        slots.try_reserve_exact(LEAF).map_err(|_| VmError::NoMemory)?;
         let zero = home.zero & 1 << leaf != 0;
-        slots.resize(LEAF, if zero { ZERO } else { ABSENT });
+        home.leaves[leaf] = Some(boxed(|| if zero { ZERO } else { ABSENT })?);
         home.zero &= !(1 << leaf);
         home.present[leaf] = if zero { FULL } else { 0 };
-        home.leaves[leaf] = slots.into_boxed_slice();
         Ok(())
     }
 
@@ -222,7 +231,7 @@ impl Index {
         let before = core::mem::take(&mut home.leaves[leaf]);
         home.present[leaf] = 0;
         home.zero |= 1 << leaf;
-        before.iter().for_each(|&bits| self.counts.sub(Slot::decode(bits)));
+        before.iter().flat_map(|slots| slots.iter()).for_each(|&bits| self.counts.sub(Slot::decode(bits)));
         self.counts.zero += Self::LEAF_PAGES;
         Ok(())
     }
@@ -239,11 +248,11 @@ impl Index {
             if region >= self.root.len() {
                 return None;
             }
-            let Some([home]) = self.root.get(region).map(|region| &**region) else {
+            let Some(home) = self.region(region) else {
                 page = next_multiple(page, REGION_SHIFT)?;
                 continue;
             };
-            if home.leaves[leaf].is_empty() && home.zero & 1 << leaf == 0 {
+            if home.leaves[leaf].is_none() && home.zero & 1 << leaf == 0 {
                 page = next_multiple(page, LEAF_SHIFT)?;
                 continue;
             }
@@ -267,11 +276,13 @@ impl Index {
 
     /// Bytes that the index itself takes.
     pub fn bytes(&self) -> usize {
-        let regions = self.root.iter().flat_map(|region| region.iter());
+        let regions = self.root.iter().flatten();
         let leaves: usize = regions
-            .map(|r| size_of::<Region>() + r.leaves.iter().map(|leaf| size_of_val(&**leaf)).sum::<usize>())
+            .map(|home| {
+                size_of_val(&**home) + home[0].leaves.iter().flatten().count() * size_of::<[u32; LEAF]>()
+            })
             .sum();
-        self.root.capacity() * size_of::<Box<[Region]>>() + leaves
+        self.root.capacity() * size_of::<Option<Box<[Region; 1]>>>() + leaves
     }
 }
 

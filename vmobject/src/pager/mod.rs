@@ -99,21 +99,6 @@ struct Table {
 /// The transfers in flight.
 pub struct Transfers(Ranked<IO, Table>);
 
-impl Table {
-    /// One more place.
-    fn grow(&mut self) -> Result<u32, VmError> {
-        let place = u32::try_from(self.places.len()).map_err(|_| VmError::Limit("transfers"))?;
-        if place >= MAX_IO {
-            return Err(VmError::Limit("transfers"));
-        }
-        self.places.try_reserve(1).map_err(|_| VmError::NoMemory)?;
-        let room = (place as usize + 1).saturating_sub(self.vacant.len());
-        self.vacant.try_reserve(room).map_err(|_| VmError::NoMemory)?;
-        self.places.push(Place { generation: 1, transfer: None });
-        Ok(place)
-    }
-}
-
 const fn token(place: u32, generation: u32) -> IoToken {
     IoToken((generation as u64) << 32 | place as u64)
 }
@@ -124,14 +109,14 @@ fn parts(token: IoToken) -> Option<(usize, u32)> {
 }
 
 impl Transfers {
-    /// None, and places for as many out as there may be.
+    /// None, and places for as many as there may be: what begins a transfer allocates nothing.
     pub fn new() -> Result<Self, VmError> {
-        let mut table = Table { places: Vec::new(), vacant: Vec::new(), puts: 0, leaving: 0, serial: 0 };
-        for _ in 0..MAX_PUTS {
-            let place = table.grow()?;
-            table.vacant.push(place);
-        }
-        Ok(Self(Ranked::new(table)))
+        let (mut places, mut vacant) = (Vec::new(), Vec::new());
+        places.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
+        vacant.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
+        places.resize_with(MAX_IO as usize, || Place { generation: 1, transfer: None });
+        vacant.extend((0..MAX_IO).rev());
+        Ok(Self(Ranked::new(Table { places, vacant, puts: 0, leaving: 0, serial: 0 })))
     }
 
     /// Notes a transfer that is about to start.
@@ -147,10 +132,7 @@ impl Transfers {
             Direction::Out => 0,
         };
         let vacant = if table.vacant.len() > kept as usize { table.vacant.pop() } else { None };
-        let place = match vacant {
-            Some(place) => place,
-            None => table.grow()?,
-        };
+        let place = vacant.ok_or(VmError::Limit("transfers"))?;
         if transfer.way == Direction::Out {
             table.puts += 1;
             table.leaving += transfer.pages;

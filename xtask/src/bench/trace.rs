@@ -67,9 +67,12 @@ impl Code {
         (0x400..0x800).contains(&vector) && vector.is_multiple_of(0x80)
     }
 
-    /// Interrupts are not kept waiting across this: WFI, or MSR DAIFClr with the interrupts' bit.
+    /// Interrupts are not kept waiting across this: WFI, MSR DAIFClr with the interrupts' bit, or MRS of ICC_IAR1_EL1,
+    /// which takes the one that is pending as an exception would.
     fn lets_interrupts_in(&self, at: u64) -> bool {
-        self.word(at).is_some_and(|word| word == 0xd503_207f || word & 0xffff_f2ff == 0xd503_42ff)
+        self.word(at).is_some_and(|word| {
+            word == 0xd503_207f || word & 0xffff_f2ff == 0xd503_42ff || word & !0x1f == 0xd538_cc00
+        })
     }
 }
 
