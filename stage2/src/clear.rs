@@ -11,16 +11,17 @@ use crate::table::{ENTRIES, TableSource};
 use crate::tlb::{Batch, TlbOps};
 use crate::tree::{Slot, Stage2, harvest};
 use crate::walk::Spot;
+use core::sync::atomic::{AtomicU64, Ordering};
 use vmobject::addr::{Ipa, Pfn};
 use vmobject::pmap::Sink;
 
-/// Descriptors in a table, as a budget counts them.
-const TABLE: u32 = 512;
-const _: () = assert!(ENTRIES == 512, "as `TABLE` says");
+/// What looking through a table costs, in leaves that are settled: an entry where nothing is takes an eighth of that.
+const TABLE: u32 = 64;
+const _: () = assert!(ENTRIES == 8 * 64, "as `TABLE` says");
 
 /// What a step has yet to settle.
 struct Step<'a> {
-    /// Entries and pages that may still be looked at.
+    /// Pages that may still be settled.
     left: u32,
     /// Leaves of the root, which parking does not hide.
     batch: Batch,
@@ -28,8 +29,8 @@ struct Step<'a> {
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
-    /// Looks at about `budget` entries more, and at a whole table at least; a block counts as its pages, since
-    /// it speaks for each. True when only the root is left.
+    /// Settles about `budget` leaves more, and one at least; a block counts as its pages, since it speaks for each.
+    /// True when only the root is left.
     pub(crate) fn clear_step(&mut self, budget: u32, sink: Sink<'_>) -> bool {
         self.park_roots();
         let mut step = Step { left: budget, batch: Batch::new(), sink };
@@ -42,22 +43,32 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         done
     }
 
-    /// Empties a table that maps from `base` on; false when the budget does not reach that far. A table of the
-    /// last level is always emptied, so every step gets somewhere.
+    /// Empties a table that maps from `base` on; false when the budget does not reach that far. What was emptied stays
+    /// so: the next step passes over it.
     fn clear_table(&mut self, table: Pfn, level: u32, base: Ipa, step: &mut Step<'_>) -> bool {
-        step.left = step.left.saturating_sub(TABLE);
-        let mut at = base;
-        for index in 0..ENTRIES {
+        let mut octet = 0;
+        // Most entries of most tables are nothing, and eight are seen through at a time.
+        while let Some(eight) = self.source.table(table).as_chunks::<8>().0.get(octet) {
+            let Some(one) = eight.iter().position(is_used) else {
+                octet += 1;
+                continue;
+            };
+            let index = octet * 8 + one;
+            let Some(at) = base.checked_add((index as u64) << Geometry::shift(level)) else { break };
             if !self.clear_entry(Slot::new(table, index), level, at, step) {
                 return false;
             }
-            at = Geometry::next_entry(at, level);
         }
+        step.left = step.left.saturating_sub(TABLE);
         true
     }
 
-    /// Empties an entry that maps from `at` on; false when there is more in it, or no budget for the next.
+    /// Empties an entry that maps from `at` on; false when there is more in it, or no budget for it. True: nothing is
+    /// there any more.
     fn clear_entry(&mut self, slot: Slot, level: u32, at: Ipa, step: &mut Step<'_>) -> bool {
+        if step.left == 0 {
+            return false;
+        }
         let entry = self.read(slot);
         if level < LAST && (entry.is_table() || entry.is_parked()) {
             if !self.clear_table(entry.frame(), level + 1, at, step) {
@@ -65,20 +76,21 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             }
             self.swap(slot, Descriptor::NOTHING);
             self.free_table(entry.frame());
-            return step.left > 0;
-        }
-        if !entry.is_valid() {
             return true;
         }
         let old = self.swap(slot, Descriptor::NOTHING);
-        if level == self.geometry.start() {
-            step.batch.page(at);
+        if old.is_valid() {
+            if level == self.geometry.start() {
+                step.batch.page(at);
+            }
+            harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
+            step.left = step.left.saturating_sub(Spot::pages_of(level));
         }
-        harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
-        if level == LAST {
-            return true;
-        }
-        step.left = step.left.saturating_sub(Spot::pages_of(level));
-        step.left > 0
+        true
     }
+}
+
+#[inline]
+fn is_used(entry: &AtomicU64) -> bool {
+    entry.load(Ordering::Relaxed) != Descriptor::NOTHING.bits()
 }

@@ -112,7 +112,7 @@ pub enum VmError {
 }
 
 /// Slots' worth of chores that a call which frees something does at once.
-const PROMPT: u32 = 256;
+const PROMPT: u32 = 12;
 
 struct Maps<M: Machine> {
     list: Vec<Weak<Map<M>>>,

@@ -7,6 +7,7 @@
 //! name, the number, random numbers, the console's log. Named snapshots are kept on the [shelf](keep).
 //! Called by `monitor`. Locks: none held by the caller.
 
+use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -97,7 +98,7 @@ impl From<CreateError> for SnapshotError {
 }
 
 /// Keeps what a guest is now. None of its vCPUs runs or has registers in a CPU.
-pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Snapshot, SnapshotError> {
+pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_quiet());
     let mut vcpus = Vec::new();
     vcpus.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
@@ -110,11 +111,11 @@ pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Snapshot, SnapshotE
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let random = Ranked::new(guest.random.lock(held).0.child());
     let memory = mm::vm().snapshot(&guest.map, held)?;
-    Ok(Snapshot { config, memory, vcpus, devices, random, time: guest.time() })
+    Ok(Box::new(Snapshot { config, memory, vcpus, devices, random, time: guest.time() }))
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
-/// the snapshot's stood; `poll` lets transfers finish meanwhile.
+/// the snapshot's stood; `poll` lets interrupts in and transfers finish between the parts of it.
 pub fn make(
     snapshot: &Snapshot,
     id: GuestId,
@@ -131,12 +132,15 @@ pub fn make(
             .map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
     );
     let mut random = snapshot.twin(held);
+    poll(held);
     let map = mm::map_of(&snapshot.memory, held)?;
+    poll(held);
     let promised = mm::vm().set_vcpus(&map, vcpus.len(), held).map_err(CreateError::from);
     if let Err(error) = promised.and_then(|()| genid::renew(&map, &mut random, poll, held)) {
         mm::vm().destroy_map(map, held);
         return Err(error.into());
     }
+    poll(held);
     let mut devices = snapshot.devices.clone();
     genid::announce(&mut devices);
     let parts = Parts {
@@ -189,7 +193,7 @@ pub fn restore(
 }
 
 /// Gives a snapshot's memory back, as far as nobody shares it.
-pub fn delete(snapshot: Snapshot, held: &mut Held<'_, 0>) {
+pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
     mm::vm().delete_snapshot(snapshot.memory, held);
 }
 
@@ -230,7 +234,7 @@ static SHELF: Ranked<{ rank::GUESTS }, Vec<Kept>> = Ranked::new(Vec::new());
 
 /// Keeps a snapshot of guest `source` under a name; without one it gets one.
 pub fn keep(
-    snapshot: Snapshot,
+    snapshot: Box<Snapshot>,
     source: GuestId,
     name: Option<&str>,
     held: &mut Held<'_, 0>,
@@ -247,7 +251,7 @@ pub fn keep(
         } else if shelf.len() >= MAX_KEPT || shelf.try_reserve(1).is_err() {
             (snapshot, SnapshotError::TooMany)
         } else {
-            let snapshot = Arc::new(snapshot);
+            let snapshot = Arc::from(snapshot);
             shelf.push(Kept { name: name.clone(), source, members: vec![source], snapshot });
             return Ok(name);
         }
@@ -278,7 +282,10 @@ pub fn forget(name: &str, held: &mut Held<'_, 0>) -> bool {
     let snapshot = {
         let (mut shelf, _held) = SHELF.lock(held);
         let unused = |kept: &Kept| kept.name == name && Arc::strong_count(&kept.snapshot) == 1;
-        shelf.iter().position(unused).and_then(|place| Arc::into_inner(shelf.remove(place).snapshot))
+        shelf
+            .iter()
+            .position(unused)
+            .and_then(|place| Arc::into_inner(shelf.remove(place).snapshot).map(Box::new))
     };
     let found = snapshot.is_some();
     if let Some(snapshot) = snapshot {

@@ -112,9 +112,10 @@ impl Guests<'_, '_> {
         if table::find(&name, self.held).is_some() {
             return Err(format!("there is a guest '{name}' already"));
         }
-        let (outside, birth) = (self.outside, Birth::first(moment.config().grant_fork));
-        let guest = snapshot::make(&moment, id, name, birth, &|held| outside.poll(held), self.held)
-            .map_err(|error| error.to_string())?;
+        let (cpu, outside, birth) = (&*self.cpu, self.outside, Birth::first(moment.config().grant_fork));
+        let rest = |held: &mut Held<'_, 0>| sched::take_interrupts(cpu, outside, held);
+        let guest =
+            snapshot::make(&moment, id, name, birth, &rest, self.held).map_err(|error| error.to_string())?;
         self.launch(guest)
     }
 }
@@ -164,9 +165,9 @@ impl Host for Guests<'_, '_> {
         if table::find(&config.name, self.held).is_some() {
             return Err(format!("there is a guest '{}' already", config.name));
         }
-        let outside = self.outside;
-        let guest = create::create(id, config, None, &|held| outside.poll(held), self.held)
-            .map_err(|error| error.to_string())?;
+        let (cpu, outside) = (&*self.cpu, self.outside);
+        let rest = |held: &mut Held<'_, 0>| sched::take_interrupts(cpu, outside, held);
+        let guest = create::create(id, config, None, &rest, self.held).map_err(|error| error.to_string())?;
         self.launch(guest)
     }
 

@@ -7,13 +7,14 @@ use crate::guest::exit::Ending;
 use crate::guest::{create, table};
 use vmobject::lock::Held;
 
-use super::{Outside, WAITERS, errands, launch_again};
+use super::load::Cpu;
+use super::{Outside, WAITERS, errands, launch_again, take_interrupts};
 
 /// How many guests are buried in one go (invariant I6).
 const MAX_BURIALS: usize = 4;
 
 /// Does what there is to do.
-pub(super) fn work(outside: &dyn Outside, held: &mut Held<'_, 0>) {
+pub(super) fn work(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     for _ in 0..MAX_BURIALS {
         let Some(guest) = table::claim_ended(held) else { return };
         let (id, ending) = (guest.id, guest.ending());
@@ -22,10 +23,13 @@ pub(super) fn work(outside: &dyn Outside, held: &mut Held<'_, 0>) {
         log::info!("guest {} \"{}\": ended: {}", id, guest.name(), ending.name());
         let config = guest.config.clone();
         let log = guest.log.clone();
+        take_interrupts(cpu, outside, held);
         create::destroy(guest, held);
+        take_interrupts(cpu, outside, held);
         super::memory_freed(held);
-        let again = (ending == Ending::Reset)
-            .then(|| create::create(id, config, Some(log), &|held| outside.poll(held), held));
+        let again = (ending == Ending::Reset).then(|| {
+            create::create(id, config, Some(log), &|held| take_interrupts(cpu, outside, held), held)
+        });
         match again {
             Some(Ok(guest)) => launch_again(guest, held),
             Some(Err(error)) => {

@@ -19,7 +19,7 @@ use vmobject::lock::Held;
 
 use super::load::Cpu;
 use super::still::{Restless, while_still};
-use super::{Outside, launch};
+use super::{Outside, launch, take_interrupts};
 
 /// A family forks from inside at most once in so many microseconds (invariant I16).
 const INTERVAL_US: u64 = 100;
@@ -81,13 +81,17 @@ pub fn fork(
     if usize::try_from(count).is_ok_and(|count| count > room) {
         return Err(ForkError::Room(room));
     }
+    take_interrupts(cpu, outside, held);
     let start = timer::now();
     let (moment, pause) = while_still(source, cpu, outside, held, |held| snapshot::take(source, held))?;
     let moment = moment?;
+    // The source goes on elsewhere already; here interrupts are all that may come in between.
+    let rest = |held: &mut Held<'_, 0>| take_interrupts(cpu, outside, held);
+    rest(held);
     let mut children = Vec::new();
     let mut result = Ok(());
     for place in 1..=count {
-        match child(source, &moment, (place, count), begin, outside, held) {
+        match child(source, &moment, (place, count), begin, &rest, held) {
             Ok(guest) => children.push(guest),
             Err(error) => {
                 result = Err(error);
@@ -95,7 +99,9 @@ pub fn fork(
             }
         }
     }
+    rest(held);
     snapshot::delete(moment, held);
+    rest(held);
     if let Err(error) = result {
         children.into_iter().for_each(|guest| create::destroy(guest, held));
         return Err(error.into());
@@ -117,13 +123,13 @@ fn child(
     moment: &Snapshot,
     (place, of): (u32, u32),
     begin: Begin,
-    outside: &dyn Outside,
+    rest: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let id = table::next_id();
     let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(_)));
     let name = name_for(source.name(), id);
-    let guest = snapshot::make(moment, id, name, birth, &|held| outside.poll(held), held)?;
+    let guest = snapshot::make(moment, id, name, birth, rest, held)?;
     match begin {
         Begin::Running => {}
         Begin::Paused => {

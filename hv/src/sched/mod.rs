@@ -81,7 +81,7 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         call_daemon_here();
     }
     if CHORES.swap(false, Ordering::SeqCst) {
-        daemon::work(outside, held);
+        daemon::work(cpu, outside, held);
     }
     // After the chores: what it asks for is for the next round.
     outside.look_around(cpu, held);
@@ -93,6 +93,12 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
         None => idle::sleep(cpu, more, outside, held),
     }
+}
+
+/// Between two parts of long work: takes the interrupts that came, and what disks have finished (invariant I6).
+pub fn take_interrupts(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    slice::idle_interrupts(cpu, outside, held);
+    outside.poll(held);
 }
 
 /// The next vCPU for a CPU: from its own queue, else from another's.

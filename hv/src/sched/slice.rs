@@ -370,7 +370,7 @@ fn interrupted(
 }
 
 /// Takes the interrupts that came while no vCPU ran.
-pub fn idle_interrupts(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+pub fn idle_interrupts(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     let seen = {
         // Nobody contends for it: it only says that this call chain holds what a running vCPU would.
         let (_guard, mut inner) = IDLE[cpu.id].lock(held);

@@ -12,6 +12,9 @@ use crate::pmap::Pmap as _;
 use crate::store::Machine;
 use crate::{PROMPT, Vm};
 
+/// What a table that is freed counts for, in pages: all its entries were looked at.
+const TABLE: u32 = 64;
+
 impl<M: Machine> Vm<M> {
     /// Ends a map: at once if it is small, else by and by in [`Vm::step`]. No vCPU may use it any more; its
     /// tables go with the last `Arc`.
@@ -43,7 +46,14 @@ impl<M: Machine> Vm<M> {
 
     /// Takes a map apart; true when nothing is left.
     fn end_map(&self, map: &Arc<Map<M>>, left: &mut u32, held: &mut Held<'_, CALLER>) -> bool {
-        if *left == 0 || !self.clear_map(map, *left, held) {
+        if *left == 0 {
+            return false;
+        }
+        let tables = map.pmap.lock(held).0.tables();
+        let done = self.clear_map(map, *left, held);
+        let freed = tables.saturating_sub(map.pmap.lock(held).0.tables());
+        *left = left.saturating_sub(freed.saturating_mul(TABLE));
+        if !done {
             return false;
         }
         loop {

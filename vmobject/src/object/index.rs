@@ -240,10 +240,10 @@ impl Index {
     pub const LEAF_PAGES: u32 = 1 << LEAF_SHIFT;
 
     /// The first page in a range that is not absent, and what it is. Walking with it visits what is
-    /// present, plus one look for every 64 leaves of the range.
+    /// present, plus one look for every 64 leaves of the range. With nothing present it is over at once.
     pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
         let mut page = range.start;
-        while page < range.end {
+        while page < range.end && self.counts.present() > 0 {
             let (region, leaf, _) = split(page);
             if region >= self.root.len() {
                 return None;
@@ -262,6 +262,26 @@ impl Index {
             }
         }
         None
+    }
+
+    /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.
+    pub fn present_of_64(&self, first: PageIndex) -> u64 {
+        let (_, _, skip) = split(first);
+        let here = self.present_of_leaf(first) >> skip;
+        match first.checked_add(FULL.into()).filter(|_| skip > 0) {
+            Some(next) => here | self.present_of_leaf(next) << (LEAF - skip),
+            None => here,
+        }
+    }
+
+    fn present_of_leaf(&self, page: PageIndex) -> u64 {
+        let (region, leaf, _) = split(page);
+        let Some(region) = self.region(region) else { return 0 };
+        match &region.leaves[leaf] {
+            Some(slots) => slots.iter().rev().fold(0, |mask, &bits| mask << 1 | u64::from(bits != ABSENT)),
+            None if region.zero & 1 << leaf != 0 => u64::MAX,
+            None => 0,
+        }
     }
 
     /// Every page that is not absent, in order.
@@ -338,6 +358,19 @@ mod tests {
         index.set(P(70), Slot::Absent).unwrap();
         assert_eq!(index.get(P(70)), Slot::Absent);
         assert_eq!(index.counts().present(), 63);
+    }
+
+    #[test]
+    fn sixty_four_pages_are_asked_for_at_once_from_any_page_on() {
+        let mut index = Index::new();
+        for page in [70, 100, 127, 130] {
+            index.set(P(page), Slot::Resident(Pfn::new(page))).unwrap();
+        }
+        index.zero_leaf(P(192)).unwrap();
+        for first in [0, 6, 7, 64, 70, 71, 100, 128, 131, 190, 192, 200, 4090] {
+            let each = (0..64).filter(|bit| index.get(P(first + bit)) != Slot::Absent);
+            assert_eq!(index.present_of_64(P(first)), each.fold(0, |mask, bit| mask | 1 << bit), "{first}");
+        }
     }
 
     #[test]

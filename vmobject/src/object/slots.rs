@@ -80,6 +80,11 @@ impl Slots {
         Some((self.page(place)?, slot))
     }
 
+    /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.
+    pub fn present_of_64(&self, first: PageIndex) -> u64 {
+        self.place(first).map_or(0, |place| self.index.present_of_64(place))
+    }
+
     /// The first place of the index that is not absent and no page of the object's: before its first, or
     /// at or behind page `end`.
     pub fn next_outside(&self, end: PageIndex) -> Option<(PageIndex, Slot)> {

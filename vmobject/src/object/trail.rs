@@ -139,17 +139,12 @@ impl<M: Machine> Vm<M> {
 
 /// Notes which pages of a range an object holds; one with a pager holds all.
 fn hold(state: &State, range: core::ops::Range<u32>, holds: &mut [u64; WORDS]) {
-    let mut note = |page: u32| {
-        let bit = page - range.start;
-        holds[bit as usize / 64] |= 1 << (bit % 64);
-    };
-    if state.pager != Pager::None {
-        return range.clone().for_each(note);
-    }
-    let mut from = PageIndex::new(range.start);
-    while let Some((page, _)) = state.slots.next_present(from..PageIndex::new(range.end)) {
-        note(page.number());
-        let Some(next) = page.checked_add(1) else { return };
-        from = next;
+    for (holds, first) in holds.iter_mut().zip(range.clone().step_by(64)) {
+        let wanted = u64::MAX >> (64 - (range.end - first).min(64));
+        let present = match state.pager {
+            Pager::None => state.slots.present_of_64(PageIndex::new(first)),
+            Pager::Image(_) | Pager::Disk(_) => u64::MAX,
+        };
+        *holds |= present & wanted;
     }
 }

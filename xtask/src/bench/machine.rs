@@ -4,9 +4,11 @@
 //! the hypervisor's log for how long its source was still; under `-icount` at 1 GHz a tick is an instruction.
 
 use super::Figure;
+use super::trace::{Counter, Follower};
 use crate::build;
 use crate::monitored::{Monitored, number};
 use crate::progress::step;
+use crate::qemu;
 use crate::run::Run;
 use crate::toolchain::Toolchain;
 use anyhow::{Context, Result, ensure};
@@ -54,26 +56,43 @@ pub(super) fn books(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
 
 /// For how long a guest is still when it is cloned, and how long the call takes, against its RAM.
 pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
-    let image = dir.join("fork.bin");
-    fs::write(&image, build::guest(toolchain, "fork")?)?;
-    let image = image.display().to_string();
+    let guest = build::guest(toolchain, "fork")?;
     let mut figures = Vec::new();
     for mib in SIZES {
-        let dir = dir.join("clones");
-        let memory = format!("{mib}M");
-        let mut words =
-            vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "600"];
-        words.extend(["--host-memory", "2G", "--grant-fork", "64", "--append", "often"]);
-        words.extend(["--memory", &memory, "--kernel", &image]);
-        let mut session = Run::from_words(&words)?.session(&dir, false)?;
-        step(&format!("forking a guest with {mib} MiB"), || session.finish())?;
-        let log = fs::read_to_string(dir.join("hv.log")).context("the hypervisor's log")?;
+        let log = fork(&guest, mib, &dir.join("clones"), None)?;
         let (mut pauses, mut calls): (Vec<u64>, Vec<u64>) = log.lines().filter_map(told).unzip();
         let params = [("ram_mib", mib)];
         figures.push(figure("clone.pause@ram", "insn", &params, &mut pauses)?);
         figures.push(figure("clone.call@ram", "insn", &params, &mut calls)?);
     }
     Ok(figures)
+}
+
+/// The same for the smallest, followed instruction by instruction.
+pub(super) fn follow_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
+    let guest = build::guest(toolchain, "fork")?;
+    let dir = dir.join("followed");
+    fs::create_dir_all(&dir)?;
+    let (follower, trace) = Follower::start(hypervisor, &guest, dir.join("instructions"))?;
+    fork(&guest, SIZES[0], &dir, Some(trace))?;
+    follower.finish()
+}
+
+/// Runs a guest that forks again and again, with so much RAM, touched in full: the hypervisor's log.
+fn fork(guest: &[u8], mib: u64, dir: &Path, trace: Option<qemu::Trace>) -> Result<String> {
+    fs::create_dir_all(dir)?;
+    let image = dir.join("fork.bin");
+    fs::write(&image, guest)?;
+    let (image, memory) = (image.display().to_string(), format!("{mib}M"));
+    let mut words =
+        vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "600"];
+    words.extend(["--host-memory", "2G", "--grant-fork", "64", "--append", "often"]);
+    words.extend(["--memory", &memory, "--kernel", &image]);
+    let mut options = Run::from_words(&words)?;
+    options.trace = trace;
+    let mut session = options.session(dir, false)?;
+    step(&format!("forking a guest with {mib} MiB"), || session.finish())?;
+    fs::read_to_string(dir.join("hv.log")).context("the hypervisor's log")
 }
 
 /// What a line of the log says of a fork: ticks still, ticks in all.
