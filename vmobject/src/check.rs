@@ -259,8 +259,8 @@ impl<M: Machine> Vm<M> {
         Ok(())
     }
 
-    /// True if a page of what a copy shadows is seen through it: not if the copy has received it, nor if all
-    /// that shadow the copy have taken it from there.
+    /// True if a page of what a copy shadows is seen through it by anybody: not if the copy has received it, nor
+    /// if all that shadow the copy hide it.
     fn sees_below<const OUTER: u8>(
         &self,
         copy: ObjectId,
@@ -277,12 +277,20 @@ impl<M: Machine> Vm<M> {
         if mappings > 0 || refs > children {
             return true;
         }
-        let shadows: Vec<u32> = self.links.read(held).0.children(copy.number()).collect();
-        shadows.iter().any(|&number| {
-            let Some(object) = self.objects.at(number) else { return false };
+        // Half of a collapse may be done: what has left the copy may have gone up by more than one object.
+        let (mut here, mut page, mut open) = (copy.number(), ours, true);
+        loop {
+            let next = self.links.read(held).0.next_in_walk(copy.number(), here, page, open);
+            let Some((child, theirs)) = next else { return false };
+            let Some(object) = self.objects.at(child) else { return false };
+            let (children, mappings) = self.links.read(held).0.counts(child);
             let (state, _held) = object.read(held);
-            state.page_above(ours).is_some_and(|theirs| state.slots.get(theirs) == Slot::Absent)
-        })
+            open = state.slots.get(theirs) == Slot::Absent;
+            if open && (mappings > 0 || state.refs > children) {
+                return true;
+            }
+            (here, page) = (child, theirs);
+        }
     }
 
     /// The object that receives what changes in another one.
