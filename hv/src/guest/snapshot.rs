@@ -38,7 +38,8 @@ pub const MAX_KEPT: usize = 4096;
 pub struct Snapshot {
     config: GuestConfig,
     memory: vmobject::map::Snapshot,
-    vcpus: Vec<(Context, Power)>,
+    contexts: Vec<Context>,
+    powers: Vec<Power>,
     devices: Devices,
     /// What the twins' generators come from.
     random: Ranked<{ rank::RANDOM }, Generator>,
@@ -97,21 +98,33 @@ impl From<CreateError> for SnapshotError {
     }
 }
 
-/// Keeps what a guest is now. None of its vCPUs runs or has registers in a CPU.
-pub fn take(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Box<Snapshot>, SnapshotError> {
+/// Where the random numbers of a snapshot's guests come from. Drawn before the guest stands still: it takes a while,
+/// and nothing depends on when.
+pub fn draw(guest: &Guest, held: &mut Held<'_, 0>) -> Generator {
+    guest.random.lock(held).0.child()
+}
+
+/// Keeps what a guest is now, with what [`draw`] gave. None of its vCPUs runs or has registers in a CPU.
+pub fn take(
+    guest: &Guest,
+    random: Generator,
+    held: &mut Held<'_, 0>,
+) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_quiet());
-    let mut vcpus = Vec::new();
-    vcpus.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    let (mut contexts, mut powers) = (Vec::new(), Vec::new());
+    contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
     for vcpu in &guest.vcpus {
-        let context = vcpu.context.lock(held).0.clone();
-        vcpus.push((context, *vcpu.power.lock(held).0));
+        // Straight into its place: it is a kilobyte.
+        contexts.extend_from_slice(core::slice::from_ref(&*vcpu.context.lock(held).0));
+        powers.push(*vcpu.power.lock(held).0);
     }
     let mut devices = guest.devices.lock(held).0.clone();
     devices.disks.iter_mut().for_each(disks::Disk::detach);
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
-    let random = Ranked::new(guest.random.lock(held).0.child());
     let memory = mm::vm().snapshot(&guest.map, held)?;
-    Ok(Box::new(Snapshot { config, memory, vcpus, devices, random, time: guest.time() }))
+    let (random, time) = (Ranked::new(random), guest.time());
+    Ok(Box::new(Snapshot { config, memory, contexts, powers, devices, random, time }))
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
@@ -125,11 +138,10 @@ pub fn make(
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let mut vcpus = Vec::new();
-    vcpus.try_reserve_exact(snapshot.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    vcpus.try_reserve_exact(snapshot.contexts.len()).map_err(|_| VmError::NoMemory)?;
+    let states = snapshot.contexts.iter().zip(&snapshot.powers);
     vcpus.extend(
-        (0..)
-            .zip(&snapshot.vcpus)
-            .map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
+        states.enumerate().map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
     );
     let mut random = snapshot.twin(held);
     poll(held);
@@ -176,7 +188,8 @@ pub fn restore(
     let mut devices = snapshot.devices.clone();
     genid::announce(&mut devices);
     mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
-    for (vcpu, (context, power)) in guest.vcpus.iter().zip(&snapshot.vcpus) {
+    let states = snapshot.contexts.iter().zip(&snapshot.powers);
+    for (vcpu, (context, power)) in guest.vcpus.iter().zip(states) {
         *vcpu.context.lock(held).0 = context.clone();
         *vcpu.power.lock(held).0 = *power;
     }
@@ -300,7 +313,7 @@ pub fn all(held: &mut Held<'_, 0>) -> Vec<KeptInfo> {
     let info = |kept: &Kept| KeptInfo {
         name: kept.name.clone(),
         source: kept.source,
-        vcpus: kept.snapshot.vcpus.len(),
+        vcpus: kept.snapshot.powers.len(),
         memory: kept.snapshot.config.memory,
         guests: kept.members.len() - 1,
     };

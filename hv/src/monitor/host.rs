@@ -182,7 +182,8 @@ impl Host for Guests<'_, '_> {
 
     fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
         let guest = self.guest(id)?;
-        let moment = self.still(&guest, snapshot::take)?;
+        let random = snapshot::draw(&guest, self.held);
+        let moment = self.still(&guest, |guest, held| snapshot::take(guest, random, held))?;
         snapshot::keep(moment, guest.id, name, self.held).map_err(|error| error.to_string())
     }
 

@@ -81,9 +81,11 @@ pub fn fork(
     if usize::try_from(count).is_ok_and(|count| count > room) {
         return Err(ForkError::Room(room));
     }
+    let random = snapshot::draw(source, held);
     take_interrupts(cpu, outside, held);
     let start = timer::now();
-    let (moment, pause) = while_still(source, cpu, outside, held, |held| snapshot::take(source, held))?;
+    let take = |held: &mut Held<'_, 0>| snapshot::take(source, random, held);
+    let (moment, pause) = while_still(source, cpu, outside, held, take)?;
     let moment = moment?;
     // The source goes on elsewhere already; here interrupts are all that may come in between.
     let rest = |held: &mut Held<'_, 0>| take_interrupts(cpu, outside, held);
