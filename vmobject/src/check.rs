@@ -267,14 +267,12 @@ impl<M: Machine> Vm<M> {
         below: PageIndex,
         held: &mut Held<'_, OUTER>,
     ) -> bool {
-        let (children, mappings) = self.links.read(held).0.counts(copy.number());
-        let (ours, refs) = {
+        let ours = {
             let (state, _held) = self.objects.get(copy).read(held);
-            let ours = state.page_above(below).filter(|&ours| state.slots.get(ours) == Slot::Absent);
-            (ours, state.refs)
+            state.page_above(below).filter(|&ours| state.slots.get(ours) == Slot::Absent)
         };
         let Some(ours) = ours else { return false };
-        if mappings > 0 || refs > children {
+        if self.is_used(copy.number(), held) {
             return true;
         }
         // Half of a collapse may be done: what has left the copy may have gone up by more than one object.
@@ -283,14 +281,26 @@ impl<M: Machine> Vm<M> {
             let next = self.links.read(held).0.next_in_walk(copy.number(), here, page, open);
             let Some((child, theirs)) = next else { return false };
             let Some(object) = self.objects.at(child) else { return false };
-            let (children, mappings) = self.links.read(held).0.counts(child);
-            let (state, _held) = object.read(held);
-            open = state.slots.get(theirs) == Slot::Absent;
-            if open && (mappings > 0 || state.refs > children) {
+            open = object.read(held).0.slots.get(theirs) == Slot::Absent;
+            if open && self.is_used(child, held) {
                 return true;
             }
             (here, page) = (child, theirs);
         }
+    }
+
+    /// True if something else refers to an object than what shadows it, be it dead already.
+    fn is_used<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> bool {
+        let (children, mappings) = self.links.read(held).0.counts(number);
+        let Some(object) = self.objects.at(number) else { return false };
+        let refs = object.read(held).0.refs;
+        let others = (0..self.objects.used(held)).filter_map(|other| self.objects.at(other));
+        let dead = others.filter(|other| {
+            let (state, _held) = other.read(held);
+            state.life == Life::Dying && state.shadow.is_some_and(|below| below.object.number() == number)
+        });
+        let dead = dead.count();
+        mappings > 0 || u32::try_from(dead).is_ok_and(|dead| refs > children + dead)
     }
 
     /// The object that receives what changes in another one.
