@@ -89,6 +89,8 @@ events! {
     PageIn page_in;
     /// Transfers that failed.
     PageInFailed page_in_failed;
+    /// Pages that came in as something else than was written.
+    PageInCorrupt page_in_corrupt;
     /// Transfers started to write pages to swap.
     PageOut page_out;
     /// Those that failed; their pages stay.

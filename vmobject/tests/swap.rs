@@ -327,6 +327,8 @@ fn a_slot_that_still_has_what_was_written_to_it_before_is_found_out() {
     rig.vm.machine().store.set_page(SWAP, 0, &stale);
     let lost = Err(Refused::Fault(FaultError::Lost(StoreError::Corrupt)));
     assert_eq!(rig.load(&guest, at(0, 77)), lost);
+    let counts = rig.vm.stats();
+    assert_eq!((counts.page_in_failed, counts.page_in_corrupt), (0, 1), "the disk did not fail, it lied");
 }
 
 #[test]

@@ -92,8 +92,8 @@ impl Disk {
         manifest.to_string()
     }
 
-    /// Writes the disk.
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+    /// Writes the disk. Where on it there is room to swap: first byte and bytes.
+    pub(crate) fn write(&self, path: &Path) -> Result<Option<(u64, u64)>> {
         let manifest = self.manifest().into_bytes();
         let swap = (self.swap > 0).then_some((hv_abi::manifest::SWAP_PARTITION, [].as_slice(), self.swap));
         let parts: Vec<(&str, &[u8], u64)> =
@@ -131,11 +131,13 @@ impl Disk {
             places.push((start.context("a partition just made is not there")?, bytes));
         }
         let mut file = table.write()?;
+        // The last of them, if there is any.
+        let place = swap.and_then(|(_, _, size)| Some((places.last()?.0, size)));
         for (start, bytes) in places {
             file.seek(SeekFrom::Start(start))?;
             file.write_all(bytes)?;
         }
-        Ok(())
+        Ok(place)
     }
 }
 

@@ -4,7 +4,7 @@
 //!
 //! * `progress` - what takes longer than a moment says so.
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
-//! * `build`, `images`, `disk` - what the machine runs, and the disk that brings it there.
+//! * `build`, `images`, `disk`, `errors` - what the machine runs, the disk that brings it there, and how that fails.
 //! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
 //! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `sim`, `demo`, `bench`, `doctor` - the commands.
 
@@ -16,6 +16,7 @@ mod demo;
 mod disk;
 mod doctor;
 mod ending;
+mod errors;
 mod images;
 mod monitored;
 mod options;

@@ -31,6 +31,8 @@ pub(crate) struct Machine {
     pub(crate) socket: Option<PathBuf>,
     /// Disks for guests, by their numbers.
     pub(crate) disks: Vec<Drive>,
+    /// Errors that the image disk is to make.
+    pub(crate) errors: Option<Errors>,
     /// Wait for gdb on this port.
     pub(crate) gdb: Option<u16>,
     /// Tell every instruction in some ranges of addresses.
@@ -44,6 +46,15 @@ pub(crate) struct Drive {
     pub(crate) file: PathBuf,
     /// Nobody writes to it.
     pub(crate) read_only: bool,
+}
+
+/// A disk that fails where it is told to, and a log of what it answered.
+#[derive(Clone, Debug)]
+pub(crate) struct Errors {
+    /// Where: rules for QEMU's blkdebug.
+    pub(crate) rules: PathBuf,
+    /// A line for each request of a disk that is done, with its status at the end.
+    pub(crate) log: PathBuf,
 }
 
 /// A log of instructions.
@@ -103,11 +114,22 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
         .args(["-chardev", &format!("stdio,id=console,signal=off{mux}"), "-serial", "chardev:console"])
         .arg("-serial")
         .arg(format!("file:{}", machine.log.display()))
-        .arg("-drive")
-        .arg(format!("if=none,id=images,format=raw,file={}", name(disk)))
-        .args(["-device", "virtio-blk-device,drive=images"])
         .arg("-kernel")
         .arg(hypervisor);
+    let images = match &machine.errors {
+        None => format!("file={}", name(disk)),
+        Some(errors) => {
+            command.args(["-trace", "virtio_blk_req_complete", "-D"]).arg(&errors.log);
+            let (rules, disk) = (name(&errors.rules), name(disk));
+            format!(
+                "file.driver=blkdebug,file.config={rules},file.image.driver=file,file.image.filename={disk}"
+            )
+        }
+    };
+    command.args(["-drive", &format!("if=none,id=images,format=raw,{images}")]);
+    // Merged requests fail together; errors are counted one by one.
+    let merging = if machine.errors.is_some() { "off" } else { "on" };
+    command.args(["-device", &format!("virtio-blk-device,drive=images,request-merging={merging}")]);
     for (number, drive) in machine.disks.iter().enumerate() {
         let (id, file) = (format!("{}{number}", hv_abi::manifest::DISK_ID), name(&drive.file));
         let writes = if drive.read_only { "on" } else { "off" };

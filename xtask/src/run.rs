@@ -2,8 +2,9 @@
 
 use crate::disk::{Disk, Guest};
 use crate::ending::{Kept, Terminal};
+use crate::errors::Places;
 use crate::options::{self, Writes};
-use crate::qemu::{self, Drive, Machine};
+use crate::qemu::{self, Drive, Errors, Machine};
 use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
 use crate::symbols::Log;
@@ -57,6 +58,9 @@ pub(crate) struct Run {
     /// Room to swap guests' pages to
     #[arg(long, value_name = "SIZE", value_parser = options::size_mib)]
     pub(crate) swap: Option<u64>,
+    /// At how many places of the swap room the disk fails, for tests: READ,WRITE once and READ,WRITE for ever
+    #[arg(long, hide = true, requires = "swap", value_parser = Places::parse)]
+    pub(crate) swap_errors: Option<Places>,
     /// How much memory guests may be promised: what is there, so many times that, or any
     #[arg(long, value_name = "strict|RATIO|none", value_parser = options::overcommit)]
     pub(crate) overcommit: Option<options::Overcommit>,
@@ -219,6 +223,10 @@ impl Run {
                 .iter()
                 .map(|disk| Drive { file: disk.file.clone(), read_only: disk.writes != Writes::Persist })
                 .collect(),
+            errors: self
+                .swap_errors
+                .is_some()
+                .then(|| Errors { rules: dir.join("errors.conf"), log: dir.join("requests.log") }),
             gdb: self.gdb,
             trace: self.trace.clone(),
         }
@@ -235,7 +243,10 @@ impl Run {
         let toolchain = Toolchain::provide()?;
         let hypervisor = build::hypervisor(&toolchain)?;
         let disk = dir.join("images.img");
-        self.disk(&toolchain)?.write(&disk)?;
+        let swap = self.disk(&toolchain)?.write(&disk)?;
+        if let (Some(places), Some(errors), Some(swap)) = (self.swap_errors, &machine.errors, swap) {
+            places.write(&errors.rules, swap)?;
+        }
         let command = qemu::command(machine, &hypervisor, &disk);
         Ok(Prepared { command, log: Log { file: machine.log.clone(), elf: hypervisor }, lock })
     }

@@ -10,6 +10,7 @@ mod guests;
 mod machine;
 mod modules;
 mod monitor;
+mod swap;
 mod terminal;
 mod tidy;
 
@@ -83,6 +84,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(clones::trials());
         trials.extend(disks::trials());
         trials.extend(monitor::trials());
+        trials.extend(swap::trials());
         trials.extend(guests::trials());
     }
     if options.matrix {

@@ -39,7 +39,7 @@ pub enum Ending {
     Reset,
     /// The monitor's wish.
     Killed,
-    /// A page is lost: the store failed (invariant I12). The guest cannot go on.
+    /// What it must have in its memory to go on cannot be had.
     Lost,
 }
 

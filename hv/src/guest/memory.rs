@@ -5,7 +5,7 @@
 //! instruction then runs again from its start, which is what makes any fault safe to forget.
 //! Called by `exit`; calls `mmio` and `vmobject`.
 
-use super::exit::{Ending, Exit, Run, Waiting, inject};
+use super::exit::{Exit, Run, Waiting, inject};
 use super::inject::Exception;
 use super::mmio::{self, WINDOW_END, WINDOW_START};
 use super::syndrome::{Abort, DataAbort, Fault};
@@ -157,8 +157,11 @@ fn refused(run: &mut Run<'_>, at: Ipa, error: FaultError, nothing: Exception, de
         FaultError::Hole(_) => hole(run, at, nothing),
         FaultError::Denied { .. } => inject(run, denied),
         FaultError::Lost(error) => {
-            log::error!("guest {}: the page at {at} is lost: {error:?}", run.guest.id);
-            Exit::End(Ending::Lost)
+            // Whoever touches it again asks the store again: it may have been a passing trouble.
+            if run.guest.complain_once(Complaint::Lost) {
+                log::error!("guest {}: the page at {at} cannot be read: {error:?}", run.guest.id);
+            }
+            inject(run, nothing)
         }
     }
 }

@@ -128,6 +128,8 @@ pub enum Complaint {
     Device,
     /// A disk's request that cannot be done.
     Disk,
+    /// A page that its store does not give.
+    Lost,
 }
 
 /// A virtual machine.

@@ -193,6 +193,7 @@ pub fn swap(held: &mut Held<'_, 0>) -> Value {
         "transfers": {
             "in": counts.page_in,
             "in_failed": counts.page_in_failed,
+            "in_corrupt": counts.page_in_corrupt,
             "out": counts.page_out,
             "out_failed": counts.page_out_failed,
         },

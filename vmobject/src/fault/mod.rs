@@ -69,7 +69,7 @@ pub enum FaultError {
         /// What the guest wanted to do.
         wanted: Prot,
     },
-    /// The store lost the page: stop the guest, keep the evidence.
+    /// The store does not give the page: inject an external abort.
     Lost(StoreError),
 }
 

@@ -244,7 +244,7 @@ impl<M: Machine> Vm<M> {
             if let Some(slot) = self.frames.page(frame).clean_slot() {
                 if !self.is_genuine(slot, frame, held) {
                     self.send_back(state, page, frame, held);
-                    self.stats.count(Event::PageInFailed);
+                    self.stats.count(Event::PageInCorrupt);
                     freed += 1;
                     if page == transfer.wanted {
                         state.failed = Some((page, Some(StoreError::Corrupt)));

@@ -1,0 +1,79 @@
+//! Writes every word of its RAM and reads every word back, round after round, with another pattern each time; for
+//! hosts that have less memory than this, whose disks may fail. A page that answers with an external abort is given up, and
+//! counted: it cannot be read, which is allowed. A word that reads as what was not written is not.
+//!
+//! Options: `rounds=3`, `seed=1`.
+
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use hv_abi::machine::RAM_BASE;
+
+use crate::mmu;
+use crate::runtime::Machine;
+use crate::trap::Fault;
+
+const PAGE: u64 = 4096;
+/// What the loader puts the tree into.
+const TREE_ROOM: u64 = 0x1_0000;
+/// Pages that can be told apart: 512 MiB. A bit for each that was given up.
+const PAGES: u64 = 1 << 17;
+static GIVEN_UP: [AtomicU64; (PAGES / 64) as usize] = [const { AtomicU64::new(0) }; (PAGES / 64) as usize];
+
+/// Fills and compares all RAM but its own image and the tree.
+pub fn run(machine: &Machine) {
+    mmu::enable();
+    let (start, end) = machine.image();
+    assert!(machine.memory <= PAGES * PAGE, "more than {PAGES} pages");
+    let pages = || {
+        let all = (RAM_BASE + TREE_ROOM..machine.end()).step_by(4096);
+        all.filter(move |page| !(start - start % PAGE..end).contains(page))
+    };
+    let seed = machine.option("seed", 1);
+    let rounds = machine.option("rounds", 3);
+    for round in 1..=rounds {
+        let key = seed << 32 | round;
+        pages().for_each(|page| each_word(page, |at| write(at, value(at, key))));
+        println!("thrash: round {round} is written");
+        pages().for_each(|page| {
+            each_word(page, |at| {
+                let read = read(at)?;
+                assert_eq!(read, value(at, key), "at {at:#x} in round {round}");
+                Ok(())
+            });
+        });
+        println!("thrash: round {round} is read");
+    }
+    let lost: u32 = GIVEN_UP.iter().map(|word| word.load(Relaxed).count_ones()).sum();
+    println!("thrash: {} pages, {rounds} rounds, {lost} given up", pages().count());
+}
+
+/// What a word holds.
+const fn value(at: u64, key: u64) -> u64 {
+    (at ^ key.rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ key
+}
+
+/// Does something to every word of a page, unless the page has been given up or is now.
+fn each_word(page: u64, mut what: impl FnMut(u64) -> Result<(), Fault>) {
+    let number = (page - RAM_BASE) / PAGE;
+    let bits = &GIVEN_UP[(number / 64) as usize];
+    let bit = 1 << (number % 64);
+    if bits.load(Relaxed) & bit != 0 {
+        return;
+    }
+    for at in (page..page + PAGE).step_by(8) {
+        if let Err(fault) = what(at) {
+            assert!(fault.is_external_abort() && fault.far == at, "at {at:#x}: {fault:x?}");
+            bits.fetch_or(bit, Relaxed);
+            return;
+        }
+    }
+}
+
+fn read(at: u64) -> Result<u64, Fault> {
+    let value: u64;
+    probe!("ldr {value}, [{at}]", value = out(reg) value, at = in(reg) at).map_or(Ok(value), Err)
+}
+
+fn write(at: u64, value: u64) -> Result<(), Fault> {
+    probe!("str {value}, [{at}]", value = in(reg) value, at = in(reg) at).map_or(Ok(()), Err)
+}
