@@ -63,6 +63,8 @@ pub mod scribble;
 #[cfg(target_os = "none")]
 pub mod smp;
 #[cfg(target_os = "none")]
+pub mod storm;
+#[cfg(target_os = "none")]
 pub mod thrash;
 #[cfg(target_os = "none")]
 pub mod touch;

@@ -16,6 +16,7 @@ pub(super) fn trials() -> Vec<Trial> {
         boot("a_guest_that_writes_its_kernels_text_changes_neither_neighbour_nor_partition", scribblers),
         boot("neighbours_that_misbehave_harm_nobody", misbehaviour),
         boot("more_guests_than_vmids_run_one_image_on_cortex_a53", many),
+        boot("a_guest_that_storms_starves_neither_its_neighbour_nor_the_monitor", storms),
         boot("what_there_is_no_memory_for_is_refused_or_parked_and_harms_nobody", little),
     ]
 }
@@ -197,6 +198,42 @@ fn misbehaviour(name: &str) -> Result<()> {
     let log = machine.ask("log guest")?;
     for bad in ["FAILED", "memtest-over-42", "Oops", "BUG:"] {
         ensure!(!text(&log, "/log")?.contains(bad), "the neighbour says \"{bad}\":\n{}", text(&log, "/log")?);
+    }
+    machine.shutdown()
+}
+
+/// On one CPU, beside four vCPUs that keep EL2 busy, one that counts gets what it gets beside four that only compute
+/// (invariant I17). Time is counted in instructions, so that the machine that tests it does not matter.
+fn storms(name: &str) -> Result<()> {
+    const KINDS: [&str; 12] = [
+        "calm", "call", "register", "abort", "virtual", "physical", "alarm", "send", "crowd", "wake",
+        "print", "power",
+    ];
+    let image = tiny_guest(name, "storm")?;
+    let words = ["--batch", "--icount", "--host-cpus", "1", "--timeout", "900", "--memory", "4M"];
+    let more = ["--kernel", &image, "--append", "ms=1 linger"];
+    let mut machine = monitored(name, &[&words[..], &more[..]].concat())?;
+    machine.console.wait("guest storm: ok")?;
+    let mut fair = None;
+    for kind in KINDS {
+        machine.ask(&format!("create name={kind} vcpus=4 append={kind}"))?;
+        // The monitor answers while they storm, about them too.
+        machine.ask(&format!("log {kind}"))?;
+        machine.ask("create name=neighbour vcpus=1 append=\"ms=600 linger\"")?;
+        // A question to the monitor ends whoever's turn it is, so none is asked meanwhile.
+        machine.ask("attach neighbour")?;
+        machine.console.wait("guest storm: ok")?;
+        machine.ask(&format!("stats {kind}"))?;
+        machine.check()?;
+        let id = number(&machine.guest("neighbour")?, "/id")?;
+        let line = machine.last_line(id, "storm over: ")?;
+        let rounds = line.split_whitespace().find_map(|word| word.parse::<u64>().ok());
+        let rounds = rounds.with_context(|| format!("no number in {line}"))?;
+        let fair = *fair.get_or_insert(rounds);
+        ensure!(rounds * 4 >= fair * 3, "beside {kind} a neighbour makes {rounds} rounds of {fair}");
+        for guest in [kind, "neighbour"] {
+            machine.ask(&format!("kill {guest}"))?;
+        }
     }
     machine.shutdown()
 }
