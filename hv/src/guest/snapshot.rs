@@ -45,6 +45,8 @@ pub struct Snapshot {
     random: Ranked<{ rank::RANDOM }, Generator>,
     /// What the guest's counter said.
     time: u64,
+    /// What the host's did.
+    taken: u64,
 }
 
 impl Snapshot {
@@ -123,8 +125,9 @@ pub fn take(
     devices.disks.iter_mut().for_each(disks::Disk::detach);
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let memory = mm::vm().snapshot(&guest.map, held)?;
-    let (random, time) = (Ranked::new(random), guest.time());
-    Ok(Box::new(Snapshot { config, memory, contexts, powers, devices, random, time }))
+    let taken = timer::now();
+    let (random, time) = (Ranked::new(random), taken.wrapping_sub(guest.offset()));
+    Ok(Box::new(Snapshot { config, memory, contexts, powers, devices, random, time, taken }))
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
@@ -153,8 +156,7 @@ pub fn make(
         return Err(error.into());
     }
     poll(held);
-    let mut devices = snapshot.devices.clone();
-    genid::announce(&mut devices);
+    let devices = snapshot.devices_now();
     let parts = Parts {
         vcpus: vcpus.into_boxed_slice(),
         devices,
@@ -185,8 +187,7 @@ pub fn restore(
         return Err(SnapshotError::Disk(disk.id.clone()));
     }
     let mut random = snapshot.twin(held);
-    let mut devices = snapshot.devices.clone();
-    genid::announce(&mut devices);
+    let devices = snapshot.devices_now();
     mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
     let states = snapshot.contexts.iter().zip(&snapshot.powers);
     for (vcpu, (context, power)) in guest.vcpus.iter().zip(states) {
@@ -211,6 +212,14 @@ pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
 }
 
 impl Snapshot {
+    /// The devices of whoever goes on from here now: the generation id has changed, and the clock has gone on.
+    fn devices_now(&self) -> Devices {
+        let mut devices = self.devices.clone();
+        genid::announce(&mut devices);
+        devices.rtc.skip(timer::now().saturating_sub(self.taken));
+        devices
+    }
+
     /// A generator for one more guest: nobody else gets its numbers.
     fn twin(&self, held: &mut Held<'_, 0>) -> Generator {
         let (mut random, _held) = self.random.lock(held);
