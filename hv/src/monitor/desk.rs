@@ -222,17 +222,18 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     }
     ask_again(front, cpu, held);
     flush(front, held);
-    let waiting = {
+    let unfinished = {
         let (desk, _held) = DESK.lock(held);
         desk.note();
-        !desk.waiting.is_empty()
+        !desk.waiting.is_empty() || !desk.output.is_empty()
     };
     SERVING.store(false, Ordering::SeqCst);
     if has_room(held) {
         front.more(held);
     }
-    if waiting {
-        // So that running guests let their CPUs go round now and then.
+    if unfinished {
+        // So that running guests let their CPUs go round now and then: also for the rest of an answer that is longer
+        // than what the port takes at once. That it takes more is no line that arrives.
         sched::call_daemon_here();
     }
     if super::host::is_leaving() && table::is_empty(held) && DESK.lock(held).0.output.is_empty() {

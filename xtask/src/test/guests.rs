@@ -17,6 +17,7 @@ pub(super) fn trials() -> Vec<Trial> {
         boot("neighbours_that_misbehave_harm_nobody", misbehaviour),
         boot("more_guests_than_vmids_run_one_image_on_cortex_a53", many),
         boot("a_guest_that_storms_starves_neither_its_neighbour_nor_the_monitor", storms),
+        boot("a_long_log_is_shown_while_its_guest_computes_without_pause", long_log),
         boot("what_there_is_no_memory_for_is_refused_or_parked_and_harms_nobody", little),
     ]
 }
@@ -235,6 +236,19 @@ fn storms(name: &str) -> Result<()> {
             machine.ask(&format!("kill {guest}"))?;
         }
     }
+    machine.shutdown()
+}
+
+/// On one CPU, a guest that nobody takes turns with has filled its log and looks for typed bytes for ever. The log is
+/// longer than what the control port takes at once.
+fn long_log(name: &str) -> Result<()> {
+    let image = tiny_guest(name, "storm")?;
+    let words = ["--batch", "--icount", "--host-cpus", "1", "--timeout", "120", "--memory", "4M"];
+    let more = ["--kernel", &image, "--append", "print ms=50 linger"];
+    let mut machine = monitored(name, &[&words[..], &more[..]].concat())?;
+    machine.ask("wait guest \"guest storm: ok\"")?;
+    let log = machine.ask("log guest")?;
+    ensure!(text(&log, "/log")?.len() > 32 << 10, "the log is short: {log}");
     machine.shutdown()
 }
 
