@@ -3,10 +3,10 @@
 //!
 //! The program is called `mmio`; the module of that name has the plain accesses.
 
-use hv_abi::machine::{PL011, PL031};
+use hv_abi::machine::{FLASH0, FLASH1, PL011, PL031};
 
 use crate::memory::{call, scratch};
-use crate::mmio::{read8, read16, read32, read64, write8, write16};
+use crate::mmio::{read8, read16, read32, read64, write8, write16, write32};
 use crate::mmu;
 use crate::runtime::Machine;
 use crate::trap::Fault;
@@ -30,6 +30,7 @@ pub fn run(machine: &Machine) {
         holes();
         if strict {
             without_syndrome();
+            flash();
         }
         odd();
     }
@@ -40,6 +41,31 @@ pub fn run(machine: &Machine) {
     }
     aborts("a fetch from a hole", call(HOLE));
     println!("every access has its answer");
+}
+
+/// Banks without commands: whoever asks for the CFI query finds none, and the first keeps what is in it whatever
+/// is written; the second is memory.
+fn flash() {
+    /// Both halves of a bank get it: query, identity, status, erase, confirm, program, back to reading.
+    const COMMANDS: [u32; 7] = [0x98, 0x90, 0x70, 0x20, 0xd0, 0x40, 0xff];
+    for at in [FLASH0.base, FLASH0.base + 0x55 * 4, FLASH0.end() - 4] {
+        let kept = read32(at);
+        for command in COMMANDS {
+            write32(at, command << 16 | command);
+            assert_eq!(read32(at), kept, "command {command:#x} to {at:#x} has changed it");
+        }
+        assert!(probe!("stp xzr, xzr, [{at}]", at = in(reg) at & !15).is_none(), "a pair to {at:#x}");
+        assert_eq!(read32(at), kept, "a pair has changed {at:#x}");
+    }
+    let query = FLASH0.base + 0x10 * 4;
+    write32(FLASH0.base + 0x55 * 4, 0x0098_0098);
+    assert_ne!([0, 4, 8].map(|letter| read8(query + letter)), *b"QRY", "there are no commands");
+    for at in [FLASH1.base, FLASH1.end() - 4] {
+        for value in [0x0070_0070, 0] {
+            write32(at, value);
+            assert_eq!(read32(at), value, "what was written at {at:#x}");
+        }
+    }
 }
 
 fn aborts(what: &str, fault: Option<Fault>) {
