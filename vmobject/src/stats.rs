@@ -95,6 +95,8 @@ events! {
     PageOut page_out;
     /// Those that failed; their pages stay.
     PageOutFailed page_out_failed;
+    /// Pages that were written and are in their store now.
+    PageWritten page_written;
     /// Passes that cleaned an object.
     Cleaned cleaned;
     /// Pages that their store did not take while their object ended: they are gone.

@@ -198,6 +198,7 @@ pub fn swap(held: &mut Held<'_, 0>) -> Value {
             "out_failed": counts.page_out_failed,
         },
         "pages": {
+            "written": counts.page_written,
             "looked_at": counts.aged,
             "evicted": counts.evicted,
             "evicted_zero": counts.evicted_zero,

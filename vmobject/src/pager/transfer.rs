@@ -267,6 +267,7 @@ impl<M: Machine> Vm<M> {
     /// The store has the pages: those that nobody came to use meanwhile leave their frames.
     fn is_out(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
         let mut freed = 0;
+        self.stats.add(Event::PageWritten, u64::from(transfer.pages));
         for (page, frame) in transfer.iter() {
             if self.evict_clean(state, page, frame, held) {
                 freed += 1;

@@ -8,7 +8,10 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 pub(super) fn trials() -> Vec<Trial> {
-    vec![boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing)]
+    vec![
+        boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing),
+        boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
+    ]
 }
 
 /// What a thrashing guest says at its end: pages that it gave up. `None` while it has not ended.
@@ -86,4 +89,50 @@ fn nothing_left(machine: &mut Monitored) -> Result<()> {
     machine.check()?;
     ensure!(rows(&machine.ask("guests")?)?.is_empty(), "somebody lives");
     Ok(())
+}
+
+/// Clones of a Linux guest, whose memory is ten times the host's, look in turn at what they share, and
+/// at something of their own.
+fn clones(name: &str) -> Result<()> {
+    const CLONES: usize = 4;
+    /// Pages of the file that all share.
+    const SHARED: u64 = 80 << 8;
+    let words = ["--timeout", "300", "--host-memory", "128M", "--memory", "256M", "--swap", "1G"];
+    let mut machine = monitored(name, &[&words[..], &["--overcommit", "none"], &STAYS].concat())?;
+    machine.ask("wait guest \"guest ready: guest\"")?;
+    let fill =
+        "dd if=/dev/urandom of=/tmp/data bs=1048576 count=80 && md5sum /tmp/data >/sum; echo go-$((1+1))";
+    machine.talk(1, fill, "go-2")?;
+    let children = machine.fork(1, CLONES)?;
+    let mut first = None;
+    for (turn, child) in children.iter().chain(&children).enumerate() {
+        machine.talk(
+            *child,
+            &format!("md5sum -c /sum; echo turn-$(({turn}+100))"),
+            &format!("turn-{}", turn + 100),
+        )?;
+        ensure!(
+            machine.last_line(*child, "/tmp/data:")?.contains("/tmp/data: OK"),
+            "clone {child} reads something else"
+        );
+        let own = format!(
+            "dd if=/dev/urandom of=/own bs=1048576 count=4; cp /own /twin; cmp /own /twin && echo same-$(({turn}+100))"
+        );
+        machine.talk(*child, &own, &format!("same-{}", turn + 100))?;
+        first.get_or_insert(number(&machine.ask("swap")?, "/pages/written")?);
+    }
+    machine.check()?;
+    let swap = at_rest(&mut machine)?;
+    let later = number(&swap, "/pages/written")? - first.context("nobody did anything")?;
+    let turns = 2 * CLONES as u64 - 1;
+    // What the clones wrote of their own may go out; what they share is there.
+    ensure!(later < turns * SHARED / 4, "{later} pages were written in {turns} turns over {SHARED}: {swap}");
+    let (evicted, written) = (number(&swap, "/pages/evicted")?, number(&swap, "/pages/written")?);
+    ensure!(evicted > written + SHARED / 8, "what came back did not go again without a write: {swap}");
+    machine.ask("kill guest")?;
+    for child in children.iter().rev() {
+        machine.ask(&format!("kill {child}"))?;
+    }
+    nothing_left(&mut machine)?;
+    machine.shutdown()
 }
