@@ -11,6 +11,8 @@ pub(super) fn trials() -> Vec<Trial> {
     vec![
         boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing),
         boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
+        boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, "neoverse-n1")),
+        boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| linux(name, "cortex-a53")),
     ]
 }
 
@@ -132,6 +134,31 @@ fn clones(name: &str) -> Result<()> {
     machine.ask("kill guest")?;
     for child in children.iter().rev() {
         machine.ask(&format!("kill {child}"))?;
+    }
+    nothing_left(&mut machine)?;
+    machine.shutdown()
+}
+
+/// Linux guests whose memory is over three times the host's, each of which fills and compares what it can.
+fn linux(name: &str, cpu: &str) -> Result<()> {
+    let words = ["--timeout", "300", "--host-memory", "160M", "--memory", "256M", "--guests", "2"];
+    let more = ["--swap", "512M", "--cpu", cpu, "--host-cpus", "2"];
+    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
+    let guests = ["guest0", "guest1"];
+    for guest in guests {
+        machine.ask(&format!("wait {guest} \"guest ready: {guest}\""))?;
+    }
+    for guest in guests {
+        machine.ask(&format!("send {guest} memtest 100 1"))?;
+    }
+    for guest in guests {
+        machine.ask(&format!("wait {guest} \"memtest: 100 MiB, 1 rounds, ok\""))?;
+    }
+    machine.check()?;
+    let swap = at_rest(&mut machine)?;
+    ensure!(number(&swap, "/pages/written")? > 64 << 8, "so little swapped proves nothing: {swap}");
+    for guest in guests {
+        machine.ask(&format!("kill {guest}"))?;
     }
     nothing_left(&mut machine)?;
     machine.shutdown()
