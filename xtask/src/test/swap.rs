@@ -13,6 +13,7 @@ pub(super) fn trials() -> Vec<Trial> {
         boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
         boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, "neoverse-n1")),
         boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| linux(name, "cortex-a53")),
+        boot("who_finds_swap_full_waits_visibly_and_goes_on_when_there_is_room", full),
     ]
 }
 
@@ -160,6 +161,33 @@ fn linux(name: &str, cpu: &str) -> Result<()> {
     for guest in guests {
         machine.ask(&format!("kill {guest}"))?;
     }
+    nothing_left(&mut machine)?;
+    machine.shutdown()
+}
+
+/// Three guests that need more than there are frames and slots.
+fn full(name: &str) -> Result<()> {
+    let thrash = tiny_guest(name, "thrash")?;
+    let words = ["--timeout", "120", "--host-memory", "128M", "--memory", "96M", "--guests", "3"];
+    let more = ["--swap", "64M", "--overcommit", "none", "--kernel", &thrash];
+    let mut machine = monitored(name, &[&words[..], &more, &["--append", "linger"], &STAYS].concat())?;
+    let parked = |guests: &Value| {
+        let waits = |row: &Value| row["vcpus"].as_str().is_some_and(|word| word.contains("no-memory"));
+        rows(guests).is_ok_and(|rows| rows.iter().all(waits))
+    };
+    // They wait for a moment often; when there is no slot left, for good.
+    machine.until("swap", |swap| swap["slots"]["free"] == 0)?;
+    machine.until("guests", parked)?;
+    let swap = at_rest(&mut machine)?;
+    ensure!(number(&swap, "/pages/without_a_slot")? > 0, "{swap}");
+    machine.check()?;
+    // Each that goes makes room; the last finds all it wrote.
+    machine.ask("kill guest1")?;
+    machine.ask("kill guest2")?;
+    machine.ask("wait guest0 \"guest thrash: ok\"")?;
+    ensure!(given_up(&mut machine, "guest0")? == Some(0), "it lost pages on a disk that is well");
+    machine.check()?;
+    machine.ask("kill guest0")?;
     nothing_left(&mut machine)?;
     machine.shutdown()
 }
