@@ -199,12 +199,11 @@ impl Devices {
         kicks.0
     }
 
-    /// When [`Self::timer_update`] has something to do for a vCPU, in the guest's time. The clock's alarm
-    /// belongs to the first.
+    /// When [`Self::timer_update`] has something to do for a vCPU, in the guest's time. The clock's alarm is
+    /// everybody's: whoever set it may be the only one who knows, and whoever comes first raises it for all.
     pub fn timer_deadline(&self, vcpu: usize) -> Option<u64> {
         let timer = self.timers.get(vcpu)?.deadline();
-        let alarm = if vcpu == 0 { self.rtc.deadline() } else { None };
-        match (timer, alarm) {
+        match (timer, self.rtc.deadline()) {
             (Some(timer), Some(alarm)) => Some(timer.min(alarm)),
             (timer, alarm) => timer.or(alarm),
         }
@@ -256,4 +255,22 @@ impl Devices {
 pub const fn timer_is_high(control: u64) -> bool {
     // Enabled, not masked, condition met.
     control & 0b111 == 0b101
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alarm_that_any_vcpu_set_ends_the_sleep_of_whoever_sleeps_last() {
+        const HZ: u64 = 1000;
+        let mut devices = Devices::new(2, 4, HZ, 100);
+        for (offset, value) in [(0x10, 1), (0x04, 105)] {
+            let _ = devices.write(Target::Rtc(offset), 2, value, 0);
+        }
+        assert_eq!([0, 1].map(|vcpu| devices.timer_deadline(vcpu)), [Some(5 * HZ); 2]);
+        let _ = devices.timer_update(1, 5 * HZ);
+        assert!(devices.rtc.level());
+        assert_eq!([0, 1].map(|vcpu| devices.timer_deadline(vcpu)), [None; 2], "it has come, once");
+    }
 }
