@@ -118,7 +118,8 @@ const SETTINGS: [Setting; 2] =
 type Measure = fn(&Toolchain, &Path) -> Result<Vec<Figure>>;
 
 /// Figures that the hypervisor tells of itself, by the beginning of their names.
-const MACHINE: [(&str, Measure); 2] = [("memory", machine::books), ("clone", machine::clones)];
+const MACHINE: [(&str, Measure); 3] =
+    [("memory", machine::books), ("clone", machine::clones), ("fault", machine::after_fork)];
 
 fn baseline() -> PathBuf {
     crate::root().join("xtask/bench/baseline.json")

@@ -2,7 +2,8 @@
 //! instruction, so the figures repeat.
 //!
 //! Each figure is a line `bench METRIC VALUE KEY=VALUE...`: the median, less what measuring costs, with
-//! its spread. Options: `zero_mib=8` (RAM touched for each of the two orders).
+//! its spread. Options: `zero_mib=8` (RAM touched for each of the two orders); with `fork` it measures what a fork makes
+//! dearer, and nothing else.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,6 +40,8 @@ macro_rules! mark {
         unsafe { core::arch::asm!("hint #{}", const mark::$which, options(nostack)) }
     };
 }
+
+mod forked;
 
 /// Figures of one metric.
 struct Samples {
@@ -97,6 +100,9 @@ pub fn run(machine: &Machine) {
     gic::enable(INTID_VIRTUAL_TIMER);
     let [empty, ..] = Samples::take(|_| ticks!("")).summary();
     println!("bench measuring {} unit=insn", instructions(empty));
+    if machine.flag("fork") {
+        return forked::run(machine, empty);
+    }
     exits(empty);
     zero_faults(machine, empty);
     gic::unmask();
@@ -132,26 +138,41 @@ fn zero_faults(machine: &Machine, empty: u64) {
     let pages = bytes / 4096;
     let first = (RAM_BASE + machine.memory / 4).next_multiple_of(2 << 20);
     assert!(first + 2 * bytes <= machine.end(), "too little RAM for this");
-    // An odd step visits every page of a power of two once.
-    let scattered = |index: u64| first + ((index * 193) & (pages - 1)) * 4096;
-    let ordered = |index: u64| first + bytes + index * 4096;
-    assert!(pages.is_power_of_two(), "zero_mib must be a power of two");
-    faults("single", pages, empty, scattered);
-    faults("sequential", pages, empty, ordered);
+    faults("fault.zero", Touch::Write, pages, empty, first, first + bytes);
 }
 
-fn faults(mode: &str, pages: u64, empty: u64, page: impl Fn(u64) -> u64) {
+/// How a page is touched.
+#[derive(Clone, Copy)]
+enum Touch {
+    Read,
+    Write,
+}
+
+/// Touches so many pages from `scattered` on in an order that no prefetching foresees, and from `ordered` on in order.
+fn faults(metric: &str, touch: Touch, pages: u64, empty: u64, scattered: u64, ordered: u64) {
+    assert!(pages.is_power_of_two(), "an odd step visits every page of a power of two once");
+    let scattered = |index: u64| scattered + ((index * 193) & (pages - 1)) * 4096;
+    let ordered = |index: u64| ordered + index * 4096;
+    in_order(metric, "single", touch, pages, empty, scattered);
+    in_order(metric, "sequential", touch, pages, empty, ordered);
+}
+
+fn in_order(metric: &str, mode: &str, touch: Touch, pages: u64, empty: u64, page: impl Fn(u64) -> u64) {
     let (mut least, mut most, mut total) = (u64::MAX, 0, 0);
     for index in 0..pages {
         let at = page(index);
         mark!(BEGIN);
-        let ticks = ticks!("str xzr, [{at}]", at = in(reg) at).saturating_sub(empty);
+        let ticks = match touch {
+            Touch::Read => ticks!("ldr {a}, [{at}]", a = out(reg) _, at = in(reg) at),
+            Touch::Write => ticks!("str xzr, [{at}]", at = in(reg) at),
+        };
         mark!(END);
+        let ticks = ticks.saturating_sub(empty);
         (least, most, total) = (least.min(ticks), most.max(ticks), total + ticks);
     }
     let [mean, least, most] = [total / pages, least, most].map(instructions);
     mark!(REPORT);
-    println!("bench fault.zero {mean} mode={mode} min={least} max={most} n={pages}");
+    println!("bench {metric} {mean} mode={mode} min={least} max={most} n={pages}");
 }
 
 /// Waits for an interrupt with as little work as there is, on this vCPU and on the one it may wait for.

@@ -68,6 +68,25 @@ pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
+/// What a fork makes dearer later: the child's first reads and writes of its parent's pages.
+pub(super) fn after_fork(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+    let image = dir.join("bench.bin");
+    fs::write(&image, build::guest(toolchain, "bench")?)?;
+    let image = image.display().to_string();
+    let mut words = vec!["--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "300"];
+    words.extend(["--memory", "64M", "--grant-fork", "8", "--append", "fork", "--kernel", &image]);
+    let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("after-fork"))?;
+    step("measuring a child's faults", || machine.console.wait("bench: place 0 waits"))?;
+    let log = machine.ask("log 2")?;
+    let told = log["log"].as_str().context("the child's log")?;
+    ensure!(told.contains("bench: place 1 waits"), "the child is not done: {told}");
+    let figures =
+        told.lines().filter_map(Figure::from_line).filter(|figure| figure.metric.starts_with("fault."));
+    let figures = figures.collect();
+    machine.shutdown()?;
+    Ok(figures)
+}
+
 /// The same for the smallest, followed instruction by instruction.
 pub(super) fn follow_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
     let guest = build::guest(toolchain, "fork")?;
