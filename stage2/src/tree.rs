@@ -30,6 +30,9 @@ pub struct Stage2<S: TableSource, T: TlbOps> {
     /// Its name in the caches; zero until it is first loaded, and then nothing of it can be cached.
     vmid: u16,
     tables: u32,
+    /// Leaves are read and then written, and what the hardware sets in between is lost: a defect.
+    #[cfg(feature = "testing")]
+    careless: bool,
 }
 
 /// The place of one descriptor.
@@ -51,7 +54,18 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     pub fn new(source: S, tlb: T, geometry: Geometry) -> Result<Self, OutOfTables> {
         let tables = geometry.root_tables();
         let root = source.alloc_root(tables).ok_or(OutOfTables)?;
-        Ok(Self { source, tlb, geometry, style: geometry.style(), root, used: 0, vmid: 0, tables })
+        Ok(Self {
+            source,
+            tlb,
+            geometry,
+            style: geometry.style(),
+            root,
+            used: 0,
+            vmid: 0,
+            tables,
+            #[cfg(feature = "testing")]
+            careless: false,
+        })
     }
 
     /// Where the root table is.
@@ -67,6 +81,18 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     /// Sets the guest's name in the caches, given by [`crate::vmid::VmidAllocator`], before it is loaded.
     pub const fn set_vmid(&mut self, vmid: u16) {
         self.vmid = vmid;
+    }
+
+    /// From now on leaves are changed by a read and a write, to see that this is found.
+    #[cfg(feature = "testing")]
+    pub const fn set_careless(&mut self, careless: bool) {
+        self.careless = careless;
+    }
+
+    /// True if the leaf that maps an address says that it was written through.
+    #[cfg(feature = "testing")]
+    pub fn remembers_write(&self, at: Ipa) -> bool {
+        self.find(at).is_some_and(|spot| spot.leaf.is_dirty())
     }
 
     /// The table that a walk for `at` starts in.
@@ -144,6 +170,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     pub(crate) fn update(&self, slot: Slot, change: impl Fn(Descriptor) -> Descriptor) -> [Descriptor; 2] {
         let entry = self.entry(slot);
         let mut old = entry.load(Ordering::Relaxed);
+        #[cfg(feature = "testing")]
+        if self.careless {
+            let new = change(Descriptor::from_bits(old)).bits();
+            self.entry(slot).store(new, Ordering::Relaxed);
+            return [old, new].map(Descriptor::from_bits);
+        }
         loop {
             let new = change(Descriptor::from_bits(old)).bits();
             if new == old {

@@ -4,6 +4,8 @@
 //! that guards it, so an answer is exact only while no guest runs. The names in a [`Violation`] are those
 //! in the modules' headers and in the design's list (I1, I3).
 
+mod rest;
+
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 

@@ -171,6 +171,11 @@ impl<M: Machine> Vm<M> {
         lines.iter().try_for_each(|(name, count)| writeln!(out, "{name:10} {count:10}"))
     }
 
+    /// True if what leaves remembered says that a frame was written.
+    pub fn is_dirty(&self, frame: crate::addr::Pfn) -> bool {
+        self.frames.find(frame).is_some_and(crate::page::VmPage::is_dirty)
+    }
+
     /// Whose a frame is.
     pub fn owner(&self, frame: crate::addr::Pfn) -> Owner {
         self.frames.find(frame).map_or(Owner::Absent, crate::page::VmPage::owner)

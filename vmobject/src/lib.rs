@@ -7,7 +7,7 @@
 //! `&self`; the locks are inside, and a [`Held`] proves that they are taken in order.
 //!
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
-//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `page` `rmap` `object` `pager` `charge` `map` `fault`
+//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `defect` `page` `rmap` `object` `pager` `charge` `map` `fault`
 //! `pageout` `describe` `check` `testing`.
 //!
 //! # The seed, row by row
@@ -44,6 +44,7 @@ extern crate alloc;
 pub mod addr;
 pub mod charge;
 pub mod check;
+pub mod defect;
 pub mod describe;
 pub mod fault;
 pub mod limits;
@@ -67,6 +68,7 @@ use core::ops::Range;
 
 use addr::{Ipa, Pfn};
 use charge::Charges;
+use defect::Seeded;
 use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
 use map::Map;
 use object::{ObjectId, Objects, Pager};
@@ -133,6 +135,7 @@ pub struct Vm<M: Machine> {
     pageout: Pageout,
     maps: Ranked<REGISTRY, Maps<M>>,
     stats: Stats,
+    seeded: Seeded,
 }
 
 impl<M: Machine> Vm<M> {
@@ -150,6 +153,7 @@ impl<M: Machine> Vm<M> {
             charges: Charges::new(),
             maps: Ranked::new(Maps { list: Vec::new(), next: 0, ending: VecDeque::new() }),
             stats: Stats::new(),
+            seeded: Seeded::default(),
         })
     }
 

@@ -5,8 +5,10 @@
 use crate::test::cargo;
 use anyhow::{Context, Result, ensure};
 
-/// The test's name.
-const TEST: &str = "every_guest_reads_what_it_and_its_ancestors_wrote";
+/// The test that plays.
+const PLAY: &str = "every_guest_reads_what_it_and_its_ancestors_wrote";
+/// The test that switches defects on.
+const DEFECTS: &str = "each_defect_is_found";
 
 /// What is simulated.
 #[derive(clap::Args)]
@@ -17,19 +19,26 @@ pub(crate) struct Sim {
     /// Of all worlds together
     #[arg(long, default_value_t = 1_000_000)]
     steps: u64,
+    /// Instead: switch each known defect on, and show what finds it and when
+    #[arg(long, conflicts_with_all = ["seed", "steps"])]
+    defects: bool,
 }
 
 impl Sim {
     /// Plays; fails if a guest read a wrong byte, a cache knew too much or the audit found something.
     pub(crate) fn run(&self) -> Result<()> {
+        let test = if self.defects { DEFECTS } else { PLAY };
         let status = cargo(&["test", "--quiet", "--package", "stage2", "--test", "sim"])
-            .args(["--", "--exact", "--nocapture", TEST])
+            .args(["--", "--exact", "--nocapture", test])
             .current_dir(crate::root())
             .env("SIM_SEED", self.seed.to_string())
             .env("SIM_STEPS", self.steps.to_string())
             .status()
             .context("starting cargo")?;
-        ensure!(status.success(), "the simulator found something; what it says above names the seed");
+        ensure!(
+            status.success(),
+            "the simulator found something; what it says above names the seed, or the defect that nothing finds"
+        );
         Ok(())
     }
 }

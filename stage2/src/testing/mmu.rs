@@ -100,6 +100,7 @@ struct State {
     hot: Vec<u64>,
     trace: Vec<Op>,
     sabotaged: Option<Op>,
+    deaf: bool,
     capacity: usize,
     broken: Option<String>,
     random: u64,
@@ -126,6 +127,7 @@ impl Mmu {
             hot: Vec::new(),
             trace: Vec::new(),
             sabotaged: None,
+            deaf: false,
             capacity: usize::MAX,
             broken: None,
             random: 1,
@@ -158,6 +160,11 @@ impl Mmu {
     /// From now on an instruction does nothing, or again all do what they must.
     pub fn sabotage(&self, op: Option<Op>) {
         self.0.lock().sabotaged = op;
+    }
+
+    /// From now on no invalidate does anything, or again all do what they must.
+    pub fn deafen(&self, deaf: bool) {
+        self.0.lock().deaf = deaf;
     }
 
     /// Bounds what a CPU caches: at most so many entries of each kind, and the oldest go first. Without this
@@ -417,7 +424,7 @@ impl State {
     }
 
     fn invalidate(&mut self, op: Op, reach: Reach, everywhere: bool) {
-        if self.note(op) {
+        if self.note(op) && !self.deaf {
             let vmid = vmid_of(self.cpus[self.here].vttbr);
             self.cpus[self.here].pending.push(Pending { reach, vmid, everywhere });
         }

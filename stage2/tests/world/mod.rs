@@ -2,24 +2,32 @@
 //!
 //! Guests read, write and discard, are cloned, kept as snapshots, made from them, reset to them, and die, on four
 //! CPUs, while pages go to swap and come back: late, in any order, or not at all, and a write that fails may have
-//! been done in part. Every byte that a guest reads is compared with what it wrote, or its ancestors did before they
-//! were copied; after every step no cache may know more than the tables, and every so often no table more than its
-//! map. What `model` says of the tables alone is said here of the two together.
+//! been done in part. While one CPU executes the VM, a guest on another may write between any two looks at a table.
+//! Every byte that a guest reads is compared with what it wrote, or its ancestors did before they were copied; after
+//! every step no cache may know more than the tables, every so often no table more than its map, and at rest no more
+//! pages may be there than copies made at once would need. What `model` says of the tables alone is said here of the
+//! two together.
 
+mod audit;
+mod host;
+pub(crate) mod story;
+
+use host::{Host, Meanwhile, Scribble, Source};
 use stage2::Stage2;
 use stage2::geometry::Geometry;
-use stage2::table::{Table, TableSource};
-use stage2::testing::{Access, Frames, Mmu};
+use stage2::testing::cpus::{CORTEX_A53, CORTEX_A710, NEOVERSE_N1};
+use stage2::testing::{Access, Frames, Mmu, Op};
 use stage2::vmid::{Vmid, VmidAllocator};
-use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock, Weak};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use story::{Deed, Random, Step};
 use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
+use vmobject::defect::Defect;
 use vmobject::fault::{FaultError, Faulted};
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, Map, Share, Snapshot};
 use vmobject::prot::Prot;
-use vmobject::store::{Direction, IoToken, Machine, PhysMemory as _, StoreError, StoreId};
-use vmobject::testing::{FakeMemory, FakeStore};
+use vmobject::store::{Direction, IoToken, PhysMemory as _, StoreError, StoreId};
 use vmobject::{Vm, VmError};
 
 const RAM: u64 = 0x4000_0000;
@@ -32,75 +40,71 @@ const MAX_KEPT: usize = 3;
 const SWAP: StoreId = StoreId(1);
 const SWAP_PAGES: usize = 512;
 
-/// Frames of the VM's as tables: it counts and charges them.
-#[derive(Clone)]
-pub(crate) struct Source {
-    frames: Frames,
-    vm: Arc<OnceLock<Weak<Vm<Host>>>>,
+/// What is wrong with a world, to see whether it is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing.
+    None,
+    /// The VM does something wrong.
+    Vm(Defect),
+    /// An instruction does nothing.
+    Instruction(Op),
+    /// No cache is told of what a clone does.
+    DeafClone,
+    /// No cache is told of what an eviction does.
+    DeafEviction,
+    /// No cache is told of what chores do: maps that end, chains that become shorter.
+    DeafChores,
+    /// Leaves are read, and then written.
+    CarelessUpdate,
 }
 
-impl TableSource for Source {
-    fn alloc(&self) -> Option<Pfn> {
-        let frame = self.vm.get()?.upgrade()?.alloc_table_frame()?;
-        self.frames.claim(frame);
-        Some(frame)
-    }
-    fn free(&self, frame: Pfn) {
-        self.frames.release(frame);
-        if let Some(vm) = self.vm.get().and_then(Weak::upgrade) {
-            vm.free_table_frame(frame);
-        }
-    }
-    fn table(&self, frame: Pfn) -> &Table {
-        self.frames.table(frame)
-    }
+/// What a guest has in a page: what it wrote, and what it wrote while others were at work.
+type Bytes = BTreeMap<u32, [u8; 2]>;
+
+/// What somebody's memory is.
+#[derive(Clone, Default)]
+struct Contents {
+    bytes: Bytes,
+    /// Pages that a copy of its own would have frames for.
+    touched: BTreeSet<u32>,
 }
 
-#[derive(Default)]
-pub(crate) struct Host {
-    memory: FakeMemory,
-    store: FakeStore,
-}
-
-impl Machine for Host {
-    type Pmap = Stage2<Source, Mmu>;
-    type Memory = FakeMemory;
-    type Store = FakeStore;
-    fn memory(&self) -> &FakeMemory {
-        &self.memory
-    }
-    fn store(&self) -> &FakeStore {
-        &self.store
+impl Contents {
+    fn of(&self, page: u32) -> [u8; 2] {
+        self.bytes.get(&page).copied().unwrap_or([0; 2])
     }
 }
-
-/// What a guest wrote, by page.
-type Bytes = BTreeMap<u32, u8>;
 
 pub(crate) struct Guest {
     map: Arc<Map<Host>>,
     vmid: Vmid,
-    bytes: Bytes,
+    name: u32,
+    contents: Contents,
 }
 
 pub(crate) struct World {
     pub(crate) vm: Arc<Vm<Host>>,
     source: Source,
-    pub(crate) mmu: Mmu,
+    mmu: Mmu,
     geometry: Geometry,
     vmids: VmidAllocator,
+    fault: Fault,
     guests: Vec<Guest>,
-    kept: Vec<(Snapshot, Bytes)>,
+    names: u32,
+    kept: Vec<(Snapshot, Contents)>,
     running: [Option<usize>; CPUS],
-    random: u64,
+    random: Random,
     /// One transfer in so many fails; none while it is 0.
-    pub(crate) failing: usize,
+    failing: usize,
     /// How often what happened that the VM does not count.
     pub(crate) seen: BTreeMap<&'static str, u64>,
     /// Guests' accesses that went through.
     pub(crate) accesses: u64,
     /// The last transfer that was delivered.
     last: Option<IoToken>,
+    /// Writes in the middle of the last deed.
+    scribbled: Vec<Scribble>,
 }
 
 fn address(page: u32) -> Ipa {
@@ -108,41 +112,54 @@ fn address(page: u32) -> Ipa {
     Ipa::new(RAM + CHUNK_SIZE - u64::from(PAGES / 2) * PAGE_SIZE + u64::from(page) * PAGE_SIZE)
 }
 
-/// The byte of a page that guests use.
+/// The first of the bytes of a page that guests use.
 fn offset(page: u32) -> usize {
-    (page as usize * 331) % 4096
+    (page as usize * 331) % 4095
 }
 
 impl World {
-    pub(crate) fn new(geometry: Geometry, seed: u64) -> Self {
+    /// Of the seed: which CPUs, whether the store fails now and then, and whether guests have their memory in one
+    /// entry or in two.
+    pub(crate) fn new(seed: u64, fault: Fault) -> Self {
+        let features = [CORTEX_A53, NEOVERSE_N1, CORTEX_A710];
+        let geometry = Geometry::new(features[usize::try_from(seed % 3).expect("small")]);
         let range = Pfn::new(0x1000)..Pfn::new(0x1000 + FRAMES);
         let frames = Frames::over(range.clone());
         let mmu = Mmu::new(&frames, geometry, CPUS);
-        mmu.seed(seed);
         let host = Host::default();
         host.store.add(SWAP, vec![0; SWAP_PAGES << 12]);
         let vm = Arc::new(Vm::new(host, &[range]).expect("there are frames"));
-        let source = Source { frames, vm: Arc::default() };
+        let source = Source::new(frames, mmu.clone());
         source.vm.set(Arc::downgrade(&vm)).expect("once");
         vm.add_swap(SWAP, &mut Held::root()).expect("it is there");
-        let vmids = VmidAllocator::new(3, CPUS);
-        let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        match fault {
+            Fault::Vm(defect) => vm.seed(Some(defect)),
+            Fault::Instruction(op) => mmu.sabotage(Some(op)),
+            Fault::None
+            | Fault::DeafClone
+            | Fault::DeafEviction
+            | Fault::DeafChores
+            | Fault::CarelessUpdate => {}
+        }
         let mut world = Self {
             vm,
             source,
             mmu,
             geometry,
-            vmids,
+            vmids: VmidAllocator::new(3, CPUS),
+            fault,
             guests: Vec::new(),
+            names: 0,
             kept: Vec::new(),
             running: [None; CPUS],
-            random,
-            failing: 0,
+            random: Random::new(seed),
+            failing: if (seed / 3).is_multiple_of(2) { 0 } else { 20 },
             seen: BTreeMap::new(),
             accesses: 0,
             last: None,
+            scribbled: Vec::new(),
         };
-        world.birth();
+        world.birth(if (seed / 6).is_multiple_of(2) { PAGES } else { PAGES / 2 });
         world
     }
 
@@ -150,56 +167,88 @@ impl World {
         *self.seen.entry(what).or_default() += 1;
     }
 
-    fn below(&mut self, n: usize) -> usize {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        usize::try_from(self.random >> 33).expect("31 bits") % n
-    }
-
-    fn page(&mut self) -> u32 {
-        u32::try_from(self.below(PAGES as usize)).expect("small")
-    }
-
     fn tables(&self) -> Result<Stage2<Source, Mmu>, VmError> {
-        Stage2::new(self.source.clone(), self.mmu.clone(), self.geometry).map_err(|_| VmError::NoFrames)
+        let tables = Stage2::new(self.source.clone(), self.mmu.clone(), self.geometry);
+        let mut tables = tables.map_err(|_| VmError::NoFrames)?;
+        tables.set_careless(self.fault == Fault::CarelessUpdate);
+        Ok(tables)
     }
 
-    /// A guest of its own, with nothing written.
-    fn birth(&mut self) {
+    /// A guest of its own, with nothing written, its object mapped by entries of so many pages.
+    fn birth(&mut self, pages: u32) {
         let held = &mut Held::root();
         let map = self.vm.create_map(self.tables().expect("there are frames"), held).expect("a map");
         let object = self.vm.anonymous(PAGES, held).expect("an object");
-        let range = IpaRange::from_pages(address(0), PAGES).expect("in order");
-        self.vm
-            .insert(&map, range, object, PageIndex::new(0), Prot::ALL, Share::Shared, held)
-            .expect("there is room");
-        self.guests.push(Guest { map, vmid: Vmid::default(), bytes: BTreeMap::new() });
+        for start in (0..PAGES).step_by(pages as usize) {
+            if start > 0 {
+                self.vm.reference(object, held).expect("few");
+            }
+            let first = PageIndex::new(start);
+            let range = IpaRange::from_pages(address(start), pages).expect("in order");
+            let put = self.vm.insert(&map, range, object, first, Prot::ALL, Share::Shared, held);
+            put.expect("there is room");
+        }
+        self.guests.push(Guest { map, vmid: Vmid::default(), name: 0, contents: Contents::default() });
     }
 
-    fn clone(&mut self, of: usize) {
-        let Ok(tables) = self.tables() else { return };
-        // Refused where memory is promised already.
-        let made = self.vm.copy_map(&self.guests[of].map, tables, &mut Held::root());
-        self.born(made, self.guests[of].bytes.clone(), "clones");
+    /// What guests on other CPUs wrote meanwhile is what they have.
+    fn absorb(&mut self) {
+        for scribble in self.source.take_scribbles() {
+            let Some(guest) = self.guests.iter_mut().find(|guest| guest.name == scribble.who) else {
+                continue;
+            };
+            guest.contents.bytes.entry(scribble.page).or_default()[1] = scribble.byte;
+            self.scribbled.push(scribble);
+            self.saw("writes in the middle of an edit");
+        }
     }
 
-    fn born(&mut self, made: Result<Arc<Map<Host>>, VmError>, bytes: Bytes, what: &'static str) {
+    /// The next deed is met by writes of guests on other CPUs, between its looks at tables.
+    fn let_others_write(&mut self, step: Step) {
+        let others = (0..CPUS).filter(|&cpu| cpu != step.cpu);
+        let who = others.filter_map(|cpu| Some((cpu, self.guests[self.running[cpu]?].name))).collect();
+        // Whether a discard or a write came first nobody could say.
+        let but = (step.deed == Deed::Discard).then_some(step.page);
+        let gap = 1 << self.random.below(10);
+        self.source.let_write(Meanwhile::new(who, but, gap, self.random));
+    }
+
+    /// While the caches are told nothing, if that is what is wrong.
+    fn with<R>(&mut self, deaf: Fault, work: impl FnOnce(&mut Self) -> R) -> R {
+        self.mmu.deafen(self.fault == deaf);
+        let done = work(self);
+        self.mmu.deafen(false);
+        done
+    }
+
+    fn born(&mut self, made: Result<Arc<Map<Host>>, VmError>, contents: Contents, what: &'static str) {
         if let Ok(map) = made {
-            self.guests.push(Guest { map, vmid: Vmid::default(), bytes });
+            self.names += 1;
+            self.guests.push(Guest { map, vmid: Vmid::default(), name: self.names, contents });
             self.saw(what);
         } else {
             self.saw("refusals");
         }
     }
 
-    fn keep(&mut self, of: usize) {
-        let pushes = self.below(3) == 0;
-        let map = &self.guests[of].map;
-        let held = &mut Held::root();
-        let kept = if pushes { self.vm.freeze(map, held) } else { self.vm.snapshot(map, held) };
+    fn clone(&mut self, of: usize) {
+        let Ok(tables) = self.tables() else { return };
+        // Refused where memory is promised already.
+        let map = self.guests[of].map.clone();
+        let made = self.with(Fault::DeafClone, |world| world.vm.copy_map(&map, tables, &mut Held::root()));
+        self.absorb();
+        self.born(made, self.guests[of].contents.clone(), "clones");
+    }
+
+    fn keep(&mut self, of: usize, pushes: bool) {
+        let map = self.guests[of].map.clone();
+        let kept = self.with(Fault::DeafClone, |world| {
+            let held = &mut Held::root();
+            if pushes { world.vm.freeze(&map, held) } else { world.vm.snapshot(&map, held) }
+        });
+        self.absorb();
         if let Ok(snapshot) = kept {
-            self.kept.push((snapshot, self.guests[of].bytes.clone()));
+            self.kept.push((snapshot, self.guests[of].contents.clone()));
             self.saw("snapshots");
         }
     }
@@ -214,7 +263,7 @@ impl World {
         self.stop(guest);
         let map = self.guests[guest].map.clone();
         if self.vm.reset_map(&map, &self.kept[to].0, &mut Held::root()).is_ok() {
-            self.guests[guest].bytes = self.kept[to].1.clone();
+            self.guests[guest].contents = self.kept[to].1.clone();
             self.saw("resets");
         }
     }
@@ -226,12 +275,13 @@ impl World {
     }
 
     /// Makes a page of a guest zero.
-    fn discard(&mut self, guest: usize) {
-        let page = self.page();
+    fn discard(&mut self, guest: usize, page: u32) {
         let range = IpaRange::from_pages(address(page), 1).expect("in order");
         match self.vm.discard(&self.guests[guest].map, range, &mut Held::root()) {
             Ok(Discarded::Done(_)) => {
-                self.guests[guest].bytes.remove(&page);
+                let contents = &mut self.guests[guest].contents;
+                contents.bytes.remove(&page);
+                contents.touched.remove(&page);
                 self.saw("discards");
             }
             Ok(Discarded::Wait(_)) => self.saw("discards that had to wait"),
@@ -241,6 +291,7 @@ impl World {
 
     /// Takes a guest off every CPU.
     fn stop(&mut self, guest: usize) {
+        self.source.let_nobody_write();
         for cpu in (0..CPUS).filter(|&cpu| self.running[cpu] == Some(guest)).collect::<Vec<_>>() {
             self.mmu.run(cpu, 0);
             self.running[cpu] = None;
@@ -254,7 +305,7 @@ impl World {
             *running = Some(of);
         }
         let guest = self.guests.swap_remove(of);
-        self.vm.destroy_map(guest.map, &mut Held::root());
+        self.with(Fault::DeafChores, |world| world.vm.destroy_map(guest.map, &mut Held::root()));
         self.saw("deaths");
     }
 
@@ -271,16 +322,16 @@ impl World {
 
     /// Finishes one transfer, whichever, well or badly; false when none is under way.
     fn deliver_one(&mut self) -> bool {
-        let pending = self.vm.machine().store().pending();
-        let nth = if pending == 0 { 0 } else { self.below(pending) };
-        let Some(request) = self.vm.machine().store().take(nth) else { return false };
+        let pending = self.vm.machine().store.pending();
+        let nth = if pending == 0 { 0 } else { self.random.below(pending) };
+        let Some(request) = self.vm.machine().store.take(nth) else { return false };
         if nth > 0 {
             self.saw("completions out of order");
         }
-        let fails = self.failing > 0 && self.below(self.failing) == 0;
+        let fails = self.failing > 0 && self.random.below(self.failing) == 0;
         // What fails may have been done in part.
-        let done = if fails { self.below(request.frames.len() + 1) } else { request.frames.len() };
-        let (memory, store) = (self.vm.machine().memory(), self.vm.machine().store());
+        let done = if fails { self.random.below(request.frames.len() + 1) } else { request.frames.len() };
+        let (memory, store) = (&self.vm.machine().memory, &self.vm.machine().store);
         for (page, &frame) in (request.first..).zip(request.frames.iter().take(done)) {
             match request.direction {
                 Direction::In => memory.write(frame, 0, &store.page(request.store, page)),
@@ -297,28 +348,12 @@ impl World {
         true
     }
 
-    /// Finishes every transfer.
-    pub(crate) fn deliver(&mut self) -> bool {
-        let mut any = false;
-        while self.deliver_one() {
-            any = true;
-        }
-        any
-    }
-
-    /// Delivers a completion a second time.
-    fn deliver_again(&mut self) {
-        if let Some(token) = self.last {
-            self.vm.complete(token, Ok(()), &mut Held::root());
-        }
-    }
-
     /// Frees some frames.
     fn page_out(&mut self, target: u32) -> u32 {
         self.vm.set_free_target(target, target);
         let mut freed = 0;
         for _ in 0..20 {
-            let done = self.vm.pageout(32, &mut Held::root());
+            let done = self.with(Fault::DeafEviction, |world| world.vm.pageout(32, &mut Held::root()));
             freed += done.freed;
             if !self.deliver_one() && !done.more {
                 break;
@@ -327,14 +362,27 @@ impl World {
         freed
     }
 
+    /// The pageout daemon and chores in turns, each of them stopped wherever it is.
+    fn take_turns(&mut self) {
+        let target = self.random.small(FRAMES);
+        self.vm.set_free_target(target, target);
+        for _ in 0..self.random.below(40) {
+            let budget = 1 + self.random.small(4);
+            self.with(Fault::DeafEviction, |world| world.vm.pageout(budget, &mut Held::root()));
+            if self.random.below(4) == 0 {
+                let budget = 1 + self.random.small(6);
+                self.with(Fault::DeafChores, |world| world.vm.step(budget, &mut Held::root()));
+            }
+        }
+    }
+
     /// An access of the guest that a CPU runs, with faults served until it is done. `None` when memory is out.
-    fn access(&mut self, cpu: usize, at: Ipa, access: Access) -> Option<Pfn> {
+    fn access(&mut self, cpu: usize, guest: usize, at: Ipa, access: Access) -> Result<Option<Pfn>, String> {
         let wanted = if access == Access::Write { Prot::WRITE } else { Prot::READ };
-        let guest = self.running[cpu].expect("it runs somebody");
         for _ in 0..200 {
             if let Ok(frame) = self.mmu.access(cpu, at, access) {
                 self.accesses += 1;
-                return Some(frame);
+                return Ok(Some(frame));
             }
             self.mmu.on(cpu);
             match self.vm.fault(&self.guests[guest].map, at, wanted, &mut Held::root()) {
@@ -343,113 +391,83 @@ impl World {
                 Ok(Faulted::Wait(_)) if self.page_out(8) > 0 => {}
                 Ok(Faulted::Wait(_)) => {
                     self.saw("accesses that found no memory");
-                    return None;
+                    return Ok(None);
                 }
-                Err(FaultError::Lost(_)) if self.failing > 0 => {
+                Err(FaultError::Lost(StoreError::Io)) if self.failing > 0 => {
                     self.saw("accesses that a failed read ended");
-                    return None;
+                    return Ok(None);
                 }
-                Err(error) => panic!("{access:?} at {at}: {error:?}"),
+                Err(error) => return Err(format!("{access:?} at {at}: {error:?}")),
             }
         }
-        panic!("{access:?} at {at} faults for ever");
+        Err(format!("{access:?} at {at} faults for ever"))
     }
 
-    fn use_memory(&mut self, cpu: usize, guest: usize) -> Result<(), String> {
-        let page = self.page();
-        let write = self.below(2) == 0;
-        let access = if write { Access::Write } else { Access::Read };
-        let Some(frame) = self.access(cpu, address(page), access) else { return Ok(()) };
-        let memory = self.vm.machine().memory();
-        let known = self.guests[guest].bytes.get(&page).copied().unwrap_or(0);
-        if write {
-            let byte = known.wrapping_add(1).max(1);
-            memory.write(frame, offset(page), &[byte]);
-            self.guests[guest].bytes.insert(page, byte);
-        } else {
-            let mut byte = [0];
-            memory.read(frame, offset(page), &mut byte);
-            if byte != [known] {
-                return Err(format!("page {page} of guest {guest} has {byte:?} and not {known}"));
-            }
+    fn use_memory(&mut self, cpu: usize, page: u32, access: Access) -> Result<(), String> {
+        let Some(guest) = self.running[cpu] else { return Ok(()) };
+        let Some(frame) = self.access(cpu, guest, address(page), access)? else { return Ok(()) };
+        self.absorb();
+        let (memory, at) = (&self.vm.machine().memory, offset(page));
+        let contents = &mut self.guests[guest].contents;
+        contents.touched.insert(page);
+        let known = contents.of(page);
+        let mut bytes = [0; 2];
+        memory.read(frame, at, &mut bytes);
+        if bytes != known {
+            return Err(format!("page {page} of guest {guest} has {bytes:?} and not {known:?}"));
+        }
+        if access == Access::Write {
+            let byte = known[0].wrapping_add(1).max(1);
+            memory.write(frame, at, &[byte]);
+            contents.bytes.entry(page).or_default()[0] = byte;
         }
         Ok(())
     }
 
-    fn step(&mut self) -> Result<(), String> {
-        let (cpu, guest) = (self.below(CPUS), self.below(self.guests.len()));
+    /// Does a deed, if there is anybody to do it to. After it no cache knows more than the tables.
+    pub(crate) fn act(&mut self, step: Step) -> Result<(), String> {
+        let (guests, kept) = (self.guests.len(), self.kept.len());
+        let (guest, cpu) = (step.who % guests, step.cpu);
+        self.random = Random::new(step.salt);
+        self.mmu.seed(step.salt);
         self.mmu.on(cpu);
-        let hot = [(); 3].map(|()| address(self.page()));
+        let hot = [(); 3].map(|()| address(self.random.small(PAGES)));
         self.mmu.touch(&hot);
-        match self.below(100) {
-            0..4 if self.guests.len() < MAX_GUESTS => self.clone(guest),
-            4..6 if self.guests.len() > 1 => self.death(guest),
-            6..10 => {
-                let target = u32::try_from(self.below(FRAMES as usize)).expect("small");
+        self.let_others_write(step);
+        match step.deed {
+            Deed::Clone if guests < MAX_GUESTS => self.clone(guest),
+            Deed::Die if guests > 1 => self.death(guest),
+            Deed::PageOut(target) => {
                 self.page_out(target);
             }
-            10..13 => {
-                let budget = u32::try_from(1 + self.below(100)).expect("small");
-                self.vm.step(budget, &mut Held::root());
+            Deed::Chores(budget) => {
+                self.with(Fault::DeafChores, |world| world.vm.step(budget, &mut Held::root()));
             }
-            13..15 if self.kept.len() < MAX_KEPT => self.keep(guest),
-            15 if !self.kept.is_empty() => {
-                let of = self.below(self.kept.len());
-                self.forget(of);
-            }
-            16 if !self.kept.is_empty() && self.guests.len() < MAX_GUESTS => {
-                let of = self.below(self.kept.len());
-                self.revive(of);
-            }
-            17 if !self.kept.is_empty() => {
-                let to = self.below(self.kept.len());
-                self.reset(guest, to);
-            }
-            18..20 => self.discard(guest),
-            20..24 => {
+            Deed::Both => self.take_turns(),
+            Deed::Keep(pushes) if kept < MAX_KEPT => self.keep(guest, pushes),
+            Deed::Forget if kept > 0 => self.forget(step.who % kept),
+            Deed::Revive if kept > 0 && guests < MAX_GUESTS => self.revive(step.who % kept),
+            Deed::Reset if kept > 0 => self.reset(guest, step.page as usize % kept),
+            Deed::Discard => self.discard(guest, step.page),
+            Deed::Deliver => {
                 self.deliver_one();
             }
-            24 => self.deliver_again(),
-            25..36 => self.switch(cpu, guest),
-            _ => match self.running[cpu] {
-                Some(guest) => self.use_memory(cpu, guest)?,
-                None => self.switch(cpu, guest),
-            },
+            Deed::DeliverAgain => {
+                if let Some(token) = self.last {
+                    self.vm.complete(token, Ok(()), &mut Held::root());
+                }
+            }
+            Deed::Switch => self.switch(cpu, guest),
+            Deed::Read | Deed::Write if self.running[cpu].is_none() => self.switch(cpu, guest),
+            Deed::Read => self.use_memory(cpu, step.page, Access::Read)?,
+            Deed::Write => self.use_memory(cpu, step.page, Access::Write)?,
+            Deed::Rest => self.rest()?,
+            Deed::Check => self.check()?,
+            Deed::Clone | Deed::Die | Deed::Keep(_) | Deed::Forget | Deed::Revive | Deed::Reset => {}
         }
+        self.source.let_nobody_write();
+        self.absorb();
+        self.audit_scribbles()?;
         self.mmu.audit()
-    }
-
-    /// Plays on; what went wrong, and at which step.
-    pub(crate) fn run(&mut self, steps: u64) -> Result<(), String> {
-        for step in 0..steps {
-            self.step().map_err(|why| format!("step {step}: {why}"))?;
-            if step % 50 == 0 {
-                let violation = self.vm.check(&mut Held::root()).err();
-                violation.map_or(Ok(()), |violation| Err(format!("step {step}: {violation:?}")))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Everybody dies, in any order: then every frame is free and every swap slot.
-    pub(crate) fn end(&mut self) -> Result<(), String> {
-        self.failing = 0;
-        while !self.guests.is_empty() || !self.kept.is_empty() {
-            if self.kept.is_empty() || (!self.guests.is_empty() && self.below(2) == 0) {
-                let of = self.below(self.guests.len());
-                self.death(of);
-            } else {
-                let of = self.below(self.kept.len());
-                self.forget(of);
-            }
-        }
-        while self.vm.step(1000, &mut Held::root()) || self.deliver() {}
-        let held = &mut Held::root();
-        let left = (FRAMES - self.vm.memory(held).queues.free, self.source.frames.in_use());
-        if left == (0, 0) {
-            Ok(())
-        } else {
-            Err(format!("at the end: {left:?} frames and tables are in use"))
-        }
     }
 }

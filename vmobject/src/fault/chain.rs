@@ -68,7 +68,7 @@ impl<M: Machine> Vm<M> {
                 Slot::Absent => {}
             }
             (depth, since_hop) = (depth + 1, since_hop + 1);
-            match state.trails.hop(index, self.objects.version()) {
+            match state.trails.hop(index, self.trails_now()) {
                 Some(Hop::Nothing) => return Found::Nothing,
                 Some(Hop::To(object, page)) => {
                     self.objects.get(object).step_down(chain);

@@ -110,7 +110,9 @@ impl<M: Machine> Vm<M> {
         }
         let gained = self.objects.gain(top, ours, Slot::Resident(frame), held);
         Some(gained.map(|_| {
-            owner.lose(theirs);
+            if owner.lose(theirs) {
+                self.objects.chore(owner.id().number(), held);
+            }
             self.rename(top, ours, Slot::Resident(frame));
         }))
     }

@@ -359,6 +359,7 @@ impl<M: Machine> Vm<M> {
         }
         let mut prot = place.prot;
         match page.clean_slot() {
+            Some(_) if place.writes() && self.has(crate::defect::Defect::DirtyKeepsItsSlot) => {}
             Some(_) if place.writes() => self.drop_clean_slot(frame, held),
             // The first write is to be noticed (P5).
             Some(_) => prot = prot.without(Prot::WRITE),
@@ -395,7 +396,7 @@ impl<M: Machine> Vm<M> {
         let Some((object, index)) = top.below(place.index) else {
             return self.zero_fill(map, place, purpose, top, held);
         };
-        let hop = top.trails.hop(place.index, self.objects.version());
+        let hop = top.trails.hop(place.index, self.trails_now());
         let (object, index) = match hop {
             None => (object, index),
             Some(Hop::To(object, index)) => (object, index),

@@ -12,6 +12,7 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use super::{Entry, Map};
+use crate::defect::Defect;
 use crate::lock::{Held, MAP};
 use crate::object::ObjectId;
 use crate::pmap::Pmap as _;
@@ -118,9 +119,33 @@ impl<M: Machine> Vm<M> {
         let list = self.duplicate(&snapshot.list, &Arc::downgrade(map), had, held)?;
         self.uncommit(had.saturating_sub(charge_of(&list)), held);
         while !self.clear_map(map, PROMPT, held) {}
+        let list = if self.has(Defect::ResetEmptiesTop) { self.emptied(map, list, held) } else { list };
         let old = core::mem::replace(&mut map.entries.write(held).0.list, list);
         self.drop_entries(old, held);
         Ok(())
+    }
+
+    /// What a map has, its top objects emptied, instead of what it is to have: a defect.
+    #[cold]
+    fn emptied<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        wanted: Vec<Entry>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Vec<Entry> {
+        let shadows = |entry: &Entry, held: &mut Held<'_, OUTER>| {
+            !entry.needs_copy && self.objects.get(entry.object).read(held).0.shadow.is_some()
+        };
+        let own: Vec<Entry> = core::mem::take(&mut map.entries.write(held).0.list);
+        if !own.iter().all(|entry| shadows(entry, held)) {
+            map.entries.write(held).0.list = own;
+            return wanted;
+        }
+        for entry in &own {
+            self.lose_everything(entry.object, held);
+        }
+        self.drop_entries(wanted, held);
+        own
     }
 
     /// Gives a snapshot back.
@@ -168,7 +193,7 @@ impl<M: Machine> Vm<M> {
                 self.links.write(&mut held).0.set_writes(entry.link, false);
             }
         }
-        if park {
+        if park && !self.has(Defect::CopyLeavesWritable) {
             source.pmap.lock(&mut held).0.park();
         }
         self.stats.count(Event::MapCopied);

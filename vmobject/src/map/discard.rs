@@ -6,6 +6,7 @@
 
 use super::{Entry, Map};
 use crate::addr::{CHUNK_PAGES, Ipa, IpaRange};
+use crate::defect::Defect;
 use crate::lock::{Held, MAP};
 use crate::object::Kept;
 use crate::pager::WaitFor;
@@ -79,7 +80,7 @@ impl<M: Machine> Vm<M> {
 
     /// The same within one entry and one chunk.
     fn discard_part(&self, entry: &mut Entry, part: IpaRange, held: &mut Held<'_, MAP>) -> Result<u32, Kept> {
-        if entry.needs_copy {
+        if entry.needs_copy && !self.has(Defect::DiscardIgnoresNeedsCopy) {
             self.shadow_entry(entry, held).map_err(Kept::Refused)?;
         }
         let (Some(first), Ok(pages)) = (entry.page_at(part.start()), u32::try_from(part.pages())) else {

@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 
 use super::{Entry, Map, Share};
 use crate::addr::{Ipa, IpaRange, PageIndex};
+use crate::defect::Defect;
 use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
 use crate::object::{ObjectId, Pager, Role, Shadow};
@@ -173,7 +174,9 @@ impl<M: Machine> Vm<M> {
     pub(super) fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
         let sole = {
             let (state, _held) = self.objects.get(entry.object).read(held);
-            state.is_sole_anonymous() && state.role != Role::Copy // which nobody writes to (D28)
+            // Nobody writes to a copy-object (D28).
+            let own = state.is_sole_anonymous() && state.role != Role::Copy;
+            own && !self.has(Defect::ShadowOverSole)
         };
         if sole {
             self.stats.count(Event::ShadowSpared);

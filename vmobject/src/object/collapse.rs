@@ -18,6 +18,8 @@ use super::work::Progress;
 use super::{NOWHERE, Pager, Role, Shadow, State};
 use crate::Vm;
 use crate::addr::PageIndex;
+use crate::defect::Defect;
+use crate::limits::MAX_SIBLINGS;
 use crate::lock::{Held, OBJECT};
 use crate::stats::Event;
 use crate::store::Machine;
@@ -34,6 +36,10 @@ impl<M: Machine> Vm<M> {
             let Some(shadow) = top.shadow else { return Progress::Done };
             let (mut backing, mut held) = self.objects.get(shadow.object).write_below(held);
             debug_assert_eq!(backing.id, shadow.object, "a shadow keeps what it shadows (O2)");
+            let swapped = top.slots.counts().swapped + backing.slots.counts().swapped > 0;
+            if self.has(Defect::CollapseRefusesSwapped) && swapped {
+                return Progress::Done;
+            }
             let step = if backing.is_sole_anonymous() {
                 self.merge(top, &mut backing, shadow, left, &mut held)
             } else {
@@ -203,6 +209,7 @@ impl<M: Machine> Vm<M> {
         }
         backing.refs -= 1;
         self.end(backing, held);
+        self.ask_shadows(top, held); // its marks for zeros may have gone
     }
 
     /// The top shadows `below` as seen through `shadow`, from now on; the reverse map with it.
@@ -237,7 +244,8 @@ impl<M: Machine> Vm<M> {
             return None; // what is absent there may be in its store
         }
         if !full {
-            let end = shadow.offset.checked_add(shadow.limit).unwrap_or(PageIndex::new(u32::MAX));
+            let limit = shadow.limit + u32::from(self.has(Defect::BypassLooksPastTheEnd));
+            let end = shadow.offset.checked_add(limit).unwrap_or(PageIndex::new(u32::MAX));
             // What was seen before counts only if nothing came to be there since.
             let known = top.blocked_at != NOWHERE && top.blocked_since == backing.gains;
             let seen = if known { top.blocked_at } else { 0 };
@@ -270,10 +278,24 @@ impl<M: Machine> Vm<M> {
         if backing.copy == Some(top.id) {
             backing.copy = None; // another copy of it still receives (D3)
         }
-        top.role = Role::Plain;
+        if top.role != Role::Plain {
+            top.role = Role::Plain;
+            self.ask_shadows(top, held);
+        }
         self.drop_reference(backing, held);
         self.stats.count(Event::Bypassed);
         Some(Progress::Done)
+    }
+
+    /// Something that held up those who shadow an object is gone from it, a page or its role: they are looked at
+    /// again, a few of them.
+    pub(crate) fn ask_shadows(&self, state: &State, held: &mut Held<'_, OBJECT>) {
+        let mut next = self.links.read(held).0.children(state.id.index).next();
+        for _ in 0..MAX_SIBLINGS {
+            let Some(child) = next else { return };
+            self.objects.chore(child, held);
+            next = self.links.read(held).0.next_sibling(child);
+        }
     }
 
     fn count_moved(&self, slot: Slot) {

@@ -13,6 +13,7 @@
 
 use super::{Life, ObjectId, Pager, Shadow, State};
 use crate::addr::PageIndex;
+use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
 use crate::pmap::Pmap as _;
 use crate::rmap::MappingId;
@@ -146,7 +147,7 @@ impl<M: Machine> Vm<M> {
         &self,
         source: ObjectId,
         newest: Option<ObjectId>,
-        old: Option<&mut State>,
+        mut old: Option<&mut State>,
         new: &mut State,
         held: &mut Held<'_, OBJECT>,
     ) -> bool {
@@ -161,7 +162,7 @@ impl<M: Machine> Vm<M> {
         {
             let (mut links, _held) = self.links.write(&mut held);
             links.adopt(new.id.index, source.id.index, whole.offset, whole.limit);
-            if let Some((old, shadow)) = old.and_then(|old| old.shadow.map(|shadow| (old, shadow))) {
+            if let Some((old, shadow)) = old.as_mut().and_then(|old| old.shadow.map(|shadow| (old, shadow))) {
                 old.shadow = Some(Shadow { object: new.id, ..shadow });
                 old.role = Role::Plain;
                 links.orphan(old.id.index);
@@ -170,6 +171,9 @@ impl<M: Machine> Vm<M> {
             } else {
                 source.refs += 1;
             }
+        }
+        if let Some(old) = old {
+            self.ask_shadows(old, &mut held);
         }
         self.guard(&source, &mut held);
         true
@@ -187,7 +191,7 @@ impl<M: Machine> Vm<M> {
     /// only looked at: if somebody has it, it may be so.
     #[cold]
     pub(crate) fn is_guarded(&self, source: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
-        let Some(copy) = source.copy else { return false };
+        let Some(copy) = source.copy.filter(|_| !self.has(Defect::NothingIsPushed)) else { return false };
         let Some(state) = self.objects.get(copy).try_read_beside(held) else { return true };
         if state.id != copy || !state.receives_from(source.id) {
             return true; // a stale name: who pushes forgets it

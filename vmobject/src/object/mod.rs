@@ -201,13 +201,16 @@ impl State {
         Some((shadow.object, shadow.offset.checked_add(index.number())?))
     }
 
-    /// A slot that was present becomes absent; what it owned is elsewhere or freed.
-    pub(crate) fn lose(&mut self, page: PageIndex) {
+    /// A slot that was present becomes absent; what it owned is elsewhere or freed. True if what holds up a bypass may
+    /// be another page now.
+    pub(crate) fn lose(&mut self, page: PageIndex) -> bool {
         let lost = self.slots.set(page, Slot::Absent);
         debug_assert!(lost.is_ok(), "a slot that is present can be set");
         // The search for what stops a bypass has to begin again where something is missing now.
-        if self.blocked_at != NOWHERE && page.number() < self.blocked_at {
+        let earlier = self.blocked_at != NOWHERE && page.number() < self.blocked_at;
+        if earlier {
             self.blocked_at = page.number();
         }
+        earlier
     }
 }

@@ -8,8 +8,9 @@
 use core::ops::Range;
 
 use super::index::{Index, Slot};
-use super::{Pager, State};
+use super::{ObjectId, Pager, State};
 use crate::addr::{IpaRange, PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
@@ -74,11 +75,14 @@ impl<M: Machine> Vm<M> {
                 }
             }
         }
-        self.pmap_remove(state, range.clone(), held);
+        if !self.has(Defect::RemoveLeavesLeaves) {
+            self.pmap_remove(state, range.clone(), held);
+        }
         let below = match state.pager {
             Pager::None => state.shadow.map_or(0, |shadow| shadow.limit).clamp(range.start, range.end),
             Pager::Image(_) | Pager::Disk(_) => range.end,
         };
+        let below = if self.has(Defect::DiscardStoresAbsent) { range.start } else { below };
         let mut given = 0;
         let mut page = range.start;
         while page < below {
@@ -119,6 +123,10 @@ impl<M: Machine> Vm<M> {
                 return Err(Kept::Busy(frame));
             }
             match slot {
+                Slot::Swapped(_) if self.has(Defect::DiscardForgetsSwap) => {
+                    from = PageIndex::new(page.number() + 1);
+                    continue;
+                }
                 Slot::Resident(_) => given += 1,
                 Slot::Swapped(_) => {
                     self.free_slot(slot, held);
@@ -134,6 +142,19 @@ impl<M: Machine> Vm<M> {
             from = PageIndex::new(page.number() + 1);
         }
         Ok(given)
+    }
+
+    /// Makes every page of an object absent that no transfer has: a defect.
+    #[cold]
+    pub(crate) fn lose_everything<const OUTER: u8>(&self, object: ObjectId, held: &mut Held<'_, OUTER>) {
+        let (mut state, mut held) = self.objects.get(object).write(held);
+        let mut from = PageIndex::new(0);
+        while let Some((page, slot)) = state.slots.next_present(from..PageIndex::new(state.pages)) {
+            if self.free_slot(slot, &mut held) {
+                state.lose(page);
+            }
+            from = PageIndex::new(page.number() + 1);
+        }
     }
 
     /// Nothing below: what is zero may as well be absent.

@@ -163,7 +163,10 @@ impl<M: Machine> Vm<M> {
         if !self.free_slot(slot, &mut held) {
             return Progress::Blocked;
         }
-        state.lose(page);
+        if state.lose(page) {
+            self.objects.chore(number, &mut held);
+        }
+        self.ask_shadows(&state, &mut held);
         self.stats.count(Event::Pruned);
         Progress::Done
     }

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 
 use super::{Life, ObjectId, Pager, State};
 use crate::addr::{CHUNK_PAGES, PageIndex};
+use crate::defect::Defect;
 use crate::limits::{MAX_TRAILS, TRAIL_STRIDE};
 use crate::lock::Held;
 use crate::stats::Event;
@@ -87,6 +88,12 @@ impl Trails {
 }
 
 impl<M: Machine> Vm<M> {
+    /// The version that a trail must have to be used now.
+    pub(crate) fn trails_now(&self) -> u64 {
+        let version = self.objects.version();
+        if self.has(Defect::StaleTrail) { version >> 6 } else { version }
+    }
+
     /// Lays a trail for the chunk of a page of an object. It looks at every object of the chain once.
     pub(crate) fn lay_trail<const OUTER: u8>(
         &self,
@@ -94,7 +101,7 @@ impl<M: Machine> Vm<M> {
         page: PageIndex,
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), VmError> {
-        let version = self.objects.version();
+        let version = self.trails_now();
         let (mut state, mut held) = self.objects.get(object).write(held);
         if state.id != object || state.life != Life::Live {
             return Ok(());

@@ -7,6 +7,7 @@ use core::ops::Range;
 
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::limits::CLUSTER_PAGES;
 use crate::lock::{CALLER, Held, OBJECT};
 use crate::object::index::Slot;
@@ -110,6 +111,9 @@ impl<M: Machine> Vm<M> {
             self.stats.add(Event::SwapFull, u64::from(want));
             return Laundered::Kept;
         };
+        if self.has(Defect::SlotGivenTwice) {
+            self.swap.give(slots.first, held);
+        }
         let frames = &frames[..slots.count as usize];
         let back = match self.page_out(state, PageIndex::new(run.start), frames, slots.first, held) {
             Ok(()) => return Laundered::Leaving(slots.count),
@@ -127,11 +131,12 @@ impl<M: Machine> Vm<M> {
 
     /// A page of zeros needs neither frame nor slot.
     fn evict_zero(&self, state: &mut State, page: PageIndex, frame: Pfn, held: &mut Held<'_, OBJECT>) {
-        if state.below(page).is_some() {
+        if state.below(page).is_some() && !self.has(Defect::ZeroShowsBelow) {
             let was = state.slots.set(page, Slot::Zero);
             debug_assert_eq!(was, Ok(Slot::Resident(frame)));
         } else {
             state.lose(page);
+            self.ask_shadows(state, held);
         }
         self.frames.free(frame, held);
         self.stats.count(Event::EvictedZero);

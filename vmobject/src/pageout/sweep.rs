@@ -10,6 +10,7 @@ use alloc::sync::Arc;
 
 use crate::Vm;
 use crate::addr::{Ipa, IpaRange, PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::limits::MAX_SWEEPS;
 use crate::lock::{CALLER, Held};
 use crate::map::Map;
@@ -107,7 +108,9 @@ impl<M: Machine> Vm<M> {
                     let Some(object) = self.objects.at(number) else { return Swept::Not };
                     // A collapse may have moved the very page up here: that hides nothing.
                     let slot = object.read(held).0.slots.get(page);
-                    let open = slot == Slot::Absent || slot == Slot::Resident(sweep.frame);
+                    let itself =
+                        slot == Slot::Resident(sweep.frame) && !self.has(Defect::EvictionMissesMoved);
+                    let open = slot == Slot::Absent || itself;
                     (sweep.here, sweep.at, sweep.cursor, sweep.open) = (number, page, None, open);
                 }
             }

@@ -10,6 +10,7 @@
 use super::{Home, Transfer, WaitFor, image};
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::limits::CLUSTER_PAGES;
 use crate::lock::{Held, OBJECT};
 use crate::object::index::Slot;
@@ -219,6 +220,9 @@ impl<M: Machine> Vm<M> {
                 transfer.pages
             }
             (Direction::Out, Ok(())) => self.is_out(&mut state, &transfer, &mut held),
+            (Direction::Out, Err(_)) if self.has(Defect::PutNeverFails) => {
+                self.is_out(&mut state, &transfer, &mut held)
+            }
             (Direction::Out, Err(_)) => {
                 self.stats.count(Event::PageOutFailed);
                 if image::home(&state, transfer.first).is_some() {
@@ -288,7 +292,8 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> bool {
         let resident = self.frames.page(frame);
-        if !resident.is_unmapped() || resident.is_wired() || resident.is_busy() {
+        let used = !resident.is_unmapped() && !self.has(Defect::EvictedThoughUsed);
+        if used || resident.is_wired() || resident.is_busy() {
             return false;
         }
         match resident.clean_slot() {
@@ -297,6 +302,9 @@ impl<M: Machine> Vm<M> {
             None => return false,
         }
         self.send_back(state, page, frame, held);
+        if let (true, Slot::Swapped(slot)) = (self.has(Defect::SlotFreedTooEarly), state.slots.get(page)) {
+            self.swap.give(slot, held);
+        }
         self.stats.count(Event::Evicted);
         true
     }

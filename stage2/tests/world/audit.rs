@@ -1,0 +1,139 @@
+//! What must be so in a world: after a deed, at rest, and when all is over.
+
+use super::host::Scribble;
+use super::{FRAMES, PAGES, World, address, offset};
+use stage2::testing::Access;
+use vmobject::addr::Ipa;
+use vmobject::fault::{Copied, FaultError};
+use vmobject::lock::Held;
+use vmobject::page::Owner;
+use vmobject::store::{PhysMemory as _, StoreError};
+
+impl World {
+    /// A write in the middle of an edit is remembered in the leaf, or it was harvested (I14).
+    pub(super) fn audit_scribbles(&mut self) -> Result<(), String> {
+        for Scribble { who, page, byte, frame } in core::mem::take(&mut self.scribbled) {
+            let Some(guest) = self.guests.iter().find(|guest| guest.name == who) else { continue };
+            let at = address(page);
+            let leaf = guest.map.with_pmap(&mut Held::root(), |tables| tables.remembers_write(at));
+            let mut there = [0];
+            self.vm.machine().memory.read(frame, offset(page) + 1, &mut there);
+            // Else it is another page's by now.
+            let same = there == [byte] && matches!(self.vm.owner(frame), Owner::Object(..));
+            if same && !leaf && !self.vm.is_dirty(frame) {
+                return Err(format!("nothing remembers a write to {at}"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.vm.check(&mut Held::root()).map(drop).map_err(|violation| format!("{violation:?}"))
+    }
+
+    /// Lets everything come to its end that is under way. Then no page is there that a copy made at once would not
+    /// have, no chain is longer than it must be, and snapshots are what they were.
+    pub(super) fn rest(&mut self) -> Result<(), String> {
+        let mut rounds = 0;
+        while self.vm.step(1000, &mut Held::root()) | self.deliver_one() {
+            rounds += 1;
+            if rounds > 1000 {
+                return Err("it never comes to rest".into());
+            }
+        }
+        self.check()?;
+        let held = &mut Held::root();
+        self.vm.check_at_rest(held).map_err(|violation| {
+            let mut objects = String::new();
+            let _ = self.vm.describe_objects(&mut objects, &mut Held::root());
+            format!("at rest: {violation:?}\n{objects}")
+        })?;
+        let mut pages = 0;
+        self.vm.for_each_object(held, |object| {
+            pages += (object.counts.resident + object.counts.swapped) as usize;
+        });
+        let all =
+            self.guests.iter().map(|guest| &guest.contents).chain(self.kept.iter().map(|(_, kept)| kept));
+        let eager: usize = all.map(|contents| contents.touched.len()).sum();
+        // What an object comes to have after an asymmetric copy is seen by the copy, too, be it only zeros.
+        if pages > eager && self.vm.stats().copy_made == 0 {
+            return Err(format!("at rest: {pages} pages, and copies made at once would have {eager}"));
+        }
+        (0..self.kept.len()).try_for_each(|which| self.look_into(which))
+    }
+
+    /// Reads a snapshot.
+    fn look_into(&mut self, which: usize) -> Result<(), String> {
+        for page in 0..PAGES {
+            let at = Ipa::new(address(page).bits() + offset(page) as u64);
+            let mut bytes = [0; 2];
+            let copied = loop {
+                let (snapshot, held) = (&self.kept[which].0, &mut Held::root());
+                match self.vm.read_snapshot(snapshot, at, &mut bytes, held) {
+                    Ok(Copied::Wait(_)) if self.deliver_one() || self.page_out(8) > 0 => {}
+                    other => break other,
+                }
+            };
+            let known = self.kept[which].1.of(page);
+            match copied {
+                Ok(Copied::Done) if bytes == known => {}
+                Ok(Copied::Done) => {
+                    return Err(format!("page {page} of snapshot {which} has {bytes:?} and not {known:?}"));
+                }
+                Ok(Copied::Wait(_)) => self.saw("snapshots that found no memory"),
+                Err(FaultError::Lost(StoreError::Io)) if self.failing > 0 => {}
+                Err(error) => return Err(format!("page {page} of snapshot {which}: {error:?}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Everybody dies but one, which then has its memory to itself, and dies: then every frame is free and every
+    /// swap slot.
+    pub(crate) fn end(&mut self) -> Result<(), String> {
+        self.failing = 0;
+        while self.guests.len() > 1 || !self.kept.is_empty() {
+            if self.kept.is_empty() || (self.guests.len() > 1 && self.random.below(2) == 0) {
+                let of = self.random.below(self.guests.len());
+                self.death(of);
+            } else {
+                let of = self.random.below(self.kept.len());
+                self.forget(of);
+            }
+        }
+        self.rest()?;
+        self.be_alone()?;
+        self.death(0);
+        self.rest_of_nobody()
+    }
+
+    /// The last guest writes to what it has, and nobody else can see that: it takes no layer (D16).
+    fn be_alone(&mut self) -> Result<(), String> {
+        let mut single = 0;
+        let held = &mut Held::root();
+        let own = &self.guests[0].map;
+        self.vm.for_each_entry(own, held, |_| single += 1);
+        if single > 1 {
+            return Ok(());
+        }
+        let made = self.vm.stats().shadow_made;
+        self.switch(0, 0);
+        for page in 0..PAGES {
+            self.use_memory(0, page, Access::Write)?;
+        }
+        let more = self.vm.stats().shadow_made - made;
+        if more > 0 { Err(format!("a guest that is alone makes {more} shadows")) } else { self.rest() }
+    }
+
+    fn rest_of_nobody(&mut self) -> Result<(), String> {
+        self.rest()?;
+        let held = &mut Held::root();
+        let frames = FRAMES - self.vm.memory(held).queues.free;
+        let left = (frames, self.source.frames.in_use(), self.vm.swap_info(held).in_use);
+        if left == (0, 0, 0) {
+            Ok(())
+        } else {
+            Err(format!("at the end: {left:?} frames, tables and slots are in use"))
+        }
+    }
+}

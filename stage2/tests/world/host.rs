@@ -1,0 +1,130 @@
+//! What the VM of a world stands on: frames in memory, tables among them, a store that finishes when it is told to, and
+//! other CPUs' guests that write at the worst moment.
+
+use super::story::Random;
+use super::{PAGES, address, offset};
+use stage2::Stage2;
+use stage2::table::{Table, TableSource};
+use stage2::testing::{Access, Frames, Mmu};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use vmobject::Vm;
+use vmobject::addr::Pfn;
+use vmobject::store::{Machine, PhysMemory as _};
+use vmobject::testing::{FakeMemory, FakeStore};
+
+#[derive(Default)]
+pub(crate) struct Host {
+    pub(crate) memory: FakeMemory,
+    pub(crate) store: FakeStore,
+}
+
+impl Machine for Host {
+    type Pmap = Stage2<Source, Mmu>;
+    type Memory = FakeMemory;
+    type Store = FakeStore;
+    fn memory(&self) -> &FakeMemory {
+        &self.memory
+    }
+    fn store(&self) -> &FakeStore {
+        &self.store
+    }
+}
+
+/// A write of a guest on its own CPU, while another one executed what is under test.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scribble {
+    /// The name of the guest.
+    pub(crate) who: u32,
+    pub(crate) page: u32,
+    pub(crate) byte: u8,
+    /// Where it went.
+    pub(crate) frame: Pfn,
+}
+
+/// Guests that write while something is done.
+#[derive(Default)]
+pub(crate) struct Meanwhile {
+    who: Vec<(usize, u32)>,
+    but: Option<u32>,
+    gap: u32,
+    random: Random,
+    looks: u32,
+    done: Vec<Scribble>,
+}
+
+impl Meanwhile {
+    /// These, by CPU and name, write whenever so many looks at tables were done; to all pages but this one.
+    pub(crate) fn new(who: Vec<(usize, u32)>, but: Option<u32>, gap: u32, random: Random) -> Self {
+        Self { who, but, gap, random, ..Self::default() }
+    }
+}
+
+/// Frames of the VM's as tables: it counts and charges them.
+#[derive(Clone)]
+pub(crate) struct Source {
+    pub(crate) frames: Frames,
+    pub(crate) vm: Arc<OnceLock<Weak<Vm<Host>>>>,
+    mmu: Mmu,
+    meanwhile: Arc<Mutex<Meanwhile>>,
+}
+
+impl Source {
+    pub(crate) fn new(frames: Frames, mmu: Mmu) -> Self {
+        Self { frames, vm: Arc::default(), mmu, meanwhile: Arc::default() }
+    }
+
+    /// From now on guests write meanwhile, if their tables let them.
+    pub(crate) fn let_write(&self, meanwhile: Meanwhile) {
+        *self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner) = meanwhile;
+    }
+
+    /// From now on none does any more.
+    pub(crate) fn let_nobody_write(&self) {
+        self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner).who.clear();
+    }
+
+    /// What was written since the last call.
+    pub(crate) fn take_scribbles(&self) -> Vec<Scribble> {
+        core::mem::take(&mut self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner).done)
+    }
+
+    fn go_on(&self) {
+        let mut meanwhile = self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
+        meanwhile.looks += 1;
+        if meanwhile.who.is_empty() || !meanwhile.looks.is_multiple_of(meanwhile.gap) {
+            return;
+        }
+        let among = meanwhile.who.len();
+        let one = meanwhile.random.below(among);
+        let (cpu, who) = meanwhile.who[one];
+        let (page, byte) =
+            (meanwhile.random.small(PAGES), 1 + u8::try_from(meanwhile.random.small(255)).expect("a byte"));
+        if meanwhile.but == Some(page) {
+            return;
+        }
+        if let (Ok(frame), Some(vm)) =
+            (self.mmu.access(cpu, address(page), Access::Write), self.vm.get().and_then(Weak::upgrade))
+        {
+            vm.machine().memory.write(frame, offset(page) + 1, &[byte]);
+            meanwhile.done.push(Scribble { who, page, byte, frame });
+        }
+    }
+}
+
+impl TableSource for Source {
+    fn alloc(&self) -> Option<Pfn> {
+        let frame = self.vm.get()?.upgrade()?.alloc_table_frame()?;
+        self.frames.claim(frame);
+        Some(frame)
+    }
+    fn free(&self, frame: Pfn) {
+        self.frames.release(frame);
+        if let Some(vm) = self.vm.get().and_then(Weak::upgrade) {
+            vm.free_table_frame(frame);
+        }
+    }
+    fn table(&self, frame: Pfn) -> &Table {
+        self.go_on();
+        self.frames.table(frame)
+    }
+}
