@@ -12,7 +12,7 @@ use super::load::{Cpu, ticks};
 use super::{ASLEEP, Outside, QUEUES, slice};
 
 /// How much of the memory manager's chores is done between two looks around (invariant I6).
-const CHORES: u32 = 12;
+pub(super) const CHORES: u32 = 12;
 
 /// How long a CPU sleeps at most while there are chores for the daemon or the monitor.
 const ROUND_MS: u64 = 5;

@@ -31,6 +31,8 @@ pub struct Cpu {
     pub flush: bool,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
+    /// Before this, chores have had their share of a busy CPU.
+    pub chores_due: u64,
     /// vCPUs that wait for a time.
     pub sleepers: Sleepers<VcpuRef>,
 }
@@ -38,7 +40,8 @@ pub struct Cpu {
 impl Cpu {
     /// A CPU with nothing loaded.
     pub fn new(id: usize) -> Self {
-        Self { id, loaded: None, fp_live: false, flush: false, slice_end: 0, sleepers: Sleepers::new() }
+        let sleepers = Sleepers::new();
+        Self { id, loaded: None, fp_live: false, flush: false, slice_end: 0, chores_due: 0, sleepers }
     }
 
     /// True when a vCPU's registers are in this CPU.

@@ -34,6 +34,8 @@ use wait::Waiters;
 
 /// How long a vCPU may run while others wait.
 pub const SLICE_MS: u64 = 10;
+/// Steps of chores that a busy CPU does in each slice.
+const CHORE_STEPS: usize = 16;
 
 /// Pages and leaves that pageout looks at between two looks around (invariant I6).
 const PAGEOUT: u32 = 64;
@@ -89,9 +91,25 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         wake(&vcpu, held);
     }
     let more = page_out(held);
+    share_with_chores(cpu, outside, held);
     match next(cpu.id, held) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
         None => idle::sleep(cpu, more, outside, held),
+    }
+}
+
+/// Does some of the memory manager's chores, once in a slice: what the dead had comes back on a busy machine, too.
+fn share_with_chores(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    let now = timer::now();
+    if now < cpu.chores_due {
+        return;
+    }
+    cpu.chores_due = now.saturating_add(load::ticks(SLICE_MS));
+    for _ in 0..CHORE_STEPS {
+        if !crate::mm::vm().step(idle::CHORES, held) {
+            return;
+        }
+        slice::idle_interrupts(cpu, outside, held);
     }
 }
 

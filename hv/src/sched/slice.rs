@@ -356,7 +356,8 @@ fn interrupted(
             wake(&sleeper, held);
         }
         if timer::now() >= cpu.slice_end {
-            if contended(cpu.id, held) || super::CHORES.load(Ordering::SeqCst) {
+            let daemon = super::CHORES.load(Ordering::SeqCst);
+            if daemon || contended(cpu.id, held) || crate::mm::vm().has_chores(held) {
                 return Some(Leaves::Ready);
             }
             cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));

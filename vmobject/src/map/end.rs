@@ -44,6 +44,12 @@ impl<M: Machine> Vm<M> {
         self.work(left, held)
     }
 
+    /// True if [`Vm::step`] has something to do, though perhaps not now.
+    pub fn has_chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        !self.maps.lock(held).0.ending.is_empty() || self.objects.chores(held) != (0, 0)
+    }
+
     /// Takes a map apart; true when nothing is left.
     fn end_map(&self, map: &Arc<Map<M>>, left: &mut u32, held: &mut Held<'_, CALLER>) -> bool {
         if *left == 0 {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
 use std::fs;
+use std::time::Duration;
 
 /// Pages in a MiB.
 const PER_MIB: u64 = 256;
@@ -18,6 +19,7 @@ pub(super) fn trials() -> Vec<Trial> {
         boot("more_guests_than_vmids_run_one_image_on_cortex_a53", many),
         boot("a_guest_that_storms_starves_neither_its_neighbour_nor_the_monitor", storms),
         boot("a_long_log_is_shown_while_its_guest_computes_without_pause", long_log),
+        boot("what_the_dead_had_comes_back_while_a_guest_computes_without_pause", busy),
         boot("what_there_is_no_memory_for_is_refused_or_parked_and_harms_nobody", little),
     ]
 }
@@ -249,6 +251,22 @@ fn long_log(name: &str) -> Result<()> {
     machine.ask("wait guest \"guest storm: ok\"")?;
     let log = machine.ask("log guest")?;
     ensure!(text(&log, "/log")?.len() > 32 << 10, "the log is short: {log}");
+    machine.shutdown()
+}
+
+/// On one CPU a clone computes for ever. Its parent ends, and all that is left of that is the clone's: without
+/// anybody asking, since a question makes the CPU look around.
+fn busy(name: &str) -> Result<()> {
+    let image = tiny_guest(name, "touch")?;
+    let words = ["--batch", "--icount", "--host-cpus", "1", "--timeout", "120", "--memory", "16M"];
+    let mut machine = monitored(name, &[&words[..], &["--kernel", &image, "--append", "linger"]].concat())?;
+    machine.console.wait("touched ")?;
+    let objects = number(&machine.check()?, "/objects")?;
+    machine.ask("clone guest")?;
+    machine.ask("kill guest")?;
+    std::thread::sleep(Duration::from_secs(10));
+    let now = number(&machine.check()?, "/objects")?;
+    ensure!(now == objects, "there were {objects} objects for one guest, and are {now} for its clone");
     machine.shutdown()
 }
 
