@@ -55,8 +55,6 @@ impl PhysMemory for Direct {
 
     fn copy(&self, from: Pfn, to: Pfn) {
         let (from, to) = (self.pointer(from), self.pointer(to));
-        // SAFETY: as above; cleaning a page that is in use changes nothing in it.
-        unsafe { page::clean_invalidate(from) };
         // SAFETY: as above; a guest may write `from` meanwhile, and then gets what it raced for: no Rust
         // reference is involved.
         unsafe { page::copy(to, from) };

@@ -42,36 +42,44 @@ hv_page_zero:
     dsb     ish
     ret
 
-// x0 = page to fill, x1 = page to copy: copy, then clean the copy.
+// x0 = page to fill, x1 = page to copy: clean and invalidate each line of the one, copy it, clean the copy. No barrier
+// in between: maintenance by address and accesses to the same line are in program order (DDI 0487, "Ordering and
+// completion of data and instruction cache instructions"). The vector registers are some vCPU's, and perhaps
+// trapped: they are borrowed, and are afterwards what they were. No guest has SVE, so nothing lies above them.
+    .arch_extension fp
+    .arch_extension simd
+    .macro line
+    dc      civac, x1
+    ldp     q0, q1, [x1], #64
+    ldp     q2, q3, [x1, #-32]
+    stp     q0, q1, [x0]
+    stp     q2, q3, [x0, #32]
+    dc      cvac, x0
+    add     x0, x0, #64
+    .endm
     .balign 64
     .global hv_page_copy
 hv_page_copy:
+    mrs     x10, cptr_el2
+    and     x11, x10, #~(1 << 10)       // TFP
+    msr     cptr_el2, x11
+    isb
+    stp     q0, q1, [sp, #-64]!
+    stp     q2, q3, [sp, #32]
     add     x9, x0, #4096
-0:  ldp     x2, x3, [x1]
-    ldp     x4, x5, [x1, #16]
-    ldp     x6, x7, [x1, #32]
-    ldp     x10, x11, [x1, #48]
-    stp     x2, x3, [x0]
-    stp     x4, x5, [x0, #16]
-    stp     x6, x7, [x0, #32]
-    stp     x10, x11, [x0, #48]
-    ldp     x2, x3, [x1, #64]
-    ldp     x4, x5, [x1, #80]
-    ldp     x6, x7, [x1, #96]
-    ldp     x10, x11, [x1, #112]
-    stp     x2, x3, [x0, #64]
-    stp     x4, x5, [x0, #80]
-    stp     x6, x7, [x0, #96]
-    stp     x10, x11, [x0, #112]
-    dc      cvac, x0
-    add     x8, x0, #64
-    dc      cvac, x8
-    add     x1, x1, #128
-    add     x0, x0, #128
+0:  .rept   8
+    line
+    .endr
     cmp     x0, x9
     b.ne    0b
     dsb     ish
+    ldp     q2, q3, [sp, #32]
+    ldp     q0, q1, [sp], #64
+    msr     cptr_el2, x10
+    isb
     ret
+    .arch_extension nosimd
+    .arch_extension nofp
 
 // x0 = page: clean it.
     .balign 64

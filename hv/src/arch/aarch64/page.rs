@@ -42,7 +42,8 @@ pub unsafe fn zero(page: *mut u8) {
     }
 }
 
-/// Copies a page and cleans the copy to the point of coherency.
+/// Copies a page as a guest has it that may look with its caches off: cleans and invalidates it first, and cleans the
+/// copy to the point of coherency.
 ///
 /// # Safety
 /// Both are page-aligned and mapped; nobody else writes either, and `to` is nobody else's.
@@ -51,6 +52,7 @@ pub unsafe fn copy(to: *mut u8, from: *const u8) {
         // SAFETY: the caller's promise.
         unsafe { hv_page_copy(to, from) }
     } else {
+        cache::clean_invalidate(from.cast_mut(), PAGE);
         // SAFETY: the caller's promise; two pages do not overlap.
         unsafe { to.copy_from_nonoverlapping(from, PAGE) };
         cache::clean(to, PAGE);
