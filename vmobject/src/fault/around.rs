@@ -37,21 +37,27 @@ pub(super) enum Around<'s> {
 }
 
 impl Around<'_> {
-    /// What there is `distance` pages before (false) or after (true) the page.
-    fn slot(&self, place: Place<'_>, after: bool, distance: u32) -> Slot {
-        let step = |index: PageIndex| {
-            if after { index.checked_add(distance) } else { index.checked_sub(distance) }
-        };
-        let of = |state: &State, index: PageIndex| match step(index) {
-            Some(index) if index.number() < state.pages => state.slots.get(index),
-            Some(_) | None => Slot::Absent,
-        };
+    /// What there is from `before` pages before the page on.
+    fn look(&self, place: Place<'_>, before: u32, out: &mut [Slot; AROUND_PAGES as usize]) {
         match self {
-            Self::Own(state, _) | Self::Shared(state) => of(state, place.index),
-            Self::Below { top, owner, index } => match of(top, place.index) {
-                Slot::Absent => of(owner, *index),
-                Slot::Zero | Slot::Resident(_) | Slot::Swapped(_) => Slot::Absent,
-            },
+            Self::Own(state, _) | Self::Shared(state) => {
+                let Some(first) = place.index.checked_sub(before) else { return };
+                state.slots.get_run(first, out);
+            }
+            Self::Below { top, owner, index } => {
+                let (Some(ours), Some(theirs)) = (place.index.checked_sub(before), index.checked_sub(before))
+                else {
+                    return;
+                };
+                let mut hidden = [Slot::Absent; AROUND_PAGES as usize];
+                top.slots.get_run(ours, &mut hidden);
+                owner.slots.get_run(theirs, out);
+                for (slot, hidden) in out.iter_mut().zip(hidden) {
+                    if hidden != Slot::Absent {
+                        *slot = Slot::Absent;
+                    }
+                }
+            }
         }
     }
 }
@@ -69,15 +75,17 @@ impl<M: Machine> Vm<M> {
         let base = crate::addr::Ipa::new(place.page.bits() & !(window - 1));
         let window = IpaRange::from_pages(base, AROUND_PAGES);
         let Some(range) = window.and_then(|w| w.intersection(place.entry.range)) else { return };
+        let Some(before) = place.page.pages_above(range.start()) else { return };
+        let pages = usize::try_from(range.pages()).map_or(0, |pages| pages.min(AROUND_PAGES as usize));
+        let mut slots = [Slot::Absent; AROUND_PAGES as usize];
+        around.look(place, before.number(), &mut slots);
+        if let Some(itself) = slots.get_mut(before.number() as usize) {
+            *itself = Slot::Absent;
+        }
         let mut frames: [Option<Pfn>; AROUND_PAGES as usize] = [None; AROUND_PAGES as usize];
         let mut any = false;
-        for (at, out) in range.iter_pages().zip(&mut frames) {
-            let slot = match (at.pages_above(place.page), place.page.pages_above(at)) {
-                (Some(after), _) if after.number() > 0 => around.slot(place, true, after.number()),
-                (_, Some(before)) if before.number() > 0 => around.slot(place, false, before.number()),
-                (_, _) => continue,
-            };
-            if let Slot::Resident(frame) = slot
+        for (slot, out) in slots[..pages].iter().zip(&mut frames) {
+            if let Slot::Resident(frame) = *slot
                 && self.may_come_along(frame, place, around)
             {
                 *out = Some(frame);
@@ -91,7 +99,6 @@ impl<M: Machine> Vm<M> {
             Around::Own(_, prot) => *prot,
             Around::Shared(_) | Around::Below { .. } => place.entry.prot.without(Prot::WRITE),
         };
-        let pages = usize::try_from(range.pages()).map_or(0, |pages| pages.min(frames.len()));
         let (mut pmap, _held) = map.pmap.lock(held);
         // Want of a table is no failure: the page itself is mapped.
         if let Ok(entered) = pmap.enter_around(range.start(), &frames[..pages], prot) {

@@ -80,6 +80,13 @@ impl Slots {
         Some((self.page(place)?, slot))
     }
 
+    /// What is known of the pages from `first` on, as many as there is room for.
+    pub fn get_run(&self, first: PageIndex, out: &mut [Slot]) {
+        if let Some(place) = self.place(first) {
+            self.index.get_run(place, out);
+        }
+    }
+
     /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.
     pub fn present_of_64(&self, first: PageIndex) -> u64 {
         self.place(first).map_or(0, |place| self.index.present_of_64(place))
