@@ -1,12 +1,21 @@
-//! Links the guests with the project's linker script; on the host there is nothing to do.
+//! Links the guests with the project's linker script; on the host there is nothing to do. What runs under a guest's
+//! Linux, `fork-guest`, is linked as any program is.
 
-use std::env;
+use std::{env, fs};
 
 fn main() {
-    let script = format!("{}/../../linker/guest.ld", env!("CARGO_MANIFEST_DIR"));
+    let here = env!("CARGO_MANIFEST_DIR");
+    let script = format!("{here}/../../linker/guest.ld");
     println!("cargo:rerun-if-changed={script}");
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/bin");
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "none") {
-        println!("cargo:rustc-link-arg-bins=--script={script}");
+        for program in fs::read_dir(format!("{here}/src/bin")).into_iter().flatten().flatten() {
+            let name = program.path().with_extension("");
+            match name.file_name().and_then(|name| name.to_str()) {
+                Some("fork-guest") | None => {}
+                Some(name) => println!("cargo:rustc-link-arg-bin={name}=--script={script}"),
+            }
+        }
     }
 }

@@ -20,6 +20,13 @@ pub(crate) fn guest(toolchain: &Toolchain, name: &str) -> Result<Vec<u8>> {
     flatten(&fs::read(&elf).with_context(|| format!("reading {}", elf.display()))?)
 }
 
+/// Builds a program for a guest's Linux; its ELF file.
+pub(crate) fn linux_program(toolchain: &Toolchain, name: &str) -> Result<Vec<u8>> {
+    cargo(toolchain, &["--package", "hv-guests", "--bin", name], "building what runs under a guest's Linux")?;
+    let elf = crate::root().join("target/el2").join(TARGET).join("release").join(name);
+    fs::read(&elf).with_context(|| format!("reading {}", elf.display()))
+}
+
 fn cargo(toolchain: &Toolchain, what: &[&str], label: &str) -> Result<()> {
     step(label, || {
         let output = toolchain.cargo("build").args(what).current_dir(crate::root()).output()?;

@@ -3,7 +3,9 @@
 //! Everything is cached under `target/images`; a second call finds it there and asks nobody.
 
 use crate::apt::Arm64;
+use crate::build;
 use crate::progress::step;
+use crate::toolchain::Toolchain;
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::io::Read;
@@ -88,8 +90,8 @@ pub(crate) fn u_boot() -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The initramfs: busybox, and a script that says when its shell is up.
-pub(crate) fn initramfs() -> Result<PathBuf> {
+/// The initramfs: busybox, what we have for a guest, and a script that says when its shell is up.
+pub(crate) fn initramfs(toolchain: &Toolchain) -> Result<PathBuf> {
     let image = cache().join("initramfs.cpio");
     let busybox = cache().join("busybox");
     if !busybox.is_file() {
@@ -106,6 +108,7 @@ pub(crate) fn initramfs() -> Result<PathBuf> {
     cpio.add("bin/sh", 0o120_777, b"busybox");
     cpio.add("init", 0o100_755, include_bytes!("initramfs/init"));
     cpio.add("bin/memtest", 0o100_755, include_bytes!("initramfs/memtest"));
+    cpio.add("bin/fork-guest", 0o100_755, &build::linux_program(toolchain, "fork-guest")?);
     write_whole(&image, &cpio.finish())?;
     Ok(image)
 }

@@ -170,7 +170,7 @@ impl Run {
         if let Some(file) = &self.initrd {
             initrd = Some(disk.add("initrd", read(file)?));
         } else if linux {
-            let mut root = std::fs::read(images::initramfs()?)?;
+            let mut root = std::fs::read(images::initramfs(toolchain)?)?;
             if let (Some(version), false) = (version, self.disks.is_empty()) {
                 root.extend(images::drivers(&version)?);
             }

@@ -51,6 +51,8 @@ pub const VIRTIO_BASE: u64 = 0x0a00_0000;
 pub const VIRTIO_STRIDE: u64 = 0x200;
 /// Transports there can be at most.
 pub const VIRTIO_SLOTS: u32 = 32;
+/// The fork page; see [`crate::forkpage`].
+pub const FORK_PAGE: Region = Region::new(0x0b00_0000, 0x1000);
 /// Where RAM starts.
 pub const RAM_BASE: u64 = 0x4000_0000;
 /// RAM that a guest can have at most: up to the 256 GiB line, where QEMU puts its high devices.
@@ -124,7 +126,7 @@ mod tests {
         let redistributors = Region::new(GICR_BASE, GICR_STRIDE * MAX_VCPUS as u64);
         let virtio = Region::new(VIRTIO_BASE, VIRTIO_STRIDE * u64::from(VIRTIO_SLOTS));
         let ram = Region::new(RAM_BASE, RAM_LIMIT);
-        let all = [FLASH0, FLASH1, GICD, redistributors, PL011, PL031, virtio, ram];
+        let all = [FLASH0, FLASH1, GICD, redistributors, PL011, PL031, virtio, FORK_PAGE, ram];
         for pair in all.windows(2) {
             assert!(pair[0].end() <= pair[1].base, "{pair:x?}");
         }

@@ -9,6 +9,7 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use super::disks::{self, Disk};
+use super::forkpage::Outcome;
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
@@ -45,6 +46,8 @@ pub struct Devices {
     pub disks: Vec<Disk>,
     /// Each vCPU's EL1 physical timer.
     pub timers: Vec<Vtimer>,
+    /// How the last fork through the fork page ended.
+    pub outcome: Outcome,
     /// Typed, and not yet taken by the console's FIFO.
     typed: VecDeque<u8>,
 }
@@ -58,6 +61,7 @@ impl Devices {
             rtc: Vrtc::new(freq, seconds),
             disks: Vec::new(),
             timers: (0..vcpus).map(|_| Vtimer::new()).collect(),
+            outcome: Outcome::default(),
             typed: VecDeque::new(),
         }
     }
@@ -81,6 +85,8 @@ impl Devices {
             Target::Disk(number, offset) => {
                 (self.disks.get(number).map_or(0, |disk| disk.blk.read(offset, 1 << size)), 0)
             }
+            // Answered by `forkpage`.
+            Target::Fork(_) => (0, 0),
         }
     }
 
@@ -90,7 +96,7 @@ impl Devices {
         match target {
             Target::Distributor(offset) => self.vgic.dist_read(offset, bytes),
             Target::Redistributor(vcpu, offset) => self.vgic.redist_read(vcpu, offset, bytes),
-            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) => 0,
+            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) | Target::Fork(_) => 0,
         }
     }
 
@@ -123,6 +129,7 @@ impl Devices {
                 Effect::of(self.vgic.set_spi(INTID_PL031, self.rtc.level()))
             }
             Target::Disk(number, offset) => self.write_disk(number, offset, bytes, value),
+            Target::Fork(_) => Effect::default(),
         }
     }
 

@@ -78,7 +78,16 @@ pub enum Exit {
     /// The guest ends.
     End(Ending),
     /// The guest wants to be forked into that many children; the answer is still to be given.
-    Fork(u32),
+    Fork(u32, Asked),
+}
+
+/// How a guest asked to be forked, and where it looks for the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// By a call: in the registers of the vCPU that called.
+    Call,
+    /// By a store to the fork page: there.
+    Page,
 }
 
 /// Handles a synchronous exception.

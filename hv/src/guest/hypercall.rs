@@ -4,7 +4,7 @@
 //! a call wants from other vCPUs goes up as a kick; what it wants from the guest as a whole is an
 //! [`Exit`]. Calls `psci`, `smccc`.
 
-use super::exit::{Ending, Exit, Run};
+use super::exit::{Asked, Ending, Exit, Run};
 use super::psci::{self, Request, code};
 use super::vcpu::Power;
 use super::{rank, smccc};
@@ -47,7 +47,7 @@ pub fn call(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
 #[cold]
 fn fork(run: &mut Run<'_>) -> Exit {
     match u32::try_from(run.context.regs.x[1]) {
-        Ok(count @ 1..=FORK_LIMIT) => Exit::Fork(count),
+        Ok(count @ 1..=FORK_LIMIT) => Exit::Fork(count, Asked::Call),
         Ok(_) | Err(_) => {
             run.context.regs.x[0] = code::INVALID_PARAMETERS;
             Exit::Resume

@@ -7,10 +7,10 @@
 
 use super::exit::{Exit, Run, Waiting, inject};
 use super::inject::Exception;
-use super::mmio::{self, WINDOW_END, WINDOW_START};
-use super::syndrome::{Abort, DataAbort, Fault};
+use super::mmio::{self, Target, WINDOW_END, WINDOW_START};
+use super::syndrome::{Abort, Access, DataAbort, Fault};
 use super::vcpu::count;
-use super::{Complaint, aarch32, disks, rank};
+use super::{Complaint, aarch32, disks, forkpage, rank};
 use crate::arch;
 use crate::mm;
 use hv_abi::machine::FLASH0;
@@ -186,6 +186,9 @@ fn device(
         return undecodable(run, at, external(data, far));
     }
     count(&run.vcpu.counts.mmio);
+    if let Target::Fork(offset) = target {
+        return fork_page(run, access, (data.wnr, offset), esr, held);
+    }
     let effect = {
         let (mut devices, _held) = run.guest.devices.lock(held);
         if data.wnr {
@@ -208,6 +211,25 @@ fn device(
         run.guest.print(byte, held);
     }
     Exit::Resume
+}
+
+#[cold]
+fn fork_page(
+    run: &mut Run<'_>,
+    access: Access,
+    (store, offset): (bool, u64),
+    esr: u64,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Exit {
+    let exit = if store {
+        forkpage::write(run, offset, mmio::stored(access, &run.context.regs), held)
+    } else {
+        let value = forkpage::read(run, offset, held);
+        run.context.regs.write(usize::from(access.rt), mmio::extended(access, value));
+        Exit::Resume
+    };
+    aarch32::advance(&mut run.context.regs, esr);
+    exit
 }
 
 #[cold]

@@ -7,7 +7,9 @@
 use super::syndrome::Access;
 use crate::arch::context::GuestRegs;
 use crate::vdev::Kicks;
-use hv_abi::machine::{GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, VIRTIO_BASE, VIRTIO_STRIDE, VMGENID};
+use hv_abi::machine::{
+    FORK_PAGE, GICD, GICR_BASE, GICR_STRIDE, PL011, PL031, VIRTIO_BASE, VIRTIO_STRIDE, VMGENID,
+};
 use vmobject::addr::Ipa;
 
 /// The lowest address of the device window; below are the flash banks.
@@ -28,6 +30,8 @@ pub enum Target {
     Rtc(u64),
     /// A disk.
     Disk(usize, u64),
+    /// The fork page.
+    Fork(u64),
 }
 
 impl Target {
@@ -36,7 +40,7 @@ impl Target {
     pub const fn widest(self) -> u8 {
         match self {
             Self::Distributor(_) | Self::Redistributor(..) => 3,
-            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) => 2,
+            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) | Self::Fork(_) => 2,
         }
     }
 }
@@ -53,6 +57,9 @@ pub fn find(at: Ipa, vcpus: usize, disks: usize) -> Option<Target> {
     }
     if PL031.contains(at) {
         return Some(Target::Rtc(at - PL031.base));
+    }
+    if FORK_PAGE.contains(at) {
+        return Some(Target::Fork(at - FORK_PAGE.base));
     }
     if let Some(above) = at.checked_sub(VIRTIO_BASE) {
         let disk = usize::try_from(above / VIRTIO_STRIDE).ok().filter(|&disk| disk < disks)?;
@@ -136,6 +143,8 @@ mod tests {
         assert_eq!(find(Ipa::new(0x080c_0010), 2, 0), Some(Target::Redistributor(1, 0x10)));
         assert_eq!(find(Ipa::new(0x080e_0000), 2, 0), None);
         assert_eq!(find(Ipa::new(0x0900_0018), 1, 0), Some(Target::Uart(0x18)));
+        assert_eq!(find(Ipa::new(0x0b00_0010), 1, 0), Some(Target::Fork(0x10)));
+        assert_eq!(find(Ipa::new(0x0b00_1000), 1, 32), None);
         assert_eq!(find(Ipa::new(0x0a00_0000), 1, 0), None);
         assert_eq!(find(Ipa::new(0x0a00_0270), 1, 2), Some(Target::Disk(1, 0x70)));
         assert_eq!(find(Ipa::new(0x0a00_0400), 1, 2), None);

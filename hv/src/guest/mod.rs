@@ -12,6 +12,7 @@ pub mod devices;
 pub mod disks;
 pub mod exit;
 pub mod family;
+pub mod forkpage;
 pub mod genid;
 pub mod hypercall;
 pub mod idregs;

@@ -10,8 +10,9 @@ use core::fmt::{self, Write};
 
 use arrayvec::ArrayString;
 use hv_abi::call::psci;
+use hv_abi::forkpage;
 use hv_abi::machine::{
-    APB_CLOCK, FLASH0, FLASH1, GICD, GICR_BASE, GICR_STRIDE, INTID_HYP_TIMER, INTID_MAINTENANCE,
+    APB_CLOCK, FLASH0, FLASH1, FORK_PAGE, GICD, GICR_BASE, GICR_STRIDE, INTID_HYP_TIMER, INTID_MAINTENANCE,
     INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, INTID_SECURE_TIMER, INTID_VIRTIO, INTID_VIRTUAL_TIMER,
     INTID_VMGENID, MAX_VCPUS, PL011, PL031, PPI_BASE, RAM_BASE, SPI_BASE, VIRTIO_BASE, VIRTIO_SLOTS,
     VIRTIO_STRIDE, VMGENID, affinity,
@@ -98,6 +99,7 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, TreeError> {
     pl011(&mut tree);
     pl031(&mut tree);
     vmgenid(&mut tree);
+    fork_page(&mut tree);
     for slot in 0..machine.virtio {
         virtio(&mut tree, slot);
     }
@@ -218,6 +220,13 @@ fn vmgenid(tree: &mut Writer) {
     tree.string("compatible", "microsoft,vmgenid");
     tree.wide("reg", &[VMGENID.base, VMGENID.size]);
     tree.cells("interrupts", &[SPI, INTID_VMGENID - SPI_BASE, RISING]);
+    tree.end();
+}
+
+fn fork_page(tree: &mut Writer) {
+    tree.begin_at("fork", FORK_PAGE.base);
+    tree.string("compatible", forkpage::COMPATIBLE);
+    tree.wide("reg", &[FORK_PAGE.base, FORK_PAGE.size]);
     tree.end();
 }
 

@@ -2,7 +2,8 @@
 //!
 //! The source is kept still for as long as its snapshot takes, which does not grow with its memory; the children are made
 //! afterwards, from the snapshot, so that many cost one pause. All are made before any runs: a refusal leaves none
-//! behind. A person forks through the monitor; a guest that was granted it, by an HVC.
+//! behind. A person forks through the monitor; a guest that was granted it, by an HVC or a store to its
+//! fork page.
 
 use alloc::format;
 use alloc::string::String;
@@ -11,6 +12,8 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use crate::arch::timer;
+use crate::guest::exit::Asked;
+use crate::guest::forkpage::Outcome;
 use crate::guest::psci::code;
 use crate::guest::snapshot::{self, Snapshot, SnapshotError};
 use crate::guest::vcpu::VcpuRef;
@@ -64,8 +67,8 @@ pub enum Begin {
     Running,
     /// They are paused.
     Paused,
-    /// They run, and the HVC that forked them returns in this vCPU.
-    Returning(usize),
+    /// They run, and what forked them is answered in this vCPU.
+    Returning(usize, Asked),
 }
 
 /// Forks a guest into `count` children; all or none. Their numbers.
@@ -129,7 +132,7 @@ fn child(
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let id = table::next_id();
-    let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(_)));
+    let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(..)));
     let name = name_for(source.name(), id);
     let guest = snapshot::make(moment, id, name, birth, rest, held)?;
     match begin {
@@ -137,7 +140,7 @@ fn child(
         Begin::Paused => {
             guest.move_life(Life::Running, Life::Paused);
         }
-        Begin::Returning(vcpu) => answer(&guest, vcpu, (place, of), held),
+        Begin::Returning(vcpu, asked) => answer(&guest, vcpu, asked, (code::SUCCESS, place, of), held),
     }
     Ok(guest)
 }
@@ -148,19 +151,32 @@ fn name_for(source: &str, id: GuestId) -> String {
     format!("{stem}.{id}")
 }
 
-/// What the call that forks answers, in a vCPU whose registers are in memory.
-fn answer(guest: &Guest, vcpu: usize, (place, of): (u32, u32), held: &mut Held<'_, 0>) {
-    let Some(vcpu) = guest.vcpus.get(vcpu) else { return };
-    let (mut context, _held) = vcpu.context.lock(held);
-    let answer = [code::SUCCESS, place.into(), of.into(), guest.id.0.into()];
-    context.regs.x[..answer.len()].copy_from_slice(&answer);
+/// What the call or the page that forks answers, in a vCPU whose registers are in memory. A refusal leaves all registers
+/// but the first alone.
+fn answer(
+    guest: &Guest,
+    vcpu: usize,
+    asked: Asked,
+    (status, place, of): (u64, u32, u32),
+    held: &mut Held<'_, 0>,
+) {
+    match (asked, guest.vcpus.get(vcpu)) {
+        (Asked::Page, _) => guest.devices.lock(held).0.outcome = Outcome { status, place, of },
+        (Asked::Call, Some(vcpu)) => {
+            let (mut context, _held) = vcpu.context.lock(held);
+            let answer = [status, place.into(), of.into(), guest.id.0.into()];
+            let length = if status == code::SUCCESS { answer.len() } else { 1 };
+            context.regs.x[..length].copy_from_slice(&answer[..length]);
+        }
+        (Asked::Call, None) => {}
+    }
 }
 
 /// Carries out a guest's wish to be forked. Its vCPU is on no CPU's queue, and its registers are here.
 pub(super) fn by_itself(
     cpu: &mut Cpu,
     entry: &VcpuRef,
-    count: u32,
+    (count, asked): (u32, Asked),
     outside: &dyn Outside,
     held: &mut Held<'_, 0>,
 ) {
@@ -168,12 +184,9 @@ pub(super) fn by_itself(
     let interval = timer::freq().saturating_mul(INTERVAL_US) / 1_000_000;
     let family = &guest.birth.family;
     let admitted = family.admit(count, interval, timer::now());
-    let forked = admitted && fork(guest, count, Begin::Returning(index), cpu, outside, held).is_ok();
+    let forked = admitted && fork(guest, count, Begin::Returning(index, asked), cpu, outside, held).is_ok();
     // A vCPU that has been forked is unloaded; one that was refused may not be.
     cpu.unload(outside, held);
-    if forked {
-        answer(guest, index, (0, count), held);
-    } else {
-        entry.vcpu().context.lock(held).0.regs.x[0] = code::DENIED;
-    }
+    let outcome = if forked { (code::SUCCESS, 0, count) } else { (code::DENIED, 0, 0) };
+    answer(guest, index, asked, outcome, held);
 }

@@ -10,7 +10,7 @@ use crate::arch::context::Trap;
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, switch, timer};
 use crate::guest::devices::timer_is_high;
-use crate::guest::exit::{self, Ending, Exit, Run, Waiting};
+use crate::guest::exit::{self, Asked, Ending, Exit, Run, Waiting};
 use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, rank};
 use crate::vdev::vtimer::virtual_deadline;
@@ -108,7 +108,7 @@ enum Leaves {
     /// Its guest ends.
     End(Ending),
     /// Its guest forks itself into that many children.
-    Fork(u32),
+    Fork(u32, Asked),
 }
 
 fn go(
@@ -213,7 +213,7 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
         Exit::Resume => None,
         Exit::Off => Some(Leaves::Off),
         Exit::End(ending) => Some(Leaves::End(ending)),
-        Exit::Fork(count) => Some(Leaves::Fork(count)),
+        Exit::Fork(count, asked) => Some(Leaves::Fork(count, asked)),
         Exit::Idle => idle(cpu, entry, held),
         Exit::Wait(waiting) => {
             let vcpu = entry.vcpu();
@@ -299,10 +299,10 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
                 start(entry, held);
             }
         }
-        Leaves::Fork(count) => {
+        Leaves::Fork(count, asked) => {
             // Ready, and in no queue: nobody but us touches it.
             vcpu.set_state(State::Ready);
-            super::fork::by_itself(cpu, entry, count, outside, held);
+            super::fork::by_itself(cpu, entry, (count, asked), outside, held);
             enqueue(entry, held);
         }
         Leaves::End(ending) => {

@@ -1,7 +1,7 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
 use super::machine::{boot, monitored, start, tiny_guest};
-use crate::monitored::{Monitored, number};
+use crate::monitored::{Monitored, number, rows};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -15,6 +15,14 @@ pub(super) fn trials() -> Vec<Trial> {
     };
     let mut trials: Vec<Trial> = models.into_iter().map(each).collect();
     trials.push(boot("a_guest_forks_itself_only_if_granted", not_granted));
+    trials.push(boot(
+        "a_program_under_linux_6_1_forks_its_guest_and_the_children_draw_their_own_numbers",
+        |name| forks_itself(name, "6.1"),
+    ));
+    trials.push(boot(
+        "a_program_under_linux_6_12_forks_its_guest_and_the_children_draw_their_own_numbers",
+        |name| forks_itself(name, "6.12"),
+    ));
     trials.push(boot("clones_of_a_running_linux_go_on_alone_and_come_back", linux_clones));
     trials.push(boot("a_reset_clone_is_what_its_snapshot_was", linux_reset));
     trials
@@ -69,6 +77,40 @@ fn not_granted(name: &str) -> Result<()> {
     session.finish()?;
     ensure!(session.text().contains("guest fork: ok"), "a fork that was not granted was not refused");
     Ok(())
+}
+
+/// `fork-guest` in a shell: refused beyond what was granted; else every relative's shell goes on with its own line, and its
+/// kernel's generator is its own at once.
+fn forks_itself(name: &str, kernel: &str) -> Result<()> {
+    let words = ["--timeout", "600", "--vcpus", "2", "--kernel", kernel, "--grant-fork", "4"];
+    let mut machine = monitored(name, &words)?;
+    machine.console.wait("guest ready")?;
+    machine.talk(1, "fork-guest 5; echo too-$((1+1))", "too-2")?;
+    machine.last_line(1, "fork-guest: refused: not granted")?;
+    machine.talk(1, "fork-guest 0; fork-guest x; fork-guest; echo bad-$((1+1))", "bad-2")?;
+    machine.last_line(1, "no such number of children: 0")?;
+    machine.last_line(1, "usage: fork-guest CHILDREN")?;
+    machine.talk(
+        1,
+        "fork-guest 3; echo r-$((3+4)) $(head -c 8 /dev/urandom | od -An -tx1) $(head -c 4 /proc/sys/kernel/random/uuid)",
+        "r-7",
+    )?;
+    let guests = machine.ask("guests")?;
+    ensure!(rows(&guests)?.len() == 4, "three children were asked for: {guests}");
+    let mut seen = BTreeSet::new();
+    for guest in rows(&guests)? {
+        let id = number(guest, "/id")?;
+        if id != 1 {
+            machine.ask(&format!("wait {id} \"r-7\""))?;
+        }
+        let told = machine.last_line(id, "fork-guest: place")?;
+        let place = if id == 1 { 0 } else { id - 1 };
+        ensure!(told.trim_end() == format!("fork-guest: place {place} of 3, guest {id}"), "{told}");
+        seen.insert(machine.last_line(id, "r-7")?);
+    }
+    ensure!(seen.len() == 4, "relatives drew the same random bytes: {seen:?}");
+    machine.check()?;
+    machine.shutdown()
 }
 
 fn resident(machine: &mut Monitored) -> Result<u64> {
