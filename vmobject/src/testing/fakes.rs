@@ -1,5 +1,6 @@
 //! The fake machine: frames, tables and stores in memory.
 
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
@@ -18,7 +19,7 @@ pub const GARBAGE: u8 = 0xa5;
 /// Frames that remember what was written to them.
 #[derive(Default)]
 pub struct FakeMemory {
-    frames: SpinMutex<BTreeMap<Pfn, [u8; PAGE]>>,
+    frames: SpinMutex<BTreeMap<Pfn, Box<[u8; PAGE]>>>,
     /// Pages zeroed.
     pub zeroed: AtomicU32,
     /// Pages copied.
@@ -29,7 +30,7 @@ pub struct FakeMemory {
 
 impl FakeMemory {
     fn with<R>(&self, frame: Pfn, what: impl FnOnce(&mut [u8; PAGE]) -> R) -> R {
-        what(self.frames.lock().entry(frame).or_insert([GARBAGE; PAGE]))
+        what(self.frames.lock().entry(frame).or_insert_with(|| Box::new([GARBAGE; PAGE])))
     }
 }
 
@@ -87,6 +88,8 @@ pub struct FakeStore {
     pending: SpinMutex<Vec<Request>>,
     /// What the next `start` answers instead of taking the request.
     pub refuse_next: SpinMutex<Option<StoreError>>,
+    /// So many may be pending; 0: any number.
+    pub queue: AtomicU32,
     /// Transfers taken so far.
     pub started: AtomicU32,
     /// Pages that were asked to be written so far.
@@ -155,6 +158,10 @@ impl PageStore for FakeStore {
     ) -> Result<(), StoreError> {
         if let Some(error) = self.refuse_next.lock().take() {
             return Err(error);
+        }
+        let queue = place(self.queue.load(Relaxed).into());
+        if queue > 0 && self.pending() >= queue {
+            return Err(StoreError::Busy);
         }
         if first + frames.len() as u64 > self.pages(store) {
             return Err(StoreError::Refused);

@@ -18,6 +18,7 @@ use crate::lock::Held;
 use crate::map::{Discarded, Map, NotDiscarded, Share};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
+use crate::page::VmPage;
 use crate::pager::{Cleaned, Down, Left, Shutdown};
 use crate::prot::Prot;
 use crate::store::{Direction, PhysMemory as _, StoreError, StoreId};
@@ -47,6 +48,21 @@ pub enum Refused {
     Fault(FaultError),
     /// It would have to wait, and nothing is under way that could end it.
     Stuck(WaitFor),
+}
+
+/// See [`Rig::mark`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mark {
+    /// Absent, zero, resident, swapped.
+    pub kind: u8,
+    /// A transfer has it.
+    pub busy: bool,
+    /// That transfer brings it.
+    pub filling: bool,
+    /// It is in the swap store as well.
+    pub has_slot: bool,
+    /// It could not be brought, and nobody was told yet.
+    pub failed: bool,
 }
 
 impl Rig {
@@ -169,6 +185,30 @@ impl Rig {
             }
             (Slot::Absent | Slot::Zero, _) => 0,
         })
+    }
+
+    /// What an object knows of a page: without frames and places in the store, which differ between worlds that are
+    /// otherwise alike.
+    pub fn mark(&self, object: ObjectId, page: u32) -> Mark {
+        let held = &mut Held::root();
+        let (state, _held) = self.vm.objects.get(object).read(held);
+        let slot = state.slots.get(PageIndex::new(page));
+        let resident = match slot {
+            Slot::Resident(frame) => Some(self.vm.frames.page(frame)),
+            Slot::Absent | Slot::Zero | Slot::Swapped(_) => None,
+        };
+        Mark {
+            kind: match slot {
+                Slot::Absent => 0,
+                Slot::Zero => 1,
+                Slot::Resident(_) => 2,
+                Slot::Swapped(_) => 3,
+            },
+            busy: resident.is_some_and(VmPage::is_busy),
+            filling: resident.is_some_and(VmPage::is_filling),
+            has_slot: resident.is_some_and(|page| page.clean_slot().is_some()),
+            failed: state.failed.is_some_and(|(failed, _)| failed.number() == page),
+        }
     }
 
     /// EL2's read of guest memory.
