@@ -207,6 +207,12 @@ impl Descriptor {
         self.0 & !copy.0 & (ACCESSED | WRITE)
     }
 
+    /// This leaf of frame 0 as one of another frame.
+    #[inline]
+    pub fn of(self, frame: Pfn) -> Self {
+        debug_assert_eq!(self.0 & ADDRESS, 0);
+        Self(self.0 | frame.base().bits())
+    }
     /// The page at `offset` of this block as a leaf of the last level.
     pub fn page_of_block(self, offset: u32) -> Self {
         // The frame is that of an aligned block and the offset is below 512, so they do not overlap.

@@ -6,7 +6,7 @@
 use crate::descriptor::Descriptor;
 use crate::geometry::{BLOCK, Geometry, LAST};
 use crate::park::Way;
-use crate::table::{ENTRIES, TableSource};
+use crate::table::TableSource;
 use crate::tlb::{Batch, TlbOps};
 use crate::tree::{Slot, Stage2};
 use vmobject::addr::{Ipa, IpaRange, Pfn};
@@ -31,18 +31,21 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         Ok(())
     }
 
-    fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables> {
+    fn enter_around(
+        &mut self,
+        first: Ipa,
+        frames: impl Iterator<Item = Option<Pfn>>,
+        prot: Prot,
+    ) -> Result<u32, OutOfTables> {
         assert!(self.geometry.reaches(first), "{first} is beyond the tables' reach");
         let Way::Clear(table) = self.way_to(first, LAST)? else {
             return Ok(0);
         };
+        let leaf = self.style.early_page(Pfn::new(0), prot);
         let mut mapped = 0;
-        for (index, frame) in (Geometry::index(first, LAST)..ENTRIES).zip(frames) {
-            let Some(frame) = *frame else { continue };
-            let slot = Slot::new(table, index);
-            if !self.read(slot).is_valid() {
-                self.swap(slot, self.style.early_page(frame, prot));
-                mapped += 1;
+        for (entry, frame) in self.entries_from(Slot::new(table, Geometry::index(first, LAST))).zip(frames) {
+            if let Some(frame) = frame {
+                mapped += u32::from(entry.fill(leaf.of(frame)));
             }
         }
         self.tlb.dsb_ishst();

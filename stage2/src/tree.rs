@@ -49,6 +49,22 @@ impl Slot {
     }
 }
 
+/// One entry of a table, which may be filled where there is nothing.
+pub(crate) struct Entry<'t>(&'t AtomicU64);
+
+impl Entry<'_> {
+    /// Puts `new` where nothing valid is, and says whether it did. Only we write there: the hardware changes
+    /// valid entries alone. What was written before, a page's bytes, is seen by whoever sees `new`.
+    #[inline]
+    pub(crate) fn fill(&self, new: Descriptor) -> bool {
+        let free = !Descriptor::from_bits(self.0.load(Ordering::Relaxed)).is_valid();
+        if free {
+            self.0.store(new.bits(), Ordering::Release);
+        }
+        free
+    }
+}
+
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     /// Empty tables. The VMID is set when the guest is first loaded.
     pub fn new(source: S, tlb: T, geometry: Geometry) -> Result<Self, OutOfTables> {
@@ -150,6 +166,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     #[inline]
     fn entry(&self, slot: Slot) -> &AtomicU64 {
         &self.source.table(slot.table)[slot.index % ENTRIES]
+    }
+
+    /// The entries of a table from a slot on.
+    #[inline]
+    pub(crate) fn entries_from(&self, slot: Slot) -> impl Iterator<Item = Entry<'_>> {
+        self.source.table(slot.table)[slot.index % ENTRIES..].iter().map(Entry)
     }
 
     /// What is there.

@@ -18,7 +18,7 @@ pub const MAX_TRAILS: u32 = 128;
 /// Pages of one transfer.
 pub const CLUSTER_PAGES: u32 = 16;
 /// Neighbours that are looked at when a fault is served from a page that is there already.
-pub const AROUND_PAGES: u32 = 32;
+pub const AROUND_PAGES: u32 = 64;
 /// Transfers in flight.
 pub const MAX_IO: u32 = 256;
 /// Transfers out in flight.

@@ -50,7 +50,12 @@ pub trait Pmap: Send {
 
     /// Maps `frames` from `first` on, inside one chunk, only where no valid leaf is: neighbours of a
     /// fault, in one go. `None` leaves its place alone. Returns how many were mapped.
-    fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables>;
+    fn enter_around(
+        &mut self,
+        first: Ipa,
+        frames: impl Iterator<Item = Option<Pfn>>,
+        prot: Prot,
+    ) -> Result<u32, OutOfTables>;
 
     /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there.
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;

@@ -140,7 +140,8 @@ impl Guest {
 
     /// [`Pmap::enter_around`].
     pub fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Checked<u32> {
-        let Ok(count) = self.edit(|tables, _| tables.enter_around(first, frames, prot))? else {
+        let Ok(count) = self.edit(|tables, _| tables.enter_around(first, frames.iter().copied(), prot))?
+        else {
             return Ok(0);
         };
         let mut fresh = 0;

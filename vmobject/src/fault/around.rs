@@ -7,12 +7,13 @@
 
 use super::Place;
 use crate::Vm;
-use crate::addr::{IpaRange, PageIndex, Pfn};
+use crate::addr::{Ipa, IpaRange, PAGE_SHIFT, PageIndex};
 use crate::limits::AROUND_PAGES;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
 use crate::object::index::Slot;
 use crate::object::{Pager, State};
+use crate::page::VmPage;
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
@@ -20,8 +21,7 @@ use crate::store::Machine;
 
 /// Where the page was found, and so where its neighbours are.
 pub(super) enum Around<'s> {
-    /// In the top object, mapped like this: writable neighbours along with a writable page, those that have
-    /// a swap slot to keep along with one that has one.
+    /// In the top object, mapped like this.
     Own(&'s State, Prot),
     /// In an object that must not change.
     Shared(&'s State),
@@ -36,32 +36,6 @@ pub(super) enum Around<'s> {
     },
 }
 
-impl Around<'_> {
-    /// What there is from `before` pages before the page on.
-    fn look(&self, place: Place<'_>, before: u32, out: &mut [Slot; AROUND_PAGES as usize]) {
-        match self {
-            Self::Own(state, _) | Self::Shared(state) => {
-                let Some(first) = place.index.checked_sub(before) else { return };
-                state.slots.get_run(first, out);
-            }
-            Self::Below { top, owner, index } => {
-                let (Some(ours), Some(theirs)) = (place.index.checked_sub(before), index.checked_sub(before))
-                else {
-                    return;
-                };
-                let mut hidden = [Slot::Absent; AROUND_PAGES as usize];
-                top.slots.get_run(ours, &mut hidden);
-                owner.slots.get_run(theirs, out);
-                for (slot, hidden) in out.iter_mut().zip(hidden) {
-                    if hidden != Slot::Absent {
-                        *slot = Slot::Absent;
-                    }
-                }
-            }
-        }
-    }
-}
-
 impl<M: Machine> Vm<M> {
     /// Maps resident neighbours within the aligned window around the page, as far as the entry reaches.
     pub(super) fn enter_neighbours(
@@ -71,52 +45,68 @@ impl<M: Machine> Vm<M> {
         around: &Around<'_>,
         held: &mut Held<'_, OBJECT>,
     ) {
-        let window = u64::from(AROUND_PAGES) << crate::addr::PAGE_SHIFT;
-        let base = crate::addr::Ipa::new(place.page.bits() & !(window - 1));
+        let window = u64::from(AROUND_PAGES) << PAGE_SHIFT;
+        let base = Ipa::new(place.page.bits() & !(window - 1));
         let window = IpaRange::from_pages(base, AROUND_PAGES);
         let Some(range) = window.and_then(|w| w.intersection(place.entry.range)) else { return };
-        let Some(before) = place.page.pages_above(range.start()) else { return };
-        let pages = usize::try_from(range.pages()).map_or(0, |pages| pages.min(AROUND_PAGES as usize));
-        let mut slots = [Slot::Absent; AROUND_PAGES as usize];
-        around.look(place, before.number(), &mut slots);
-        if let Some(itself) = slots.get_mut(before.number() as usize) {
-            *itself = Slot::Absent;
-        }
-        let mut frames: [Option<Pfn>; AROUND_PAGES as usize] = [None; AROUND_PAGES as usize];
-        let mut any = false;
-        for (slot, out) in slots[..pages].iter().zip(&mut frames) {
-            if let Slot::Resident(frame) = *slot
-                && self.may_come_along(frame, place, around)
-            {
-                *out = Some(frame);
-                any = true;
-            }
-        }
-        if !any {
-            return;
-        }
-        let prot = match around {
-            Around::Own(_, prot) => *prot,
-            Around::Shared(_) | Around::Below { .. } => place.entry.prot.without(Prot::WRITE),
+        let Some(above) = place.page.pages_above(range.start()) else { return };
+        let (hides, slots, index) = match *around {
+            Around::Own(state, _) | Around::Shared(state) => (None, &state.slots, place.index),
+            Around::Below { top, owner, index } => (Some(&top.slots), &owner.slots, index),
         };
+        let before = above.number();
+        let back = |page: PageIndex| page.checked_sub(before);
+        let (Some(mut ours), Some(mut theirs)) = (back(place.index), back(index)) else { return };
+        let pages = self.frames.view();
+        // Not what a transfer has, nor what pageout has in hand: this is no use of it.
+        let at_rest = |slot| match slot {
+            Slot::Resident(frame) => Some((frame, pages.page(frame).filter(|page| page.is_at_rest())?)),
+            Slot::Absent | Slot::Zero | Slot::Swapped(_) => None,
+        };
+        let shared = |slot| at_rest(slot).map(|(frame, _)| frame);
+        let read_only = place.entry.prot.without(Prot::WRITE);
         let (mut pmap, _held) = map.pmap.lock(held);
-        // Want of a table is no failure: the page itself is mapped.
-        if let Ok(entered) = pmap.enter_around(range.start(), &frames[..pages], prot) {
+        let (mut at, mut left) = (range.start(), u32::try_from(range.pages()).unwrap_or(0));
+        while left != 0 {
+            // As far as the leaves of both indexes go.
+            let rest = slots.left_in_leaf(theirs).min(left);
+            let count = hides.map_or(rest, |hides| rest.min(hides.left_in_leaf(ours)));
+            let run = slots.rest_of_leaf(theirs);
+            let seen = run.iter().take(count as usize);
+            let entered = match *around {
+                Around::Own(top, prot) => {
+                    let alike = |page: &VmPage| alike(page, top, prot, place.entry.prot);
+                    let own = |slot| at_rest(slot).filter(|(_, page)| alike(page)).map(|(frame, _)| frame);
+                    pmap.enter_around(at, seen.map(own), prot)
+                }
+                Around::Shared(_) => pmap.enter_around(at, seen.map(shared), read_only),
+                Around::Below { top, .. } => {
+                    let hidden = top.slots.rest_of_leaf(ours);
+                    let seen = seen.zip(hidden.iter());
+                    let frames =
+                        seen.map(|(slot, above)| if above == Slot::Absent { shared(slot) } else { None });
+                    pmap.enter_around(at, frames, read_only)
+                }
+            };
+            // Want of a table is no failure: the page itself is mapped.
+            let Ok(entered) = entered else { return };
             map.stats.add(Event::Around, u64::from(entered));
+            let next = at.checked_add(u64::from(count) << PAGE_SHIFT);
+            let (Some(next), Some(our_next), Some(their_next)) =
+                (next, ours.checked_add(count), theirs.checked_add(count))
+            else {
+                return;
+            };
+            (at, ours, theirs, left) = (next, our_next, their_next, left - count);
         }
     }
+}
 
-    /// Not what a transfer has, nor what pageout has in hand: this is no use of it.
-    fn may_come_along(&self, frame: Pfn, place: Place<'_>, around: &Around<'_>) -> bool {
-        let page = self.frames.page(frame);
-        let alike = match around {
-            Around::Own(_, prot) if *prot != place.entry.prot => page.clean_slot().is_some(),
-            Around::Own(_, prot) if !prot.allows(Prot::WRITE) => true,
-            Around::Own(top, _) => {
-                page.clean_slot().is_none() && (top.pager == Pager::None || page.is_dirty())
-            }
-            Around::Shared(_) | Around::Below { .. } => true,
-        };
-        alike && !page.is_busy() && !page.is_unmapped()
+/// True when a neighbour in the top object may be mapped as the page is, `prot` of `whole`: writable along with a writable
+/// one, and one that has a swap slot to keep along with one that has one.
+fn alike(page: &VmPage, top: &State, prot: Prot, whole: Prot) -> bool {
+    if prot != whole {
+        return page.clean_slot().is_some();
     }
+    !prot.allows(Prot::WRITE) || page.clean_slot().is_none() && (top.pager == Pager::None || page.is_dirty())
 }

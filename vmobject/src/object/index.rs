@@ -117,6 +117,20 @@ pub struct Index {
     counts: SlotCounts,
 }
 
+/// Slots that follow one another.
+pub struct Run<'i>(&'i [u32]);
+
+impl Run<'_> {
+    /// None.
+    pub const EMPTY: Self = Self(&[]);
+
+    /// Each of them.
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = Slot> {
+        self.0.iter().map(|&bits| Slot::decode(bits))
+    }
+}
+
 const fn split(page: PageIndex) -> (usize, usize, usize) {
     let number = page.number() as usize;
     (number >> REGION_SHIFT, (number >> LEAF_SHIFT) & (LEAVES - 1), number & (LEAF - 1))
@@ -159,24 +173,18 @@ impl Index {
         }
     }
 
-    /// What is known of the pages from `first` on, as many as there is room for.
-    pub fn get_run(&self, first: PageIndex, mut out: &mut [Slot]) {
-        let mut page = first;
-        while !out.is_empty() {
-            let (region, leaf, slot) = split(page);
-            let here = out.len().min(LEAF - slot);
-            let (now, later) = out.split_at_mut(here);
-            let home = self.region(region);
-            match home.map(|home| (&home.leaves[leaf], home.zero & 1 << leaf != 0)) {
-                Some((Some(slots), _)) => {
-                    now.iter_mut().zip(&slots[slot..]).for_each(|(to, &bits)| *to = Slot::decode(bits));
-                }
-                Some((None, true)) => now.fill(Slot::Zero),
-                Some((None, false)) | None => now.fill(Slot::Absent),
-            }
-            let Some(next) = next_multiple(page, LEAF_SHIFT) else { return };
-            (page, out) = (next, later);
-        }
+    /// What is known of the pages from `first` to the end of its leaf.
+    #[inline]
+    pub fn rest_of_leaf(&self, first: PageIndex) -> Run<'_> {
+        static ABSENT_LEAF: [u32; LEAF] = [ABSENT; LEAF];
+        static ZERO_LEAF: [u32; LEAF] = [ZERO; LEAF];
+        let (region, leaf, slot) = split(first);
+        let slots = match self.region(region).map(|home| (&home.leaves[leaf], home.zero & 1 << leaf != 0)) {
+            Some((Some(slots), _)) => slots,
+            Some((None, true)) => &ZERO_LEAF,
+            Some((None, false)) | None => &ABSENT_LEAF,
+        };
+        Run(&slots[slot..])
     }
 
     /// Sets a slot and gives back what was there. Fails only for want of memory, and then changes
@@ -390,9 +398,9 @@ mod tests {
         for first in [0, 6, 7, 64, 70, 71, 100, 128, 131, 190, 192, 200, 4090] {
             let each = (0..64).filter(|bit| index.get(P(first + bit)) != Slot::Absent);
             assert_eq!(index.present_of_64(P(first)), each.fold(0, |mask, bit| mask | 1 << bit), "{first}");
-            let mut run = [Slot::Swapped(0); 100];
-            index.get_run(P(first), &mut run);
-            assert!((first..).zip(run).all(|(page, slot)| slot == index.get(P(page))), "{first}");
+            let rest: Vec<Slot> = index.rest_of_leaf(P(first)).iter().collect();
+            assert_eq!(rest.len(), 64 - first as usize % 64);
+            assert!((first..).zip(rest).all(|(page, slot)| slot == index.get(P(page))), "{first}");
         }
     }
 

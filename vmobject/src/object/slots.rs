@@ -7,7 +7,7 @@
 
 use core::ops::Range;
 
-use super::index::{Index, Slot, SlotCounts};
+use super::index::{Index, Run, Slot, SlotCounts};
 use crate::VmError;
 use crate::addr::PageIndex;
 
@@ -80,11 +80,16 @@ impl Slots {
         Some((self.page(place)?, slot))
     }
 
-    /// What is known of the pages from `first` on, as many as there is room for.
-    pub fn get_run(&self, first: PageIndex, out: &mut [Slot]) {
-        if let Some(place) = self.place(first) {
-            self.index.get_run(place, out);
-        }
+    /// What is known of the pages from `first` to the end of its leaf.
+    #[inline]
+    pub fn rest_of_leaf(&self, first: PageIndex) -> Run<'_> {
+        self.place(first).map_or(Run::EMPTY, |place| self.index.rest_of_leaf(place))
+    }
+
+    /// How many pages there are from a page to the end of its leaf; never none.
+    #[inline]
+    pub fn left_in_leaf(&self, page: PageIndex) -> u32 {
+        Index::LEAF_PAGES - self.place(page).map_or(0, |place| place.number() % Index::LEAF_PAGES)
     }
 
     /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.

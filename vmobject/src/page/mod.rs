@@ -120,6 +120,12 @@ impl VmPage {
         self.has(BUSY)
     }
 
+    /// True when no transfer has it and pageout has not taken it in hand.
+    #[inline]
+    pub fn is_at_rest(&self) -> bool {
+        !self.has(BUSY | UNMAPPED)
+    }
+
     /// True while a transfer brings its bytes: they are not there yet.
     #[inline]
     pub fn is_filling(&self) -> bool {
@@ -243,6 +249,21 @@ pub struct Frames {
     short: AtomicBool,
 }
 
+/// The pages of all frames.
+#[derive(Clone, Copy)]
+pub struct View<'f> {
+    base: u32,
+    pages: &'f [VmPage],
+}
+
+impl<'f> View<'f> {
+    /// A frame's page, if it is one of ours.
+    #[inline]
+    pub fn page(self, frame: Pfn) -> Option<&'f VmPage> {
+        self.pages.get(frame.number().wrapping_sub(self.base) as usize)
+    }
+}
+
 impl Frames {
     /// Takes over these ranges of frames; they must not overlap. Frames that cannot be numbered are left
     /// alone.
@@ -288,6 +309,12 @@ impl Frames {
     #[inline]
     pub fn page(&self, frame: Pfn) -> &VmPage {
         &self.pages[self.place(frame)]
+    }
+
+    /// All of them, for a loop over many.
+    #[inline]
+    pub fn view(&self) -> View<'_> {
+        View { base: self.base, pages: &self.pages }
     }
 
     #[inline]

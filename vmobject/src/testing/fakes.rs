@@ -244,11 +244,16 @@ impl Pmap for FakePmap {
         }
         Ok(())
     }
-    fn enter_around(&mut self, first: Ipa, frames: &[Option<Pfn>], prot: Prot) -> Result<u32, OutOfTables> {
+    fn enter_around(
+        &mut self,
+        first: Ipa,
+        frames: impl Iterator<Item = Option<Pfn>>,
+        prot: Prot,
+    ) -> Result<u32, OutOfTables> {
         self.room()?;
         let mut count = 0;
         for (page, frame) in (0..).zip(frames) {
-            let (Some(frame), Some(at)) = (*frame, first.checked_add(page * PAGE_SIZE)) else { continue };
+            let (Some(frame), Some(at)) = (frame, first.checked_add(page * PAGE_SIZE)) else { continue };
             assert_eq!(at.chunk(), first.chunk(), "neighbours lie in one chunk");
             self.leaves.entry(at).or_insert_with(|| {
                 count += 1;
