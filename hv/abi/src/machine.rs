@@ -53,6 +53,8 @@ pub const VIRTIO_STRIDE: u64 = 0x200;
 pub const VIRTIO_SLOTS: u32 = 32;
 /// The fork page; see [`crate::forkpage`].
 pub const FORK_PAGE: Region = Region::new(0x0b00_0000, 0x1000);
+/// The first of many addresses where there is nothing, in QEMU's machine either.
+pub const HOLE: u64 = FORK_PAGE.end();
 /// Where RAM starts.
 pub const RAM_BASE: u64 = 0x4000_0000;
 /// RAM that a guest can have at most: up to the 256 GiB line, where QEMU puts its high devices.

@@ -3,7 +3,9 @@
 //!
 //! The program is called `mmio`; the module of that name has the plain accesses.
 
-use hv_abi::machine::{FLASH0, FLASH1, PL011, PL031};
+use hv_abi::call::status;
+use hv_abi::forkpage;
+use hv_abi::machine::{FLASH0, FLASH1, FORK_PAGE, HOLE, PL011, PL031};
 
 use crate::memory::{call, scratch};
 use crate::mmio::{read8, read16, read32, read64, write8, write16, write32};
@@ -16,8 +18,6 @@ const UARTFR: u64 = PL011.base + 0x18;
 const UARTILPR: u64 = PL011.base + 0x20;
 /// The last of the four bytes 0x0d, 0xf0, 0x05, 0xb1 that say "PrimeCell".
 const PCELL3: u64 = PL011.base + 0xffc;
-/// Where the machine has nothing.
-const HOLE: u64 = 0x0b00_0000;
 
 /// Every way, with the MMU off and on.
 pub fn run(machine: &Machine) {
@@ -31,6 +31,7 @@ pub fn run(machine: &Machine) {
         if strict {
             without_syndrome();
             flash();
+            fork_page();
         }
         odd();
     }
@@ -66,6 +67,28 @@ fn flash() {
             assert_eq!(read32(at), value, "what was written at {at:#x}");
         }
     }
+}
+
+/// What a guest that nobody granted a fork finds there.
+fn fork_page() {
+    let at = |register| FORK_PAGE.base + register;
+    assert_eq!(read32(at(forkpage::MAGIC)), forkpage::MAGIC_VALUE, "the fork page");
+    assert_eq!(read8(at(forkpage::MAGIC)), b'F', "a narrow read");
+    for (count, answer) in
+        [(0, status::INVALID_PARAMETERS), (1, status::DENIED), (u32::MAX, status::INVALID_PARAMETERS)]
+    {
+        write32(at(forkpage::FORK), count);
+        assert_eq!(i64::from(read32(at(forkpage::STATUS)).cast_signed()), answer, "a fork into {count}");
+    }
+    for register in [forkpage::MAGIC, forkpage::STATUS, forkpage::GUEST, 0x20, 0xffc] {
+        let before = read32(at(register));
+        write32(at(register), !before);
+        assert_eq!(read32(at(register)), before, "what only reads, at {register:#x}");
+    }
+    assert_eq!([0x01, 0x20, 0xffc].map(|offset| read8(at(offset))), [0; 3], "where no register is");
+    assert_ne!(read32(at(forkpage::RANDOM)), read32(at(forkpage::RANDOM)), "random bits, twice the same");
+    aborts("eight bytes", probe!("ldr {a}, [{at}]", a = out(reg) _, at = in(reg) FORK_PAGE.base));
+    aborts("a fetch", call(FORK_PAGE.base));
 }
 
 fn aborts(what: &str, fault: Option<Fault>) {

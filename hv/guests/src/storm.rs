@@ -7,7 +7,7 @@
 
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_VIRTUAL_TIMER, PL011, PL031};
+use hv_abi::machine::{HOLE, INTID_PHYSICAL_TIMER, INTID_VIRTUAL_TIMER, PL011, PL031};
 
 use crate::mmio::{read32, write8, write32};
 use crate::register::cpu;
@@ -15,8 +15,6 @@ use crate::runtime::{Machine, start_vcpu};
 use crate::timer::{arm, arm_physical, milliseconds, now};
 use crate::{gic, power};
 
-/// Where the machine has nothing.
-const HOLE: u64 = 0x0b00_0000;
 /// A function that nobody has.
 const UNKNOWN: u64 = 0x8600_ff42;
 /// The vCPU that `power` switches on, again and again.

@@ -5,15 +5,12 @@
 //! Options: `calls=2000`, `seed=1`.
 
 use hv_abi::call::{self, psci, status};
-use hv_abi::machine::RAM_BASE;
+use hv_abi::machine::{HOLE, RAM_BASE};
 
 use crate::memory::{call, execute, poke, publish_code, scratch};
 use crate::runtime::{Machine, Random};
 use crate::trap::Fault;
 use crate::{mmu, power};
-
-/// Where the machine has nothing.
-const HOLE: u64 = 0x0b00_0000;
 
 /// All of it.
 pub fn run(machine: &Machine) {
