@@ -33,8 +33,9 @@ use crate::mm::{self, Map};
 
 /// How long a transfer that creation needs may take, in seconds (invariant I12).
 const PATIENCE_S: u64 = 10;
-/// How long creation waits for others to give memory back, in milliseconds: what is being freed comes soon.
-const PATIENCE_FOR_MEMORY_MS: u64 = 100;
+/// How long creation waits for others to give memory back, in milliseconds: what is being freed comes soon. While
+/// pages are on their way to the disk it waits ten times as long, for they make room.
+const PATIENCE_FOR_MEMORY_MS: u64 = 200;
 
 /// What a guest is made of besides its memory.
 pub struct Parts {
@@ -201,6 +202,12 @@ fn fill(map: &Arc<Map>, plan: &Plan, held: &mut Held<'_, 0>) -> Result<(), Creat
     Ok(())
 }
 
+/// How long to wait for memory, in ticks.
+fn patience_for_memory(held: &mut Held<'_, 0>) -> u64 {
+    let patience = timer::freq() / 1000 * PATIENCE_FOR_MEMORY_MS;
+    if mm::vm().memory(held).transfers == 0 { patience } else { patience * 10 }
+}
+
 /// Writes into a guest's memory before it runs; `poll` lets transfers finish meanwhile.
 pub(super) fn write(
     map: &Arc<Map>,
@@ -214,7 +221,7 @@ pub(super) fn write(
         let waited = timer::now().saturating_sub(start);
         match mm::vm().write(map, at, bytes, held)? {
             Copied::Done => return Ok(()),
-            Copied::Wait(WaitFor::Memory) if waited > timer::freq() / 1000 * PATIENCE_FOR_MEMORY_MS => {
+            Copied::Wait(WaitFor::Memory) if waited > patience_for_memory(held) => {
                 return Err(CreateError::NoFrames);
             }
             Copied::Wait(WaitFor::Io(_)) if waited > timer::freq().saturating_mul(PATIENCE_S) => {

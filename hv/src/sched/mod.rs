@@ -113,10 +113,12 @@ fn share_with_chores(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0
     }
 }
 
-/// Between two parts of long work: takes the interrupts that came, and what disks have finished (invariant I6).
+/// Between two parts of long work: takes the interrupts that came, and what disks have finished (invariant I6). Frees
+/// memory if it is short, too: the work may wait for it, on a machine with no other CPU.
 pub fn take_interrupts(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     slice::idle_interrupts(cpu, outside, held);
     outside.poll(held);
+    page_out(held);
 }
 
 /// The next vCPU for a CPU: from its own queue, else from another's.

@@ -100,7 +100,8 @@ fn clones(name: &str) -> Result<()> {
     const CLONES: usize = 4;
     /// Pages of the file that all share.
     const SHARED: u64 = 80 << 8;
-    let words = ["--timeout", "300", "--host-memory", "128M", "--memory", "256M", "--swap", "1G"];
+    let words =
+        ["--timeout", "300", "--host-memory", "128M", "--memory", "256M", "--swap", "1G", "--host-cpus", "1"];
     let mut machine = monitored(name, &[&words[..], &["--overcommit", "none"], &STAYS].concat())?;
     machine.ask("wait guest \"guest ready: guest\"")?;
     let fill =
