@@ -1,6 +1,9 @@
 //! `cargo xtask demo`: narrated demonstrations on real Linux guests. Each ends with a table, and fails if a claim does
 //! not hold.
 
+mod thousand;
+mod tree;
+
 use crate::monitored::{Monitored, number, rows};
 use crate::progress::step;
 use crate::run::Run;
@@ -19,9 +22,9 @@ const PAGES: u64 = 256;
 pub(crate) struct Demo {
     /// Which
     name: Name,
-    /// Children of `clone`
-    #[arg(long, default_value_t = 32)]
-    children: usize,
+    /// Children of `clone` (32) and `thousand` (1000)
+    #[arg(long)]
+    children: Option<usize>,
     /// CPU model
     #[arg(long, default_value = "neoverse-n1")]
     cpu: String,
@@ -32,27 +35,25 @@ pub(crate) struct Demo {
 enum Name {
     /// One running Linux forked into many
     Clone,
+    /// A Linux that forks itself, whose children fork themselves, and so on
+    ForkTree,
+    /// A thousand Linux guests on a host with 4 GiB
+    Thousand,
 }
 
 impl Demo {
     /// Shows it.
     pub(crate) fn run(&self) -> Result<()> {
         match self.name {
-            Name::Clone => self.clones(),
+            Name::Clone => self.clones(self.children.unwrap_or(32)),
+            Name::ForkTree => tree::show(&self.cpu),
+            Name::Thousand => thousand::show(&self.cpu, self.children.unwrap_or(1000)),
         }
     }
 
-    fn dir() -> PathBuf {
-        crate::root().join("target/demo")
-    }
-
-    fn clones(&self) -> Result<()> {
+    fn clones(&self, count: usize) -> Result<()> {
         let words = ["--timeout", "1800", "--host-memory", "2G", "--cpu", &self.cpu];
-        let mut machine = step("booting one Linux guest", || -> Result<_> {
-            let mut machine = Monitored::start(Run::from_words(&words)?, &Self::dir())?;
-            machine.console.wait("guest ready")?;
-            Ok(machine)
-        })?;
+        let mut machine = booted(&words)?;
         println!(
             "One Linux guest runs. It gets a working set of {SET_MIB} MiB of random bytes, with a checksum."
         );
@@ -62,21 +63,15 @@ impl Demo {
         );
         step("filling the working set", || machine.talk(1, &fill, "filled-42"))?;
         let before = number(&machine.ask("memory")?, "/owners/guests_resident")?;
-        let children = machine.fork(1, self.children)?;
-        let told = std::fs::read_to_string(Self::dir().join("hv.log")).unwrap_or_default();
-        let told = told.lines().rfind(|line| line.contains("forked into")).context("the log has no fork")?;
-        println!(
-            "It is forked into {} live children in one pause: {}",
-            children.len(),
-            told.trim_start_matches("hv: ")
-        );
+        let children = machine.fork(1, count)?;
+        println!("It is forked into {} live children in one pause: {}", children.len(), last_fork()?);
         let answers = step("each child does something of its own", || work(&mut machine, &children))?;
         ensure!(answers.len() == children.len(), "two children drew the same random bytes: {answers:?}");
         println!(
             "Every child found the parent's working set whole, and told its own number and random bytes."
         );
         machine.check()?;
-        self.table(&mut machine, before)?;
+        table(&mut machine, before, count)?;
         step("killing them in no order", || -> Result<()> {
             for child in shuffled(&children) {
                 machine.ask(&format!("kill {child}"))?;
@@ -95,41 +90,61 @@ impl Demo {
         ensure!(after < before + before / 8, "memory did not come back");
         machine.shutdown()
     }
+}
 
-    /// Who holds what; fails if the children hold copies of what they share.
-    fn table(&self, machine: &mut Monitored, before: u64) -> Result<()> {
-        let guests = machine.ask("guests")?;
-        println!("\n{:<12} {:>12} {:>12}", "guest", "private KiB", "shared KiB");
-        let mut private = 0;
-        for row in rows(&guests)? {
-            let kib = |column: &str| number(row, column).map(|pages| pages * 4);
-            println!(
-                "{:<12} {:>12} {:>12}",
-                row["name"].as_str().unwrap_or_default(),
-                kib("/private_pages")?,
-                kib("/shared_pages")?
-            );
-            private += kib("/private_pages")?;
-        }
-        let memory = machine.ask("memory")?;
-        let resident = number(&memory, "/owners/guests_resident")?;
-        let copies = number(&memory, "/owners/if_nothing_were_shared")?;
+fn dir() -> PathBuf {
+    crate::root().join("target/demo")
+}
+
+/// A machine whose first guest is a Linux that is up.
+fn booted(words: &[&str]) -> Result<Monitored> {
+    step("booting one Linux guest", || {
+        let mut machine = Monitored::start(Run::from_words(words)?, &dir())?;
+        machine.console.wait("guest ready")?;
+        Ok(machine)
+    })
+}
+
+/// What the hypervisor's log says of the last fork.
+fn last_fork() -> Result<String> {
+    let log = std::fs::read_to_string(dir().join("hv.log")).context("the hypervisor's log")?;
+    let told = log.lines().rfind(|line| line.contains("forked into")).context("the log has no fork")?;
+    Ok(told.trim_start_matches("hv: ").to_owned())
+}
+
+/// Who holds what; fails if the children hold copies of what they share.
+fn table(machine: &mut Monitored, before: u64, count: usize) -> Result<()> {
+    let guests = machine.ask("guests")?;
+    println!("\n{:<12} {:>12} {:>12}", "guest", "private KiB", "shared KiB");
+    let mut private = 0;
+    for row in rows(&guests)? {
+        let kib = |column: &str| number(row, column).map(|pages| pages * 4);
         println!(
-            "\n{} guests: {} MiB resident, of which {} MiB private; {} MiB if each had a copy ({:.1} times as much).",
-            rows(&guests)?.len(),
-            resident / PAGES,
-            private / 1024,
-            copies / PAGES,
-            copies as f64 / resident as f64
+            "{:<12} {:>12} {:>12}",
+            row["name"].as_str().unwrap_or_default(),
+            kib("/private_pages")?,
+            kib("/shared_pages")?
         );
-        let each = (resident - before) / self.children as u64;
-        println!("A child cost {} KiB on average, its own work included.\n", each * 4);
-        ensure!(
-            each < SET_MIB * PAGES / 2,
-            "a child holds {each} pages of its own: the working set is not shared"
-        );
-        Ok(())
+        private += kib("/private_pages")?;
     }
+    let memory = machine.ask("memory")?;
+    let resident = number(&memory, "/owners/guests_resident")?;
+    let copies = number(&memory, "/owners/if_nothing_were_shared")?;
+    println!(
+        "\n{} guests: {} MiB resident, of which {} MiB private; {} MiB if each had a copy ({:.1} times as much).",
+        rows(&guests)?.len(),
+        resident / PAGES,
+        private / 1024,
+        copies / PAGES,
+        copies as f64 / resident as f64
+    );
+    let each = (resident - before) / count as u64;
+    println!("A child cost {} KiB on average, its own work included.\n", each * 4);
+    ensure!(
+        each < SET_MIB * PAGES / 2,
+        "a child holds {each} pages of its own: the working set is not shared"
+    );
+    Ok(())
 }
 
 /// Each child checks the working set, takes a name, and draws random bytes, which come back.

@@ -7,6 +7,7 @@ mod boot;
 mod clones;
 mod disks;
 mod guests;
+mod loaded;
 mod machine;
 mod modules;
 mod monitor;
@@ -29,7 +30,7 @@ pub(crate) struct Test {
     /// Boot tests only
     #[arg(long)]
     boot: bool,
-    /// Boot Linux on every model and number of CPUs instead: 48 tests, none of which is part of the others
+    /// What takes hours instead: Linux on every model and number of CPUs, a loaded guest cloned a hundred times
     #[arg(long, conflicts_with_all = ["host", "boot"])]
     matrix: bool,
     /// Name them, run nothing
@@ -82,6 +83,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     if both || options.boot {
         trials.extend(boot::trials());
         trials.extend(clones::trials());
+        trials.extend(loaded::trials());
         trials.extend(disks::trials());
         trials.extend(monitor::trials());
         trials.extend(swap::trials());
@@ -89,6 +91,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     }
     if options.matrix {
         trials.extend(boot::matrix());
+        trials.extend(loaded::matrix());
     }
     let arguments = Arguments {
         list: options.list,

@@ -1,0 +1,75 @@
+//! `demo thousand`: as many Linux guests as the machine takes, all alive, all answering.
+
+use super::{booted, last_fork, shuffled};
+use crate::monitored::{Monitored, number, rows};
+use crate::progress::step;
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
+
+/// MiB of the host.
+const HOST: &str = "4096M";
+
+/// Boots one guest, forks it into `count`, and hears each.
+pub(super) fn show(cpu: &str, count: usize) -> Result<()> {
+    ensure!((1..=1023).contains(&count), "--children: from 1 to 1023, not {count}");
+    let mut machine = booted(&["--timeout", "7200", "--host-memory", HOST, "--cpu", cpu])?;
+    // It takes less once it has settled.
+    machine.talk(1, "echo settled-$((40+2))", "settled-42")?;
+    let before = number(&machine.ask("memory")?, "/owners/guests_resident")?;
+    println!("One Linux guest runs, with 256 MiB, on a host with {HOST}; {} MiB are resident.", before >> 8);
+    let children = step("forking", || machine.fork(1, count))?;
+    println!("It is forked into {} live children in one pause: {}", children.len(), last_fork()?);
+    let answers = step("each says its number, its name and random bytes", || hear(&mut machine, &children))?;
+    ensure!(answers.len() == count, "{} of {count} children drew random bytes of their own", answers.len());
+    machine.check()?;
+    let guests = machine.ask("guests")?;
+    let mut private: Vec<u64> =
+        rows(&guests)?.iter().map(|row| number(row, "/private_pages")).collect::<Result<_>>()?;
+    private.sort_unstable();
+    let memory = machine.ask("memory")?;
+    let pages = |place: &str| number(&memory, place);
+    let mib = |pages: u64| pages >> 8;
+    println!("\n{:<44} {:>8}", "Linux guests alive, each of which answered", rows(&guests)?.len());
+    println!("{:<44} {:>8}", "MiB of RAM that they see", rows(&guests)?.len() * 256);
+    println!("{:<44} {:>8}", "MiB resident", mib(pages("/owners/guests_resident")?));
+    println!("{:<44} {:>8}", "MiB of tables", mib(pages("/frames/tables")?));
+    println!("{:<44} {:>8}", "MiB free", mib(pages("/frames/free")?));
+    for (what, place) in [("least", 0), ("median", private.len() / 2), ("most", private.len() - 1)] {
+        let kib = private.get(place).copied().unwrap_or_default() * 4;
+        println!("{:<44} {kib:>8}", format!("KiB that a guest has of its own, {what}"));
+    }
+    println!();
+    step("killing them in no order", || {
+        shuffled(&children).into_iter().try_for_each(|child| machine.ask(&format!("kill {child}")).map(drop))
+    })?;
+    machine.check()?;
+    machine.talk(1, "echo still-$((40+2))", "still-42")?;
+    let after = number(&machine.settled()?, "/owners/guests_resident")?;
+    println!(
+        "All children are gone, the first answers; {} MiB resident before, {} MiB after.",
+        mib(before),
+        mib(after)
+    );
+    ensure!(after < before + before / 8, "memory did not come back");
+    machine.shutdown()
+}
+
+/// What each child answers, a few dozen at a time.
+fn hear(machine: &mut Monitored, children: &[u64]) -> Result<BTreeSet<String>> {
+    let mut answers = BTreeSet::new();
+    for some in children.chunks(32) {
+        for child in some {
+            let line = format!(
+                "hostname clone-{child}; echo I-am-$(hostname) $(head -c 8 /dev/urandom | od -An -tx1) said-$((6*7))"
+            );
+            machine.ask(&format!("send {child} \"{line}\""))?;
+        }
+        for child in some {
+            machine.ask(&format!("wait {child} \" said-42\""))?;
+            let line = machine.last_line(*child, " said-42")?;
+            let bytes = line.strip_prefix(&format!("I-am-clone-{child} "));
+            answers.insert(bytes.with_context(|| format!("clone {child} says {line}"))?.to_owned());
+        }
+    }
+    Ok(answers)
+}
