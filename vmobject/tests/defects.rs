@@ -216,3 +216,38 @@ fn d15_a_copy_costs_the_maps_entries_and_not_its_pages() {
     drop_snapshot(&rig, image);
     rig.destroy(clone);
 }
+
+/// A collapse brings up what the referrer that went was the last to see.
+#[test]
+fn a_page_that_only_a_dead_guest_saw_is_freed_although_its_object_merged_first() {
+    let rig = Rig::new(128);
+    let first = rig.guest(4);
+    assert_eq!(rig.load(&first, at(0, 0)), Ok(0));
+    let second = rig.clone(&first);
+    rig.discard(&first, 1, 1).unwrap();
+    let third = rig.clone(&first);
+    rig.store(&first, at(0, 0), 1).unwrap();
+    assert_eq!(rig.load(&second, at(1, 0)), Ok(0));
+    rig.vm.destroy_map(second, &mut Held::root()); // and no more chores than that
+    rig.store(&third, at(0, 0), 2).unwrap();
+    rig.settle();
+    assert_eq!(128 - rig.free(), 2, "the page that each of them has");
+    rig.check();
+}
+
+#[test]
+fn a_page_that_only_a_dead_guest_saw_far_below_is_freed_when_what_it_saw_through_merges() {
+    let rig = Rig::new(128);
+    let first = rig.guest(4);
+    rig.fill(&first, 0..3);
+    let second = rig.clone(&first);
+    rig.store(&second, at(1, 0), 1).unwrap();
+    let third = rig.clone(&second);
+    rig.store(&first, at(0, 0), 2).unwrap();
+    rig.store(&second, at(0, 0), 3).unwrap();
+    rig.store(&third, at(1, 0), 4).unwrap();
+    // The first page of all is the third guest's alone, two objects below its own.
+    rig.destroy(third);
+    assert_eq!(128 - rig.free(), 6 - 1, "of the first three pages two are seen, and the others wrote three");
+    rig.check();
+}

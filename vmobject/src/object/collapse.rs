@@ -210,6 +210,12 @@ impl<M: Machine> Vm<M> {
         backing.refs -= 1;
         self.end(backing, held);
         self.ask_shadows(top, held); // its marks for zeros may have gone
+        // The referrer that went may have been the last to see what has come up, or what lies below.
+        for number in [Some(top.id.index), top.shadow.map(|below| below.object.index)].into_iter().flatten() {
+            if self.links.read(held).0.counts(number).1 == 0 {
+                self.objects.ask_prune(number, held);
+            }
+        }
     }
 
     /// The top shadows `below` as seen through `shadow`, from now on; the reverse map with it.

@@ -15,7 +15,7 @@ use core::ops::Range;
 use crate::addr::{Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
 use crate::fault::{Copied, FaultError, Faulted, WaitFor};
 use crate::lock::Held;
-use crate::map::{Discarded, Map, NotDiscarded, Share};
+use crate::map::{Discarded, Entry, Map, NotDiscarded, Share, Snapshot};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
 use crate::page::VmPage;
@@ -166,7 +166,17 @@ impl Rig {
         let held = &mut Held::root();
         let (entries, mut held) = map.entries.read(held);
         let entry = entries.iter().find(|entry| entry.range.contains(at))?;
-        let sight = self.vm.survey(entry, at.page(), &mut held);
+        self.peek_at(entry, at, &mut held)
+    }
+
+    /// What a guest of a snapshot would load, found out likewise.
+    pub fn peek_snapshot(&self, snapshot: &Snapshot, at: Ipa) -> Option<u8> {
+        let entry = snapshot.iter().find(|entry| entry.range.contains(at))?;
+        self.peek_at(entry, at, &mut Held::root())
+    }
+
+    fn peek_at<const OUTER: u8>(&self, entry: &Entry, at: Ipa, held: &mut Held<'_, OUTER>) -> Option<u8> {
+        let sight = self.vm.survey(entry, at.page(), held);
         let machine = self.vm.machine();
         Some(match (sight.slot, sight.store) {
             (Slot::Resident(frame), home) if self.vm.frames.page(frame).is_filling() => {
