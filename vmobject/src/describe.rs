@@ -45,6 +45,8 @@ pub struct MemoryInfo {
     pub total: u32,
     /// Bytes of the array that says whose they are.
     pub frame_bytes: usize,
+    /// Bytes of the reverse map.
+    pub link_bytes: usize,
     /// Frames that guests' pages leave alone.
     pub reserve: u32,
     /// By queue.
@@ -101,10 +103,12 @@ impl<M: Machine> Vm<M> {
     /// Frames by owner and queue.
     pub fn memory<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> MemoryInfo {
         let queues = self.frames.lengths(held);
+        let link_bytes = self.links.read(held).0.bytes();
         let queued = queues.free + queues.active + queues.inactive + queues.laundry + queues.tables;
         MemoryInfo {
             total: self.frames.total(),
             frame_bytes: self.frames.bytes(),
+            link_bytes,
             reserve: self.frames.reserve(),
             queues,
             off_queue: self.frames.total() - queued,

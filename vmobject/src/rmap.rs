@@ -101,6 +101,13 @@ impl<H> Links<H> {
         Self { nodes: Vec::new(), mappings: Vec::new(), vacant: Vec::new(), version: 0, unhung: 0 }
     }
 
+    /// Bytes that all of it takes.
+    pub fn bytes(&self) -> usize {
+        let mappings = self.mappings.capacity() * size_of::<Option<Mapping<H>>>();
+        let vacant = self.vacant.capacity() * size_of::<u32>();
+        self.nodes.capacity() * size_of::<Node>() + mappings + vacant
+    }
+
     /// Makes room for an object of this number.
     pub fn make_room(&mut self, object: u32) -> Result<(), VmError> {
         let wanted = object as usize + 1;
