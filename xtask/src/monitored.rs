@@ -6,7 +6,6 @@ use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -33,9 +32,7 @@ impl Monitored {
         let deadline = Instant::now() + Duration::from_secs(options.timeout);
         let console = options.session(dir, false)?;
         let mut machine = Self { console, socket, deadline };
-        while UnixStream::connect(&machine.socket).is_err() {
-            machine.rest("QEMU to open the control port")?;
-        }
+        machine.console.listens(&machine.socket)?;
         machine.ask("guests")?;
         Ok(machine)
     }

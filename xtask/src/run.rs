@@ -11,6 +11,7 @@ use crate::symbols::Log;
 use crate::toolchain::Toolchain;
 use crate::{apt, build, images};
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, value_parser};
 use hv_abi::machine::MAX_VCPUS;
 use hv_abi::manifest::{APPEND_LIMIT, GUESTS_LIMIT};
@@ -71,7 +72,7 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE or nbd:URL", conflicts_with_all = ["kernel", "bios"], value_parser = options::image)]
     pub(crate) image: Option<String>,
     /// CPU model
-    #[arg(long, default_value = "neoverse-n1")]
+    #[arg(long, default_value = "neoverse-n1", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) cpu: String,
     /// Deterministic time: count instructions
     #[arg(long)]
@@ -80,10 +81,10 @@ pub(crate) struct Run {
     #[arg(long)]
     pub(crate) batch: bool,
     /// Succeed when the guest prints this
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) until: Option<String>,
     /// Fail after this many seconds (batch and until; 0 is never)
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = value_parser!(u64).range(..=u64::from(u32::MAX)))]
     pub(crate) timeout: u64,
     /// Lines `wait "text"` and `send "text"` to act out, one a line; anything else is a monitor command
     #[arg(long, value_parser = options::file)]
@@ -326,4 +327,17 @@ fn read(file: &Path) -> Result<Vec<u8>> {
 
 fn is_version(kernel: &Path) -> bool {
     images::KERNELS.iter().any(|version| Path::new(version) == kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_that_no_clock_reaches_and_a_text_that_is_none_are_refused() {
+        for wrong in [["--timeout", "18446744073709551615"], ["--until", ""], ["--cpu", ""]] {
+            assert!(Run::from_words(&wrong).is_err(), "{wrong:?}");
+        }
+        assert!(Run::from_words(&["--timeout", "4294967295", "--until", "x"]).is_ok());
+    }
 }

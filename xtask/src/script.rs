@@ -67,7 +67,8 @@ impl Step {
             Self::Wait(text) => session.wait(text).map(|_| ()),
             Self::Send(text) => session.send(&format!("{text}\n")),
             Self::Monitor(command) => {
-                let reply = ctl::ask(socket, command, ctl::PATIENCE)?;
+                session.listens(socket)?;
+                let reply = ctl::ask(socket, command, ctl::PATIENCE.min(session.left()?))?;
                 session.end_line();
                 println!("{}", ctl::shown(&reply));
                 ensure!(ctl::is_ok(&reply), "the monitor refused");
@@ -85,7 +86,11 @@ fn parse(line: &str) -> Result<Option<Step>> {
     }
     let (verb, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
     Ok(Some(match (verb, rest.trim_start().strip_prefix('"')) {
-        ("wait", Some(text)) => Step::Wait(unquoted(text)?),
+        ("wait", Some(text)) => {
+            let text = unquoted(text)?;
+            ensure!(!text.is_empty(), "there is nothing between the quotes to wait for");
+            Step::Wait(text)
+        }
         ("send", Some(text)) => Step::Send(unquoted(text)?),
         _ => Step::Monitor(line.to_owned()),
     }))
@@ -133,6 +138,8 @@ mod tests {
     fn a_quote_that_does_not_close_is_refused_and_so_is_what_follows_one() {
         assert!(parse(r#"wait "login:"#).unwrap_err().to_string().contains("closing quote is missing"));
         assert!(parse(r#"send "a" b"#).unwrap_err().to_string().contains("more: b"));
+        assert!(parse(r#"wait """#).unwrap_err().to_string().contains("nothing between the quotes"));
+        assert_eq!(parse(r#"send """#).unwrap(), Some(Step::Send(String::new())));
         assert!(parse(r#"send "\t""#).unwrap_err().to_string().contains("means nothing"));
     }
 }

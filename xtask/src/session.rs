@@ -2,9 +2,10 @@
 
 use crate::ending::Kept;
 use crate::symbols::Log;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
@@ -136,6 +137,26 @@ impl Session {
         self.input.flush().context("typing into the guest")
     }
 
+    /// Time until the limit; none is an error.
+    pub(crate) fn left(&self) -> Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), "timed out after {} s\n{}", self.limit.as_secs(), self.tail());
+        Ok(left)
+    }
+
+    /// Waits until somebody listens at a socket that QEMU makes after it has started.
+    pub(crate) fn listens(&mut self, socket: &Path) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(10);
+        while UnixStream::connect(socket).is_err() {
+            self.left().with_context(|| format!("waiting for QEMU to open {}", socket.display()))?;
+            if let Some(status) = self.child.try_wait()? {
+                bail!("QEMU ended ({status}) before it opened {}\n{}", socket.display(), self.tail());
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
     /// Waits until QEMU ends by itself; an exit status other than 0 is an error.
     pub(crate) fn finish(&mut self) -> Result<()> {
         while self.pump().context("waiting for the machine to end")? {}
@@ -173,5 +194,44 @@ impl Session {
     /// What the hypervisor's log says of a panic.
     pub(crate) fn panic(&self) -> Option<String> {
         self.log.panic()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    /// A machine that is a shell command, its files in a folder of its own.
+    fn machine(name: &str, words: &str, limit: Duration) -> (Session, std::path::PathBuf) {
+        let dir = std::env::temp_dir().join(format!("xtask-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(words);
+        let log = Log { file: dir.join("hv.log"), elf: dir.join("hv") };
+        let lock = File::create(dir.join("lock")).unwrap();
+        let prepared = Prepared { command, log, lock };
+        (Session::start(prepared, &dir.join("console.log"), limit, false).unwrap(), dir)
+    }
+
+    #[test]
+    fn a_socket_is_waited_for_until_it_is_there_or_the_machine_is_not() {
+        let (mut session, dir) = machine("late-socket", "sleep 60", Duration::from_secs(60));
+        let socket = dir.join("control");
+        let later = socket.clone();
+        let server = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            UnixListener::bind(later).unwrap()
+        });
+        session.listens(&socket).unwrap();
+        drop(server.join().unwrap());
+        std::fs::remove_dir_all(dir).unwrap();
+
+        let (mut session, dir) = machine("no-socket", "exit 3", Duration::from_secs(60));
+        let why = session.listens(&dir.join("control")).unwrap_err().to_string();
+        assert!(why.contains("QEMU ended (exit status: 3)"), "{why}");
+        let (mut session, _) = machine("no-socket", "sleep 60", Duration::from_millis(100));
+        assert!(session.listens(&dir.join("control")).is_err());
+        std::fs::remove_dir_all(dir).unwrap();
     }
 }
