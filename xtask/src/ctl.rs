@@ -1,6 +1,7 @@
 //! `cargo xtask ctl`: one monitor command to a running hypervisor.
 
 use anyhow::{Context, Result, bail, ensure};
+use hv_abi::manifest::CONTROL_LIMIT;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -12,14 +13,20 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(620);
 
 /// Sends one command, returns the answer, which may take as long as `patience`.
 pub(crate) fn ask(socket: &Path, command: &str, patience: Duration) -> Result<Value> {
+    // The port does not tell its clients apart: what an earlier one left behind, half a question or an answer,
+    // is passed over. A line of our own begins afresh, and the answer repeats our mark.
+    let mark = format!("{}-{:?}", std::process::id(), Instant::now());
+    let question = json!({"id": mark, "command": command, "text": true}).to_string();
+    ensure!(
+        question.len() <= CONTROL_LIMIT,
+        "a line of {} bytes for the monitor; it takes {CONTROL_LIMIT}",
+        question.len()
+    );
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!("connecting to {}; is `cargo xtask run` running, with this --socket?", socket.display())
     })?;
     stream.set_read_timeout(Some(patience))?;
-    // The port does not tell its clients apart: what an earlier one left behind, half a question or an answer,
-    // is passed over. A line of our own begins afresh, and the answer repeats our mark.
-    let mark = format!("{}-{:?}", std::process::id(), Instant::now());
-    writeln!(stream, "\n{}", json!({"id": mark, "command": command, "text": true}))?;
+    writeln!(stream, "\n{question}")?;
     let mut lines = BufReader::new(stream);
     loop {
         let mut line = String::new();
@@ -37,15 +44,25 @@ pub(crate) fn shown(reply: &Value) -> &str {
     reply.get("text").and_then(Value::as_str).unwrap_or_default().trim_end()
 }
 
+/// Words as the shell gave them, as one line for the monitor, which splits at spaces outside quotes.
+fn joined(words: &[String]) -> String {
+    let spaced = |w: &str| w.is_empty() || w.contains([' ', '\t']);
+    // One that has quotes says itself how it is to be split.
+    let quoted = |w: &String| if spaced(w) && !w.contains('"') { format!("\"{w}\"") } else { w.clone() };
+    words.iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
 /// The command: prints the answer; a refusal is an error.
 pub(crate) fn run(socket: &Path, json: bool, words: &[String]) -> Result<()> {
-    let quote = |w: &String| if w.contains(' ') { format!("\"{w}\"") } else { w.clone() };
-    let reply = ask(socket, &words.iter().map(quote).collect::<Vec<_>>().join(" "), PATIENCE)?;
+    let reply = ask(socket, &joined(words), PATIENCE)?;
+    // Whoever reads may have seen enough: a closed pipe is an error, no panic.
+    let mut out = std::io::stdout();
     if json {
-        println!("{}", json!({"ok": reply.get("ok"), "reply": reply.get("reply")}));
+        writeln!(out, "{}", json!({"ok": reply.get("ok"), "reply": reply.get("reply")}))
     } else {
-        println!("{}", shown(&reply));
+        writeln!(out, "{}", shown(&reply))
     }
+    .context("writing the answer")?;
     if !is_ok(&reply) {
         bail!("the monitor refused");
     }
@@ -55,4 +72,25 @@ pub(crate) fn run(socket: &Path, json: bool, words: &[String]) -> Result<()> {
 /// True for an answer to a command that was done.
 pub(crate) fn is_ok(reply: &Value) -> bool {
     reply.get("ok").and_then(Value::as_bool) == Some(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_reach_the_monitor_as_the_shell_split_them() {
+        let line = |words: &[&str]| joined(&words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>());
+        assert_eq!(line(&["send", "1", "uname -r"]), r#"send 1 "uname -r""#);
+        assert_eq!(line(&["send", "1", ""]), r#"send 1 """#);
+        assert_eq!(line(&["wait", "1", r#""guest ready""#]), r#"wait 1 "guest ready""#);
+        assert_eq!(line(&[r#"send 1 "a b""#]), r#"send 1 "a b""#);
+    }
+
+    #[test]
+    fn a_line_that_the_monitor_would_not_take_is_not_sent() {
+        let ask = |bytes| ask(Path::new("/nowhere/control"), &"x".repeat(bytes), PATIENCE).unwrap_err();
+        assert!(ask(CONTROL_LIMIT).to_string().contains("a line of"));
+        assert!(ask(CONTROL_LIMIT / 2).to_string().contains("connecting to"));
+    }
 }

@@ -43,6 +43,9 @@ pub const DEFAULT_MEMORY_MIB: u64 = 256;
 /// Children that a guest can be granted to fork at most.
 pub const FORK_LIMIT: u32 = 1024;
 
+/// Bytes of a line at the control port at most, where a running hypervisor is told more.
+pub const CONTROL_LIMIT: usize = 2048;
+
 /// Reads a size as people write it, `256M`, `1G` or a plain number of MiB; in MiB.
 pub fn mebibytes(text: &str) -> Option<u64> {
     let (digits, unit) = match text.strip_suffix(['G', 'g']) {

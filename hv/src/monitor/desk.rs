@@ -13,13 +13,13 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use hv_abi::manifest::CONTROL_LIMIT;
 use serde_json::{Value, json};
 use vmobject::lock::{Held, Ranked};
 
 use super::cmd::{self, Later, Outcome, Reply};
 use super::console::{Console, ESCAPE, Routed};
 use super::host::Guests;
-use super::line::MAX_LINE;
 use crate::arch::timer;
 use crate::guest::{console, rank, table};
 use crate::sched::load::Cpu;
@@ -106,11 +106,13 @@ impl Desk {
     }
 
     fn take_line(&mut self) {
-        let line = core::mem::take(&mut self.input);
-        let (door, line) = addressed(&String::from_utf8_lossy(&line));
-        let line = if core::mem::take(&mut self.overlong) { OVERLONG.to_string() } else { line };
-        if !line.trim().is_empty() {
-            self.requests.push_back((door, line));
+        let input = core::mem::take(&mut self.input);
+        let overlong = core::mem::take(&mut self.overlong);
+        let input = String::from_utf8_lossy(&input);
+        if overlong || !input.trim().is_empty() {
+            let (door, line) = addressed(&input);
+            // Who asks for nothing in so many words waits for an answer all the same.
+            self.requests.push_back((door, if overlong { OVERLONG.to_string() } else { line }));
         }
     }
 }
@@ -193,7 +195,7 @@ pub fn arrived<const R: u8>(bytes: &[u8], held: &mut Held<'_, R>) {
     for &byte in bytes {
         if byte == b'\n' {
             desk.take_line();
-        } else if desk.input.len() < 2 * MAX_LINE {
+        } else if desk.input.len() < CONTROL_LIMIT {
             desk.input.push(byte);
         } else {
             desk.overlong = true;
@@ -213,7 +215,7 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     flush(front, held);
     for _ in 0..MAX_SERVED {
         let Some((door, line)) = DESK.lock(held).0.next() else { break };
-        if line.is_empty() {
+        if door == Door::Console && line.is_empty() {
             replay(front, held);
             continue;
         }
@@ -412,13 +414,14 @@ mod tests {
 
         arrived(b"ck\"}\n", &mut held);
         arrived(&[b'a'; 4000], &mut held);
-        arrived(b"\n\n", &mut held);
+        arrived(b"\n\n{\"id\": 3, \"command\": \"\"}\n", &mut held);
         serve(&wires, &mut cpu, &mut held);
         let sent = String::from_utf8(wires.sent.lock().clone()).unwrap();
         let answers: Vec<Value> = sent.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(answers.len(), 2);
+        assert_eq!(answers.len(), 3);
         assert_eq!((&answers[0]["id"], &answers[0]["ok"]), (&json!(9), &json!(true)));
         assert_eq!(answers[1]["ok"], json!(false));
+        assert_eq!((&answers[2]["id"], &answers[2]["ok"]), (&json!(3), &json!(false)));
 
         for _ in 0..100 {
             arrived(b"help check\n", &mut held);
