@@ -91,7 +91,16 @@ impl Monitored {
 
     /// Forks a guest; its children's numbers.
     pub(crate) fn fork(&mut self, guest: u64, count: usize) -> Result<Vec<u64>> {
-        let reply = self.ask(&format!("clone {guest} -n {count}"))?;
+        self.forked(&format!("clone {guest} -n {count}"), count)
+    }
+
+    /// The same; the children stand still.
+    pub(crate) fn fork_paused(&mut self, guest: u64, count: usize) -> Result<Vec<u64>> {
+        self.forked(&format!("clone {guest} -n {count} --paused"), count)
+    }
+
+    fn forked(&mut self, command: &str, count: usize) -> Result<Vec<u64>> {
+        let reply = self.ask(command)?;
         let ids: Option<Vec<u64>> =
             reply["children"].as_array().map(|ids| ids.iter().filter_map(Value::as_u64).collect());
         ids.filter(|ids| ids.len() == count).with_context(|| format!("not {count} children: {reply}"))

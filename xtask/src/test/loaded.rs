@@ -27,8 +27,8 @@ const LOAD: [&str; 3] = [
     "disk() { n=0; while :; do dd if=/dev/urandom of=/x$1 bs=64k count=4 2>/dev/null; \
      dd if=/x$1 of=/dev/vda bs=64k seek=$(($1*4)) conv=notrunc,fsync 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches; \
      dd if=/dev/vda bs=64k skip=$(($1*4)) count=4 2>/dev/null | cmp - /x$1 || echo disk$1 >>/wrong; \
-     n=$((n+1)); echo $n >/r$1; done; }",
-    "memory() { n=0; while memtest 4 1 >/dev/null; do n=$((n+1)); echo $n >/r$1; done; echo memory >>/wrong; }",
+     n=$((n+1)); echo $n >/n$1; mv /n$1 /r$1; done; }",
+    "memory() { n=0; while memtest 4 1 >/dev/null; do n=$((n+1)); echo $n >/n$1; mv /n$1 /r$1; done; echo memory >>/wrong; }",
     // What a guest has done, for whoever asks; the answer differs from the question.
     "rounds() { echo rounds-$1 $(cat /r1 /r2 /r3) wrong $(cat /wrong 2>/dev/null) .; }",
 ];
@@ -50,7 +50,7 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
             &format!("said-{}", number + 100),
         )?;
     }
-    machine.talk(1, "disk 1 & disk 2 & memory 3 & echo load-$((40+2))", "load-42")?;
+    machine.talk(1, "dmesg -n 1; disk 1 & disk 2 & memory 3 & echo load-$((40+2))", "load-42")?;
     let mut asked = 0;
     while advanced(&mut machine, 1, &mut asked)?.contains(&0) {}
     let mut alive: Vec<(u64, Vec<u64>)> = Vec::new();
@@ -93,7 +93,10 @@ fn advanced(machine: &mut Monitored, guest: u64, asked: &mut u64) -> Result<Vec<
     )?;
     let line = machine.last_line(guest, &format!("rounds-{} ", *asked + 7000))?;
     let (rounds, wrong) = line.split_once(" wrong ").with_context(|| format!("guest {guest} says {line}"))?;
-    ensure!(wrong.trim() == ".", "guest {guest} found a wrong byte: {line}");
+    // The kernel may say something behind it.
+    ensure!(wrong.starts_with('.'), "guest {guest} found a wrong byte: {line}");
     let rounds = rounds.split(' ').skip(1).map(|word| word.parse::<u64>().unwrap_or(0));
-    Ok(rounds.collect())
+    let rounds: Vec<u64> = rounds.collect();
+    // A load that has not ended its first round has no file yet.
+    Ok(if rounds.len() == 3 { rounds } else { vec![0; 3] })
 }
