@@ -12,29 +12,51 @@
 //!
 //! # The seed, row by row
 //!
-//! What `vm_object.c` of 4.4BSD does, what does it here, and the test (a file of `tests/` and a name in it).
+//! What `vm_object.c` of 4.4BSD and the system around it do, what does it here, and a test of it: a file of `tests/`
+//! and a name in it, or all of it. Guests reach each row through `hv` by the calls named here.
 //!
 //! | seed | here | test |
 //! |---|---|---|
-//! | vm_object_init | [`Vm::new`]; one table of all objects | `fault::memory_in_two_ranges_is_used_and_what_lies_between_is_not` |
+//! | vm_object_init | [`Vm::new`]; [`object::Objects`], one table of all objects | `fault::memory_in_two_ranges_is_used_and_what_lies_between_is_not` |
 //! | vm_object_allocate | [`Vm::anonymous`] | `fault::untouched_memory_reads_as_zero_and_costs_one_frame_a_page` |
-//! | vm_object_reference, deallocate | [`Vm::reference`], [`Vm::release`] | `defects::d6_..`, `fault::a_destroyed_guest_leaves_no_frame_no_object_and_no_leaf` |
-//! | vm_object_terminate | `object::work`: cleans, then frees, in steps | `disk::an_object_that_ends_is_cleaned_first_and_whoever_opens_it_meanwhile_finds_it_d26` |
+//! | vm_object_reference, deallocate | [`Vm::reference`], [`Vm::release`] | `clone`, all; `fault::a_destroyed_guest_leaves_no_frame_no_object_and_no_leaf` |
+//! | vm_object_terminate | [`Vm::step`]: cleans, then frees, in steps (`object/work.rs`) | `disk::an_object_that_ends_is_cleaned_first_and_whoever_opens_it_meanwhile_finds_it_d26` |
 //! | vm_object_page_clean | [`Vm::page_clean`], [`Vm::clean_step`] | `disk::a_page_that_the_store_does_not_take_stays_and_the_pass_goes_on_and_ends_d13` |
-//! | vm_object_deactivate_pages | `object::cache`: an object's pages as it enters the cache | `disk::the_next_guest_of_an_image_needs_no_disk_while_the_cache_keeps_it` |
-//! | the object cache, cache_trim, cache_clear | [`Vm::set_cache_limit`], [`Vm::cache_clear`] | `disk::the_cache_is_bounded_in_frames_and_the_longest_unused_goes_first_d20` |
+//! | vm_object_deactivate_pages | an object's pages as it enters the cache (`object/cache.rs`) | `disk::the_next_guest_of_an_image_needs_no_disk_while_the_cache_keeps_it` |
+//! | the object cache, cache_trim, cache_clear, pager_cache | [`Vm::set_cache_limit`], [`Vm::cache_clear`]; bounded in frames | `disk::the_cache_is_bounded_in_frames_and_the_longest_unused_goes_first_d20` |
 //! | vm_object_lookup, enter, remove | [`Vm::image`], [`Vm::disk`] | `disk::one_store_has_one_object_d27` |
 //! | vm_object_shutdown | [`Vm::shutdown_step`] | `disk::a_shutdown_cleans_what_is_in_use_releases_and_proves_that_nothing_is_left_d25` |
-//! | vm_object_pmap_copy | [`pmap::Pmap::park`] for a map; `object::pages` for a range | `disk::only_what_is_being_written_is_protected_d24`, `defects::d15_..` |
-//! | vm_object_pmap_remove | `object::pages`; `pageout::sweep` for one page | `defects::d8_no_frame_is_free_while_a_leaf_reaches_it` |
-//! | vm_object_copy, symmetric | [`Vm::copy_map`], [`Vm::snapshot`], [`Vm::map_snapshot`] | `model`, the whole |
-//! | vm_object_copy, asymmetric | [`Vm::freeze`], [`Vm::read_snapshot`]; `object::copy`, `fault::push` | `copy`, the whole |
-//! | vm_object_shadow | `map::insert`: a shadow on the first write | `fault::a_sole_reference_to_anonymous_memory_gets_no_layer_d16` |
-//! | vm_object_setpager | the first page-out of a page gives it a slot; [`Vm::add_swap`] | `swap::a_page_that_was_paged_out_comes_back_as_it_was` |
-//! | vm_object_collapse | [`Vm::step`]; `object::collapse`, `object::prune` | `defects::d5_..`, `d7_..`, `d9_..`; `swap::a_chain_of_swapped_generations_becomes_one_without_io_d2_d4` |
-//! | vm_object_page_remove | [`Vm::discard`] | `discard`, the whole |
-//! | vm_object_coalesce | not yet | none |
+//! | vm_object_pmap_copy | [`pmap::Pmap::park`] for a map, [`pmap::Pmap::protect`] for a range (`object/pages.rs`) | `disk::only_what_is_being_written_is_protected_d24`, `defects::d15_a_copy_costs_the_maps_entries_and_not_its_pages` |
+//! | vm_object_pmap_remove | [`pmap::Pmap::remove`] for a range (`object/pages.rs`), and for a page (`pageout/sweep.rs`) | `defects::d8_no_frame_is_free_while_a_leaf_reaches_it` |
+//! | vm_object_copy, symmetric | [`Vm::copy_map`], [`Vm::snapshot`], [`Vm::map_snapshot`], [`Vm::reset_map`] | `clone`, `model` and `exhaustive`, all |
+//! | vm_object_copy, asymmetric | [`Vm::freeze`], [`Vm::read_snapshot`], [`object::Role`] | `copy`, all |
+//! | a copy of part of an object | [`Vm::insert`] with [`Share::Copy`] and a first page | `coalesce::a_part_of_an_image_is_copied_with_its_offset_and_shows_nothing_around_it` |
+//! | vm_object_shadow | the first write to an entry that is to be copied (`map/insert.rs`), [`object::Shadow`] | `fault::a_sole_reference_to_anonymous_memory_gets_no_layer_d16` |
+//! | vm_object_setpager | the first page-out of a page gives it a slot of [`Vm::add_swap`]; an image has its pager from [`Vm::image`] on | `swap::a_page_that_was_paged_out_comes_back_as_it_was` |
+//! | vm_object_collapse | [`Vm::step`] (`object/collapse.rs`, `object/prune.rs`) | `clone`, all; `defects::d9_the_side_with_fewer_pages_moves`; `swap::a_chain_of_swapped_generations_becomes_one_without_io_d2_d4` |
+//! | vm_object_page_remove | [`Vm::discard`] | `discard`, all |
+//! | vm_object_coalesce | [`Vm::insert`] of new memory behind memory | `coalesce::memory_that_is_put_behind_memory_becomes_part_of_it_and_is_used_like_it` |
 //! | vm_object_print | [`Vm::describe_objects`], [`Vm::for_each_object`] | `fault::the_books_can_be_printed` |
+//! | vm_map, `needs_copy` | [`map::Map`], [`map::Entry::needs_copy`] | `fault::entries_that_overlap_or_lie_outside_their_object_are_refused_and_leave_nothing_behind` |
+//! | vm_fault | [`Vm::fault`], [`Vm::read`], [`Vm::write`], [`Vm::wire`] | `fault`, all; `cost::generations_that_hold_nothing_of_a_chunk_are_passed_once_and_then_cost_what_one_costs` |
+//! | vm_page, the queues | [`page::Frames`], [`page::Queue`] | `pageout::a_page_that_is_used_stays_and_one_that_is_not_goes` |
+//! | vm_pageout | [`Vm::pageout`] | `pageout`, all |
+//! | vm_pager | [`store::PageStore`], [`Vm::complete`] | `swap` and `disk`, all |
+//! | pmap | [`pmap::Pmap`] | `stage2`'s own, and its simulator |
+//!
+//! What of the seed is not here, and why:
+//!
+//! * vm_map_copy of part of a map: a guest is cloned whole, with its disks, or its devices would not be those of its
+//!   memory. A part of an *object* can be copied.
+//! * vm_map_protect, vm_map_inherit, clipping of entries: nothing that a guest can ask for changes what the machine
+//!   lets it do with a range. An entry's protection is that of its region for good. Leaves lose permissions all the
+//!   time, by parking, cleaning and eviction, and `exhaustive` takes them away at every turn.
+//! * Coalescing over objects that shadow, are shadowed, or have a pager: their size is in others' books, and no
+//!   loader lays such side by side. They stay two entries.
+//!
+//! # The seed's defects
+//!
+//! `tests/defects.rs` says which file has the test of each, D1 to D28; their names end in the number.
 
 #![no_std]
 #![forbid(unsafe_code)]

@@ -255,6 +255,11 @@ impl<H> Links<H> {
         Ok(MappingId(place))
     }
 
+    /// An entry and its object reach further by so many pages.
+    pub fn grow(&mut self, mapping: MappingId, pages: u32) {
+        self.mapping_mut(mapping.0).pages += pages;
+    }
+
     fn mapping_mut(&mut self, place: u32) -> &mut Mapping<H> {
         match &mut self.mappings[place as usize] {
             Some(mapping) => mapping,

@@ -129,7 +129,7 @@ fn guest_of(entries: u32, pages: u32) -> (Rig, TestMap) {
     let guest = rig.map();
     for entry in 0..entries {
         let object = rig.anonymous(CHUNK_PAGES);
-        let first = entry * CHUNK_PAGES;
+        let first = 2 * entry * CHUNK_PAGES; // apart, or they would be one
         rig.put(&guest, first, CHUNK_PAGES, object, 0, Prot::ALL, Share::Shared).unwrap();
         rig.fill(&guest, first..first + pages);
     }

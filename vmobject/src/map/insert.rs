@@ -35,7 +35,8 @@ impl<M: Machine> Vm<M> {
         Ok(map)
     }
 
-    /// Puts pages of an object, from `first` on, at a range of a map, and takes over a reference to it.
+    /// Puts pages of an object, from `first` on, at a range of a map, and takes over a reference to it. New memory
+    /// right behind memory of the same kind becomes part of that one's entry and object.
     ///
     /// With [`Share::Shared`] and [`Prot::WRITE`] the caller sees to it that nobody has a copy that was made
     /// when nobody wrote to the object. With [`Share::Copy`] the range may go on behind the object's end; what is there reads as zero. An
@@ -111,15 +112,26 @@ impl<M: Machine> Vm<M> {
             self.stats.count(Event::ShadowMade);
         }
         let (mut entries, mut held) = map.entries.write(held);
-        if entries.list.len() >= MAX_ENTRIES {
-            return fail(VmError::Limit("map entries"), object);
-        }
         let place = match entries.place(range.start()) {
             Ok(_) => return fail(VmError::Overlap, object),
             Err(place) => place,
         };
         if entries.list.get(place).is_some_and(|next| next.range.start() < range.end()) {
             return fail(VmError::Overlap, object);
+        }
+        let before = place.checked_sub(1).and_then(|before| entries.list.get_mut(before));
+        if let Some(before) = before.filter(|_| !needs_copy && first == PageIndex::new(0)) {
+            match self.coalesce(before, range, object, prot, &mut held) {
+                Ok(true) => {
+                    self.unreference(object, &mut held);
+                    return Ok(());
+                }
+                Ok(false) => {}
+                Err(error) => return fail(error, object),
+            }
+        }
+        if entries.list.len() >= MAX_ENTRIES {
+            return fail(VmError::Limit("map entries"), object);
         }
         if entries.list.try_reserve(1).is_err() {
             return fail(VmError::NoMemory, object);

@@ -10,6 +10,7 @@
 //! M2. An entry holds one reference to its object, and lies within it.
 //! M3. An entry without `needs_copy` that allows writing has no object whose store is only read.
 
+mod coalesce;
 mod copy;
 mod discard;
 mod end;
@@ -68,7 +69,7 @@ impl Entry {
         Self::charge_of(self.range, self.prot)
     }
 
-    fn charge_of(range: IpaRange, prot: Prot) -> u64 {
+    pub(crate) fn charge_of(range: IpaRange, prot: Prot) -> u64 {
         if prot.allows(Prot::WRITE) { charge_for(range.pages()) } else { 0 }
     }
 
