@@ -105,18 +105,23 @@ impl Log {
         Some(out)
     }
 
-    /// True when the text was printed since the mark, which then moves behind it.
-    pub fn seek<const R: u8>(&self, text: &[u8], held: &mut Held<'_, R>) -> bool {
+    /// True when the text was printed since the mark, which then moves behind it. Bytes before `looked`, counted from
+    /// the first ever printed, are known not to begin it; who asks again with the same value has each looked at once.
+    pub fn seek<const R: u8>(&self, text: &[u8], looked: &mut u64, held: &mut Held<'_, R>) -> bool {
         const { assert!(R < rank::CONSOLE) };
         let (mut ring, _held) = self.0.lock(held);
         let oldest = ring.total - ring.bytes.len() as u64;
-        let skip = usize::try_from(ring.mark.saturating_sub(oldest)).unwrap_or(0);
+        let skip = usize::try_from(ring.mark.max(*looked).saturating_sub(oldest)).unwrap_or(0);
         let mut fresh = Vec::new();
         if text.is_empty() || fresh.try_reserve_exact(ring.bytes.len().saturating_sub(skip)).is_err() {
             return false;
         }
         fresh.extend(ring.iter().skip(skip));
-        let Some(at) = fresh.windows(text.len()).position(|window| window == text) else { return false };
+        let Some(at) = fresh.windows(text.len()).position(|window| window == text) else {
+            // It may have begun in the last bytes.
+            *looked = (ring.total + 1).saturating_sub(text.len() as u64);
+            return false;
+        };
         ring.mark = oldest + (skip + at + text.len()) as u64;
         true
     }
@@ -183,13 +188,31 @@ mod tests {
         let say =
             |text: &str, held: &mut Held<'_, 0>| text.bytes().for_each(|b| log.put(GuestId(1), b, held));
         say("ready ready", &mut held);
-        assert!(log.seek(b"ready", &mut held));
-        assert!(log.seek(b"ready", &mut held));
-        assert!(!log.seek(b"ready", &mut held));
+        assert!(log.seek(b"ready", &mut 0, &mut held));
+        assert!(log.seek(b"ready", &mut 0, &mut held));
+        assert!(!log.seek(b"ready", &mut 0, &mut held));
         say(" again: rea", &mut held);
         log.mark(&mut held);
         say("dy", &mut held);
-        assert!(!log.seek(b"ready", &mut held), "it began before the mark");
+        assert!(!log.seek(b"ready", &mut 0, &mut held), "it began before the mark");
         assert_eq!(log.since(11, &mut held).unwrap(), b" again: ready");
+    }
+
+    #[test]
+    fn who_asks_again_has_only_what_came_since_looked_at_and_finds_text_that_came_in_halves() {
+        let log = Log::new();
+        let mut held = Held::root();
+        let say =
+            |text: &str, held: &mut Held<'_, 0>| text.bytes().for_each(|b| log.put(GuestId(1), b, held));
+        let mut looked = 0;
+        say("nothing yet, rea", &mut held);
+        assert!(!log.seek(b"ready", &mut looked, &mut held));
+        assert_eq!(looked, 12, "all but four bytes, which may begin it");
+        assert!(!log.seek(b"ready", &mut looked, &mut held));
+        say("dy", &mut held);
+        assert!(log.seek(b"ready", &mut looked, &mut held));
+        let mut far = 3;
+        assert!(!log.seek(b"a text longer than all that was printed", &mut far, &mut held));
+        assert_eq!(far, 0);
     }
 }

@@ -59,8 +59,8 @@ pub trait Host {
     fn check(&mut self) -> Result<Value, String>;
     /// Ends everything.
     fn shutdown(&mut self) -> Result<(), String>;
-    /// Whether what is waited for is so now.
-    fn reached(&mut self, id: u32, until: &Until) -> Result<bool, String>;
+    /// Whether what is waited for is so now. `looked` is 0 at first: how far text was looked at in vain.
+    fn reached(&mut self, id: u32, until: &Until, looked: &mut u64) -> Result<bool, String>;
 }
 
 /// A command whose answer comes when something has happened to a guest.
@@ -70,6 +70,8 @@ pub struct Later {
     pub id: u32,
     /// What is waited for.
     pub until: Until,
+    /// How much of what the guest printed was looked at in vain, in bytes since its first.
+    pub looked: u64,
     /// The answer then.
     pub answer: Value,
 }
@@ -114,8 +116,8 @@ pub fn run(line: &str, host: &mut dyn Host) -> Outcome {
 }
 
 /// Looks whether a command that waits can be answered.
-pub fn resume(later: Later, host: &mut dyn Host) -> Outcome {
-    match host.reached(later.id, &later.until) {
+pub fn resume(mut later: Later, host: &mut dyn Host) -> Outcome {
+    match host.reached(later.id, &later.until, &mut later.looked) {
         Ok(true) => Outcome::Now(Reply { ok: true, json: later.answer }),
         Ok(false) => Outcome::Later(later),
         Err(error) => Outcome::Now(refusal(&error)),
@@ -165,7 +167,12 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Kill(guest) => {
             let id = host.find(guest)?;
             host.kill(id)?;
-            return Ok(Answer::Later(Later { id, until: Until::Gone, answer: done("killed", id) }));
+            return Ok(Answer::Later(Later {
+                id,
+                until: Until::Gone,
+                looked: 0,
+                answer: done("killed", id),
+            }));
         }
         Command::Log(guest) => host.find(guest).and_then(|id| host.log(id)).map(|text| json!({"log": text})),
         Command::Map(guest) => host.find(guest).and_then(|id| host.map(id)),
@@ -202,7 +209,12 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
                 }
                 Err(error) => return Err(error),
             };
-            return Ok(Answer::Later(Later { id, until: until.clone(), answer: done("waited", id) }));
+            return Ok(Answer::Later(Later {
+                id,
+                until: until.clone(),
+                looked: 0,
+                answer: done("waited", id),
+            }));
         }
     };
     value.map(Answer::Now)
@@ -356,7 +368,7 @@ mod tests {
         fn shutdown(&mut self) -> Result<(), String> {
             Ok(())
         }
-        fn reached(&mut self, _: u32, until: &Until) -> Result<bool, String> {
+        fn reached(&mut self, _: u32, until: &Until, _: &mut u64) -> Result<bool, String> {
             match until {
                 Until::Gone => Ok(self.said.iter().any(|said| said == "buried")),
                 Until::State(_) => Err("it is gone".into()),

@@ -335,14 +335,14 @@ impl Host for Guests<'_, '_> {
         Ok(())
     }
 
-    fn reached(&mut self, id: u32, until: &Until) -> Result<bool, String> {
+    fn reached(&mut self, id: u32, until: &Until, looked: &mut u64) -> Result<bool, String> {
         let guest = table::get(GuestId(id), self.held);
         match (until, guest) {
             (Until::Gone, guest) => Ok(guest.is_none()),
             (Until::State(wanted), None) if wanted == "gone" => Ok(true),
             (Until::State(_) | Until::Text(_), None) => Err(gone(id)),
             (Until::State(wanted), Some(guest)) => Ok(wanted == state(&guest)),
-            (Until::Text(text), Some(guest)) => Ok(guest.log.seek(text.as_bytes(), self.held)),
+            (Until::Text(text), Some(guest)) => Ok(guest.log.seek(text.as_bytes(), looked, self.held)),
         }
     }
 }
