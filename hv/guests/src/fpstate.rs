@@ -1,9 +1,12 @@
 //! Fills every register that a hypervisor must switch with a pattern, and looks at it for a while: when
 //! several of these run on one CPU with different seeds, each must see its own only.
 //!
-//! Options: `ms=500`, `seed=1`.
+//! Options: `ms=500`, `seed=1`; with `fork` it forks a child in the middle, which must find them all, too.
+
+use hv_abi::call::{status, vendor};
 
 use crate::mmu;
+use crate::power::hvc;
 use crate::runtime::{Machine, Random};
 use crate::timer::{milliseconds, now};
 
@@ -94,6 +97,9 @@ mod keys {
     }
 }
 
+/// The round in which a guest forks that is to.
+const FORKED: u64 = 100;
+
 /// Looks until time is up.
 pub fn run(machine: &Machine) {
     mmu::enable();
@@ -114,8 +120,15 @@ pub fn run(machine: &Machine) {
     let end = now() + milliseconds(machine.option("ms", 500));
     let mut round = 0;
     let mut seen = vectors;
+    let mut place = 0;
     while now() < end {
         round += 1;
+        if round == FORKED && machine.flag("fork") {
+            // All is in place, in the registers of a CPU. Nothing is printed while it is.
+            let [answer, which, ..] = hvc(vendor::FORK.into(), [1, 0, 0]);
+            assert_eq!(answer.cast_signed(), status::SUCCESS, "the fork");
+            place = which;
+        }
         for q in &mut seen.q {
             *q = [0; 2];
         }
@@ -133,7 +146,7 @@ pub fn run(machine: &Machine) {
             write_register!("cpacr_el1", 3 << 20);
         }
     }
-    println!("{round} rounds");
+    println!("{round} rounds, place {place}");
 }
 
 fn load(from: &Vectors) {
