@@ -72,6 +72,16 @@ struct Region {
 
 impl Region {
     const NOTHING: Self = Self { zero: 0, present: [0; LEAVES], leaves: [const { None }; LEAVES] };
+
+    /// Which of a leaf's slots are not absent.
+    #[inline]
+    fn present(&self, leaf: usize) -> u64 {
+        match &self.leaves[leaf] {
+            Some(slots) => slots.iter().rev().fold(0, |mask, &bits| mask << 1 | u64::from(bits != ABSENT)),
+            None if self.zero & 1 << leaf != 0 => u64::MAX,
+            None => 0,
+        }
+    }
 }
 
 /// How many slots of each kind there are.
@@ -302,14 +312,27 @@ impl Index {
         }
     }
 
+    /// The same for 64 pages a word. Where `first` begins a leaf and one region has them all, the region is looked up
+    /// once.
+    pub fn present_from(&self, first: PageIndex, words: &mut [u64]) {
+        let (region, leaf, slot) = split(first);
+        if slot == 0 && leaf + words.len() <= LEAVES {
+            let Some(region) = self.region(region) else { return words.fill(0) };
+            for (word, leaf) in words.iter_mut().zip(leaf..) {
+                *word = region.present(leaf);
+            }
+            return;
+        }
+        let mut from = Some(first);
+        for word in words {
+            *word = from.map_or(0, |from| self.present_of_64(from));
+            from = from.and_then(|from| from.checked_add(1 << LEAF_SHIFT));
+        }
+    }
+
     fn present_of_leaf(&self, page: PageIndex) -> u64 {
         let (region, leaf, _) = split(page);
-        let Some(region) = self.region(region) else { return 0 };
-        match &region.leaves[leaf] {
-            Some(slots) => slots.iter().rev().fold(0, |mask, &bits| mask << 1 | u64::from(bits != ABSENT)),
-            None if region.zero & 1 << leaf != 0 => u64::MAX,
-            None => 0,
-        }
+        self.region(region).map_or(0, |region| region.present(leaf))
     }
 
     /// Every page that is not absent, in order.
@@ -398,6 +421,10 @@ mod tests {
         for first in [0, 6, 7, 64, 70, 71, 100, 128, 131, 190, 192, 200, 4090] {
             let each = (0..64).filter(|bit| index.get(P(first + bit)) != Slot::Absent);
             assert_eq!(index.present_of_64(P(first)), each.fold(0, |mask, bit| mask | 1 << bit), "{first}");
+            let mut words = [1; 9];
+            index.present_from(P(first), &mut words);
+            let each = (0..9).map(|word| index.present_of_64(P(first + word * 64)));
+            assert!(words.into_iter().eq(each), "{first}");
             let rest: Vec<Slot> = index.rest_of_leaf(P(first)).iter().collect();
             assert_eq!(rest.len(), 64 - first as usize % 64);
             assert!((first..).zip(rest).all(|(page, slot)| slot == index.get(P(page))), "{first}");

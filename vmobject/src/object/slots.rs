@@ -97,6 +97,13 @@ impl Slots {
         self.place(first).map_or(0, |place| self.index.present_of_64(place))
     }
 
+    /// The same for 64 pages a word.
+    pub fn present_from(&self, first: PageIndex, words: &mut [u64]) {
+        if let Some(place) = self.place(first) {
+            self.index.present_from(place, words);
+        }
+    }
+
     /// The first place of the index that is not absent and no page of the object's: before its first, or
     /// at or behind page `end`.
     pub fn next_outside(&self, end: PageIndex) -> Option<(PageIndex, Slot)> {

@@ -146,12 +146,13 @@ impl<M: Machine> Vm<M> {
 
 /// Notes which pages of a range an object holds; one with a pager holds all.
 fn hold(state: &State, range: core::ops::Range<u32>, holds: &mut [u64; WORDS]) {
-    for (holds, first) in holds.iter_mut().zip(range.clone().step_by(64)) {
+    let mut present = [u64::MAX; WORDS];
+    if state.pager == Pager::None {
+        present = [0; WORDS];
+        state.slots.present_from(PageIndex::new(range.start), &mut present);
+    }
+    for ((holds, present), first) in holds.iter_mut().zip(present).zip(range.clone().step_by(64)) {
         let wanted = u64::MAX >> (64 - (range.end - first).min(64));
-        let present = match state.pager {
-            Pager::None => state.slots.present_of_64(PageIndex::new(first)),
-            Pager::Image(_) | Pager::Disk(_) => u64::MAX,
-        };
         *holds |= present & wanted;
     }
 }
