@@ -181,5 +181,17 @@ fn odd() {
             assert_eq!(fault.class(), 0x25, "maintenance of {at:#x}: {fault:x?}");
         }
     }
-    let _ = read64(scratch);
+    let kept = read64(scratch);
+    write_register!("csselr_el1", 1);
+    // Lines that are there, and levels, sets and ways that are not.
+    for operand in [0, 1 << 6, 2, 4, 12, 14, 0xffff_fffe, 0xffff_ffff, u64::MAX] {
+        for fault in [
+            probe!("dc isw, {at}", at = in(reg) operand),
+            probe!("dc csw, {at}", at = in(reg) operand),
+            probe!("dc cisw, {at}", at = in(reg) operand),
+        ] {
+            assert!(fault.is_none(), "by set and way, {operand:#x}: {fault:x?}");
+        }
+    }
+    assert_eq!((read_register!("csselr_el1"), read64(scratch)), (1, kept), "what is left of that");
 }

@@ -3,9 +3,10 @@
 //! Two implementations with the same names: `aarch64` on the target, `host` (over plain memory, with
 //! knobs for tests) elsewhere, so that everything above compiles and is tested on any machine.
 //! [`context`] holds what both speak of: the state of a vCPU, and why it stopped. [`stage1`] builds EL2's own
-//! map in memory and runs anywhere. Nothing here knows guests or devices; `guest` and `sched` call down.
+//! map in memory and runs anywhere; [`setway`] knows which lines a cache has. Nothing here knows guests or devices; `guest` and `sched` call down.
 
 pub mod context;
+pub mod setway;
 pub mod stage1;
 
 #[cfg(target_os = "none")]

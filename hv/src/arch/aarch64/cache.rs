@@ -1,6 +1,7 @@
 //! Data and instruction caches: making what EL2 wrote visible to a guest that looks with its caches off.
 
-use super::sysreg::{instruction, read_sysreg};
+use super::sysreg::{instruction, read_sysreg, write_sysreg};
+use crate::arch::setway;
 
 /// Bytes in a data cache line, the smallest of any level.
 pub fn line() -> usize {
@@ -49,8 +50,21 @@ pub fn sync_instructions(_start: *const u8, _bytes: usize) {
     }
 }
 
-/// Cleans and invalidates one line by set and way, as the operand of `DC CISW` names it.
+/// Cleans and invalidates one line by set and way, as the operand of `DC CISW` names it; nothing if there is no such
+/// line.
 pub fn clean_invalidate_set_way(operand: u64) {
-    instruction!("dc cisw", operand);
-    instruction!("dsb sy");
+    let Some(level) = setway::level(operand, read_sysreg!("clidr_el1")) else { return };
+    // Which cache CCSIDR speaks of is the guest's to choose.
+    let chosen = read_sysreg!("csselr_el1");
+    write_sysreg!("csselr_el1", level << 1);
+    instruction!("isb");
+    let ccsidr = read_sysreg!("ccsidr_el1");
+    write_sysreg!("csselr_el1", chosen);
+    instruction!("isb");
+    // ID_AA64MMFR2_EL1.CCIDX
+    let wide = read_sysreg!("s3_0_c0_c7_2") >> 20 & 0xf != 0;
+    if setway::exists(operand, ccsidr, wide) {
+        instruction!("dc cisw", operand);
+        instruction!("dsb sy");
+    }
 }
