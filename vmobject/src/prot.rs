@@ -29,6 +29,14 @@ impl Prot {
     pub const fn without(self, gone: Self) -> Self {
         Self(self.0 & !gone.0)
     }
+    /// As a number that keeps: one bit each for read, write and execute.
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+    /// What [`Self::bits`] gave; `None` for what it never gives.
+    pub const fn from_bits(bits: u8) -> Option<Self> {
+        if bits & !Self::ALL.0 == 0 { Some(Self(bits)) } else { None }
+    }
     /// True when nothing is allowed.
     pub const fn is_none(self) -> bool {
         self.0 == 0

@@ -50,7 +50,7 @@ pub trait PhysMemory: Sync {
 pub struct StoreId(pub u16);
 
 /// Names one I/O in flight. Given by the VM, returned with the completion; never reused while a stale
-/// completion could still arrive.
+/// completion could still arrive. The VM's have a clear top bit: with it set they are somebody else's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IoToken(pub u64);
 
@@ -78,6 +78,22 @@ pub enum Direction {
     Out,
 }
 
+/// What a store says of one of its pages, before or after it is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Nothing.
+    Anything,
+    /// It is all zeros, and need not be read.
+    Zeros,
+    /// Its bytes have this sum under this key ([`PhysMemory::sum`], which is never given as 0 here: that is 1).
+    Sum {
+        /// The key.
+        key: u64,
+        /// The sum.
+        sum: u32,
+    },
+}
+
 /// Starts transfers, never waits for one. Its owner delivers each completion to the VM by token.
 pub trait PageStore: Sync {
     /// Starts moving `frames.len()` pages between the store's pages from `first` on and `frames`.
@@ -100,6 +116,11 @@ pub trait PageStore: Sync {
 
     /// Pages in the store; a last part of a page counts, and reads as zero behind its end.
     fn pages(&self, store: StoreId) -> u64;
+
+    /// What is known of a page of a store that is only read.
+    fn expects(&self, _store: StoreId, _page: u64) -> Expected {
+        Expected::Anything
+    }
 }
 
 /// The machine, as one parameter: what the VM runs on.

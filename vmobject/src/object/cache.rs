@@ -15,7 +15,7 @@ use crate::Vm;
 use crate::addr::PageIndex;
 use crate::lock::{CALLER, Held, OBJECT};
 use crate::page::Queue;
-use crate::store::Machine;
+use crate::store::{Machine, StoreId};
 
 /// How far it got to write back what changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,15 @@ impl<M: Machine> Vm<M> {
         while let Some(id) = self.objects.cached(0, held) {
             self.evict_cached(id, &mut held.deepen());
         }
+    }
+
+    /// Ends the object of a store that nobody refers to; false while there is one. For a store whose contents are
+    /// about to change.
+    pub fn forget_store<const OUTER: u8>(&self, store: StoreId, held: &mut Held<'_, OUTER>) -> bool {
+        if let Ok(Some(id)) = self.objects.find_image(store, held) {
+            self.evict_cached(id, &mut held.deepen());
+        }
+        matches!(self.objects.find_image(store, held), Ok(None))
     }
 
     /// Keeps an object that has just lost its last reference, if it has an identity and there is a cache.

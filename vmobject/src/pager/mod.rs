@@ -99,6 +99,9 @@ struct Table {
 /// The transfers in flight.
 pub struct Transfers(Ranked<IO, Table>);
 
+/// The last generation of a place: a token's top bit stays clear.
+const LAST_GENERATION: u32 = u32::MAX >> 1;
+
 const fn token(place: u32, generation: u32) -> IoToken {
     IoToken((generation as u64) << 32 | place as u64)
 }
@@ -150,9 +153,9 @@ impl Transfers {
         let (mut table, _held) = self.0.lock(held);
         let slot = table.places.get_mut(place).filter(|slot| slot.generation == generation)?;
         let transfer = slot.transfer.take()?;
-        // A place whose generation would repeat retires.
-        if let Some(next) = generation.checked_add(1) {
-            slot.generation = next;
+        // A place whose generation would repeat, or leave the VM's tokens, retires.
+        if generation < LAST_GENERATION {
+            slot.generation = generation + 1;
             table.vacant.push(u32::try_from(place).ok()?);
         }
         if transfer.way == Direction::Out {

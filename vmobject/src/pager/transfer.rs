@@ -17,7 +17,7 @@ use crate::object::index::Slot;
 use crate::object::{Life, ObjectId, State};
 use crate::page::Queue;
 use crate::stats::Event;
-use crate::store::{Direction, IoToken, Machine, PageStore as _, PhysMemory as _, StoreError};
+use crate::store::{Direction, Expected, IoToken, Machine, PageStore as _, PhysMemory as _, StoreError};
 
 impl<M: Machine> Vm<M> {
     /// Starts to bring in a page that was not there a moment ago. `None`: look again, it is under way or
@@ -31,6 +31,10 @@ impl<M: Machine> Vm<M> {
         let (mut state, mut held) = self.objects.get(id).write(held);
         if state.id() != id || state.life != Life::Live {
             return Ok(None);
+        }
+        if state.slots.get(wanted) == Slot::Absent && self.expected(&state, wanted) == Expected::Zeros {
+            let marked = self.objects.gain(&mut state, wanted, Slot::Zero, &mut held);
+            return Ok(marked.err().map(|_| WaitFor::Memory));
         }
         let Some(home) = self.home(&state, wanted, &mut held) else { return Ok(None) };
         let failed = state.failed.take_if(|(page, _)| *page == wanted);
@@ -63,6 +67,7 @@ impl<M: Machine> Vm<M> {
     /// Where the contents of a page are that is not in a frame, if they are in a store.
     fn home(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Home> {
         match state.slots.get(page) {
+            Slot::Absent if self.expected(state, page) == Expected::Zeros => None,
             Slot::Absent => image::home(state, page),
             Slot::Swapped(slot) => self.swap.store(held).map(|store| Home { store, page: slot }),
             Slot::Zero | Slot::Resident(_) => None,
@@ -245,19 +250,22 @@ impl<M: Machine> Vm<M> {
         let tight = self.swap.is_tight(held);
         let mut freed = 0;
         for (page, frame) in transfer.iter() {
-            if let Some(slot) = self.frames.page(frame).clean_slot() {
-                if !self.is_genuine(slot, frame, held) {
-                    self.send_back(state, page, frame, held);
-                    self.stats.count(Event::PageInCorrupt);
-                    freed += 1;
-                    if page == transfer.wanted {
-                        state.failed = Some((page, Some(StoreError::Corrupt)));
-                    }
-                    continue;
+            let slot = self.frames.page(frame).clean_slot();
+            let genuine = match slot {
+                Some(slot) => self.is_genuine(slot, frame, held),
+                None => self.is_as_stored(state, page, frame),
+            };
+            if !genuine {
+                self.send_back(state, page, frame, held);
+                self.stats.count(Event::PageInCorrupt);
+                freed += 1;
+                if page == transfer.wanted {
+                    state.failed = Some((page, Some(StoreError::Corrupt)));
                 }
-                if tight {
-                    self.drop_clean_slot(frame, held);
-                }
+                continue;
+            }
+            if slot.is_some() && tight {
+                self.drop_clean_slot(frame, held);
             }
             self.machine.memory().publish(frame);
             if page == transfer.wanted {

@@ -9,7 +9,7 @@ use spin::mutex::SpinMutex;
 use crate::addr::{Ipa, IpaRange, PAGE_SIZE, Pfn};
 use crate::pmap::{Harvest, Leaf, OutOfTables, Pmap, Sink};
 use crate::prot::Prot;
-use crate::store::{Direction, IoToken, Machine, PageStore, PhysMemory, StoreError, StoreId};
+use crate::store::{Direction, Expected, IoToken, Machine, PageStore, PhysMemory, StoreError, StoreId};
 
 const PAGE: usize = 1 << crate::addr::PAGE_SHIFT;
 
@@ -85,6 +85,8 @@ pub struct Request {
 #[derive(Default)]
 pub struct FakeStore {
     contents: SpinMutex<BTreeMap<StoreId, Vec<u8>>>,
+    /// What is known of pages.
+    pub expected: SpinMutex<BTreeMap<(StoreId, u64), Expected>>,
     pending: SpinMutex<Vec<Request>>,
     /// What the next `start` answers instead of taking the request.
     pub refuse_next: SpinMutex<Option<StoreError>>,
@@ -182,6 +184,9 @@ impl PageStore for FakeStore {
     fn pages(&self, store: StoreId) -> u64 {
         let contents = self.contents.lock();
         contents.get(&store).map_or(0, |bytes| bytes.len().div_ceil(PAGE) as u64)
+    }
+    fn expects(&self, store: StoreId, page: u64) -> Expected {
+        self.expected.lock().get(&(store, page)).copied().unwrap_or(Expected::Anything)
     }
 }
 
