@@ -7,6 +7,7 @@
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
 //! * [`vdev`] - the devices that a guest sees, as pure logic: values in, values out.
 //! * [`loader`] - what kind of program an image is, what is where in a new guest, its device tree.
+//! * [`stored`] - what a stored guest looks like on a disk: reading it, writing it.
 //! * [`guest`] - a guest's vCPUs and devices, and what happens when one of them stops.
 //! * [`sched`] - who runs when, on which CPU.
 //! * [`monitor`] - what a person types: parsing, answers, the console's switch.
@@ -26,6 +27,8 @@ pub mod mm;
 pub mod vdev;
 
 pub mod loader;
+
+pub mod stored;
 
 pub mod guest;
 

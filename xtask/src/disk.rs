@@ -38,6 +38,8 @@ pub(crate) struct Disk {
     pub(crate) swap: u64,
     /// How much memory may be promised, in hundredths of what there is.
     pub(crate) overcommit: Option<u32>,
+    /// Disks for stored guests by their names, and whether the guest there goes on.
+    pub(crate) stored: Vec<(String, bool)>,
     /// The guests to start.
     pub(crate) guests: Vec<Guest>,
     /// The machine stays when its last guest has ended, until the monitor is told `shutdown`.
@@ -85,7 +87,15 @@ impl Disk {
             .collect();
         let images: Vec<Value> =
             self.images.iter().map(|(name, b)| json!({"partition": name, "bytes": b.len()})).collect();
-        let mut manifest = json!({"version": 1, "batch": !self.stays, "images": images, "guests": guests});
+        let stored: Vec<Value> = self
+            .stored
+            .iter()
+            .enumerate()
+            .map(|(number, (name, resume))| json!({"disk": number, "name": name, "resume": resume}))
+            .collect();
+        let mut manifest = json!({
+            "version": 1, "batch": !self.stays, "images": images, "stored": stored, "guests": guests,
+        });
         if let Some(percent) = self.overcommit {
             manifest["overcommit_percent"] = json!(percent);
         }

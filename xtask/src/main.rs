@@ -6,6 +6,7 @@
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
 //! * `build`, `images`, `disk`, `errors` - what the machine runs, the disk that brings it there, and how that fails.
 //! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
+//! * `stored` - disks for stored guests.
 //! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `sim`, `demo`, `bench`, `doctor` - the commands.
 
 mod apt;
@@ -26,6 +27,7 @@ mod run;
 mod script;
 mod session;
 mod sim;
+mod stored;
 mod symbols;
 mod test;
 mod toolchain;
@@ -62,6 +64,11 @@ enum Cli {
     Bench(bench::Bench),
     /// `run` under gdb, symbols loaded
     Debug(run::Run),
+    /// What guest is stored in a file, and whether it is whole
+    Image {
+        /// The file
+        file: PathBuf,
+    },
     /// What this machine has and lacks
     Doctor,
     #[command(flatten)]
@@ -122,6 +129,7 @@ fn main() -> ExitCode {
         Cli::Sim(options) => options.run(),
         Cli::Demo(options) => options.run(),
         Cli::Debug(options) => debug(options),
+        Cli::Image { file } => stored::show(&file),
         Cli::Doctor => {
             doctor::run();
             Ok(())

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,9 @@ impl Monitored {
     /// `run` with these options, which say a time limit, its files in `dir`; waits until the monitor answers.
     pub(crate) fn start(mut options: Run, dir: &Path) -> Result<Self> {
         // A socket's path has 108 bytes at most, less than the names of tests and folders may need.
-        let socket = std::env::temp_dir().join(format!("hv-test-{}", std::process::id()));
+        static MACHINES: AtomicU32 = AtomicU32::new(0);
+        let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+        let socket = std::env::temp_dir().join(format!("hv-test-{}-{number}", std::process::id()));
         options.socket = Some(socket.clone());
         // That of the last test.
         let _ = fs::remove_file(&socket);

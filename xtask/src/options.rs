@@ -3,7 +3,7 @@
 //! Each is read in full before anything is built, so a slip costs a moment. What the hypervisor cannot do yet is
 //! refused by name, never dropped.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use hv_abi::manifest::{DISKS_LIMIT, NAME_LIMIT, PARTITION, SWAP_PARTITION, mebibytes};
 use std::fmt;
 use std::path::PathBuf;
@@ -165,24 +165,6 @@ pub(crate) fn overcommit(text: &str) -> Result<Overcommit, String> {
     }
 }
 
-/// Reads where a stored guest image is: a file that is there, or `nbd:HOST:PORT` or `nbd:unix:PATH`.
-pub(crate) fn image(text: &str) -> Result<String, String> {
-    match text.strip_prefix("nbd:") {
-        Some(rest) if rest.split_once(':').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()) => {}
-        Some(_) => return Err("an NBD export is written nbd:HOST:PORT or nbd:unix:PATH".to_owned()),
-        None => drop(file(text)?),
-    }
-    Ok(text.to_owned())
-}
-
-/// Refuses `--image`, which nothing can serve yet, and says what there is instead.
-pub(crate) fn refuse_image(image: Option<&str>) -> Result<()> {
-    if let Some(image) = image {
-        bail!("--image {image}: stored guest images cannot be resumed yet; boot one with --kernel or --bios");
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,24 +232,5 @@ mod tests {
         for wrong in ["0.5", "inf", "NaN", "loose", ""] {
             assert!(overcommit(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn an_image_is_a_file_or_an_export() {
-        for right in
-            ["nbd:localhost:10809", "nbd:unix:/run/x", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]
-        {
-            assert_eq!(image(right), Ok(right.to_owned()));
-        }
-        for wrong in ["nbd:", "nbd:localhost", "nbd::1", "/nowhere"] {
-            assert!(image(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn what_nothing_serves_yet_is_refused_by_name_and_what_holds_anyway_is_not() {
-        assert!(refuse_image(None).is_ok());
-        let refused = refuse_image(Some("nbd:a:1"));
-        assert!(refused.is_err_and(|why| why.to_string().starts_with("--image nbd:a:1: ")));
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct Machine {
     pub(crate) socket: Option<PathBuf>,
     /// Disks for guests, by their numbers.
     pub(crate) disks: Vec<Drive>,
+    /// Disks for stored guests, by their numbers.
+    pub(crate) images: Vec<Drive>,
     /// Errors that the image disk is to make.
     pub(crate) errors: Option<Errors>,
     /// Wait for gdb on this port.
@@ -130,8 +132,12 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
     // Merged requests fail together; errors are counted one by one.
     let merging = if machine.errors.is_some() { "off" } else { "on" };
     command.args(["-device", &format!("virtio-blk-device,drive=images,request-merging={merging}")]);
-    for (number, drive) in machine.disks.iter().enumerate() {
-        let (id, file) = (format!("{}{number}", hv_abi::manifest::DISK_ID), name(&drive.file));
+    let numbered = |stem: &'static str, drives: &[Drive]| -> Vec<(String, Drive)> {
+        drives.iter().enumerate().map(|(number, drive)| (format!("{stem}{number}"), drive.clone())).collect()
+    };
+    let disks = numbered(hv_abi::manifest::DISK_ID, &machine.disks);
+    for (id, drive) in disks.into_iter().chain(numbered(hv_abi::manifest::IMAGE_DISK_ID, &machine.images)) {
+        let file = name(&drive.file);
         let writes = if drive.read_only { "on" } else { "off" };
         command
             .args(["-drive", &format!("if=none,id={id},format=raw,readonly={writes},file={file}")])

@@ -9,7 +9,7 @@ use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
 use crate::symbols::Log;
 use crate::toolchain::Toolchain;
-use crate::{apt, build, images};
+use crate::{apt, build, images, stored};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, value_parser};
@@ -68,9 +68,10 @@ pub(crate) struct Run {
     /// How many children the guest may fork of itself
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=i64::from(hv_abi::manifest::FORK_LIMIT)))]
     pub(crate) grant_fork: u32,
-    /// A stored guest image to resume
-    #[arg(long, value_name = "FILE or nbd:URL", conflicts_with_all = ["kernel", "bios"], value_parser = options::image)]
-    pub(crate) image: Option<String>,
+    /// A disk with a stored guest, which goes on; or for the monitor only (attach), or made for `save` (new); may be
+    /// repeated
+    #[arg(long = "image", value_name = "FILE[,ro|attach|new] or nbd:EXPORT", value_parser = stored::image)]
+    pub(crate) images: Vec<stored::ImageDisk>,
     /// CPU model
     #[arg(long, default_value = "neoverse-n1", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) cpu: String,
@@ -146,6 +147,15 @@ impl Run {
         disk.stays = self.stays();
         disk.swap = self.swap.unwrap_or(0) << 20;
         disk.overcommit = self.overcommit.and_then(options::Overcommit::percent);
+        disk.stored = self.images.iter().map(|image| (image.name.clone(), image.resumes())).collect();
+        if self.images.iter().any(stored::ImageDisk::resumes) {
+            let asked = self.kernel.is_some() || self.bios.is_some() || !self.disks.is_empty();
+            ensure!(
+                !asked,
+                "--image resumes a stored guest, which has its kernel and disks; add ,attach to boot another beside it"
+            );
+            return Ok(disk);
+        }
         let mut kernel = None;
         let mut bios = None;
         let mut initrd = None;
@@ -224,6 +234,14 @@ impl Run {
                 .iter()
                 .map(|disk| Drive { file: disk.file.clone(), read_only: disk.writes != Writes::Persist })
                 .collect(),
+            images: self
+                .images
+                .iter()
+                .map(|image| Drive {
+                    file: image.file.clone(),
+                    read_only: image.how == stored::Use::ResumeOnly,
+                })
+                .collect(),
             errors: self
                 .swap_errors
                 .is_some()
@@ -235,7 +253,7 @@ impl Run {
 
     /// Builds everything; what starts `machine`, its files in `dir`.
     fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
-        options::refuse_image(self.image.as_deref())?;
+        stored::check_images(&self.images)?;
         options::check_disks(&self.disks, self.guests)?;
         let lock = reserve(dir)?;
         // A log that is there belongs to this run.
@@ -243,6 +261,15 @@ impl Run {
         qemu::provide()?;
         let toolchain = Toolchain::provide()?;
         let hypervisor = build::hypervisor(&toolchain)?;
+        let disks: u64 = self
+            .disks
+            .iter()
+            .filter_map(|disk| std::fs::metadata(&disk.file).ok())
+            .map(|file| file.len())
+            .sum();
+        for image in &self.images {
+            image.provide(self.memory + disks.div_ceil(1 << 20))?;
+        }
         let disk = dir.join("images.img");
         let swap = self.disk(&toolchain)?.write(&disk)?;
         if let (Some(places), Some(errors), Some(swap)) = (self.swap_errors, &machine.errors, swap) {

@@ -8,6 +8,7 @@
 
 pub mod call;
 pub mod forkpage;
+pub mod image;
 pub mod machine;
 pub mod manifest;
 pub mod mark;

@@ -19,6 +19,10 @@
 //! A disk of a guest is a whole disk of the host, whatever is on it: one that calls itself [`DISK_ID`] and a number.
 //! `"disks": [{"disk": 0, "writes": "through"}]` gives it to a guest; `writes` is `through` (they go to the disk),
 //! `private` (they are the guest's own and end with it) or `refused`.
+//!
+//! A disk for a stored guest ([`crate::image`]) calls itself [`IMAGE_DISK_ID`] and a number. `"stored": [{"disk": 0,
+//! "name": "golden", "resume": true}]` gives it a name, by which the monitor's `save` and `create` know it; with
+//! `resume` (false) the guest stored there goes on at once.
 
 /// The partition that holds the manifest.
 pub const PARTITION: &str = "manifest";
@@ -26,6 +30,10 @@ pub const PARTITION: &str = "manifest";
 pub const SWAP_PARTITION: &str = "swap";
 /// What a disk for guests calls itself (VIRTIO_BLK_T_GET_ID), before its number.
 pub const DISK_ID: &str = "guest-disk-";
+/// What a disk for a stored guest calls itself, before its number.
+pub const IMAGE_DISK_ID: &str = "stored-guest-";
+/// Disks for stored guests at most.
+pub const STORED_LIMIT: usize = 8;
 /// Disks of one guest at most.
 pub const DISKS_LIMIT: usize = 8;
 /// The format that this build reads and writes.

@@ -4,9 +4,11 @@
 //! comes to the CPU (DESIGN 15), [`FpContext`] when that one touches FP. Field order of the `repr(C)`
 //! types is known to the assembly in `aarch64/`; `offset_of!` assertions there keep it honest.
 
+use serde::{Deserialize, Serialize};
+
 /// The general registers of a guest: saved by every exit, loaded by every entry.
 #[repr(C, align(16))]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestRegs {
     /// X0 to X30.
     pub x: [u64; 31],
@@ -25,6 +27,12 @@ impl GuestRegs {
         let mut x = [0; 31];
         x[0] = x0;
         Self { x, pc, pstate: PSTATE_EL1H_MASKED }
+    }
+
+    /// True when they are a guest's: its processor state names EL0 or EL1. For those that were stored.
+    pub const fn is_sound(&self) -> bool {
+        // EL0t, EL1t, EL1h; AArch32's user mode.
+        matches!(self.pstate & 0x1f, 0b0_0000 | 0b0_0100 | 0b0_0101 | 0b1_0000) && self.pstate >> 32 == 0
     }
 
     /// Register `n` as an instruction operand names it: 31 reads as zero.
@@ -86,7 +94,7 @@ macro_rules! el1_context {
         /// A1. A register that a guest can write without a trap is in this list, in [`FpContext`], in
         /// [`DebugContext`] or among the list registers of the vGIC: otherwise it leaks (I18).
         #[repr(C)]
-        #[derive(Clone, Debug, PartialEq, Eq)]
+        #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
         pub struct El1Context {
             $($(#[$doc])* pub $field: u64,)*
         }
@@ -191,7 +199,7 @@ el1_context! {
 
 /// The FP and SIMD registers.
 #[repr(C, align(16))]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FpContext {
     /// Q0 to Q31.
     pub q: [u128; 32],
@@ -215,9 +223,12 @@ impl Default for FpContext {
 /// The most breakpoints, and the most watchpoints, that the architecture allows.
 pub const MAX_DEBUG_SLOTS: usize = 16;
 
+/// What a guest may set of DBGBCRn_EL1 and DBGWCRn_EL1: not HMC and SSC, with which a match at EL2 could be asked for.
+pub const DEBUG_CONTROL_WRITABLE: u64 = 0x1fff_1fff & !(0b111 << 13);
+
 /// Self-hosted debug registers. All accesses trap (MDCR_EL2.TDA), so memory is always current and a
 /// switch only loads; a vCPU that never debugged costs nothing.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct DebugContext {
     /// DBGBVRn_EL1.
     pub bvr: [u64; MAX_DEBUG_SLOTS],
@@ -234,6 +245,12 @@ pub struct DebugContext {
 }
 
 impl DebugContext {
+    /// True unless it asks for what a guest may not have: a match at EL2. For one that was stored.
+    pub fn is_sound(&self) -> bool {
+        let controls = self.bcr.iter().chain(&self.wcr);
+        controls.fold(0, |all, control| all | control) & !DEBUG_CONTROL_WRITABLE == 0
+    }
+
     /// True when loading it would arm nothing: the hardware may as well hold zeros.
     pub fn is_idle(&self) -> bool {
         let unarmed = |controls: &[u64]| controls.iter().all(|control| control & 1 == 0);

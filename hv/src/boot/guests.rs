@@ -5,15 +5,19 @@
 
 use super::machine::Machine;
 use crate::arch::{id, timer};
-use crate::guest::{self, create, table};
+use crate::guest::family::Birth;
+use crate::guest::snapshot::{self, Origin};
+use crate::guest::{self, Guest, create, stored, table};
 use crate::loader::image::HEAD;
+use crate::loader::manifest::{self, Stored};
 use crate::loader::plan::Blob;
-use crate::loader::{GuestConfig, Manifest, manifest};
+use crate::loader::{GuestConfig, Manifest};
 use crate::mm;
 use crate::monitor::host;
 use crate::sched;
 use ::log::{error, info, warn};
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use arrayvec::ArrayVec;
@@ -39,6 +43,9 @@ pub(super) fn start(machine: &'static Machine, held: &mut Held<'_, 0>) {
     }
     create::set_images(images(&manifest));
     let mut failed = false;
+    for disk in &manifest.stored {
+        failed |= !attach(disk, machine, held);
+    }
     for config in manifest.guests {
         failed |= !launch(config, machine, held);
     }
@@ -61,18 +68,54 @@ fn swap(manifest: &Manifest, held: &mut Held<'_, 0>) {
     }
 }
 
-/// Makes and starts one guest; the first is attached to the console.
+/// Looks what is stored on a disk; the guest goes on if that is asked for.
+fn attach(disk: &Stored, machine: &'static Machine, held: &mut Held<'_, 0>) -> bool {
+    let name = &disk.name;
+    if let Err(error) = stored::attach(name, &disk.id, held) {
+        error!("stored guest \"{name}\": {error}");
+        return !disk.resume;
+    }
+    if !disk.resume {
+        return true;
+    }
+    match go_on(name, machine, held) {
+        Ok(guest) => started(guest, held),
+        Err(error) => {
+            error!("stored guest \"{name}\": {error}");
+            false
+        }
+    }
+}
+
+/// Makes a stored guest that goes on where it was.
+fn go_on(name: &str, machine: &'static Machine, held: &mut Held<'_, 0>) -> Result<Arc<Guest>, String> {
+    let (moment, generation) = stored::resume(name, held).map_err(|error| error.to_string())?;
+    let config = moment.config().clone();
+    let source = Origin::Stored(generation);
+    snapshot::keep(moment, source, Some(name), held).map_err(|error| error.to_string())?;
+    let id = table::next_id();
+    let moment = snapshot::find(name, id, held).ok_or("it is gone")?;
+    let poll = |held: &mut Held<'_, 0>| sched::Outside::poll(machine, held);
+    let birth = Birth::first(config.grant_fork);
+    snapshot::make(&moment, id, config.name, birth, &poll, held).map_err(|error| error.to_string())
+}
+
+/// Lets a new guest run; the first is attached to the console.
+fn started(guest: Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
+    let (id, vcpus, mib) = (guest.id, guest.vcpus.len(), guest.config.memory >> 20);
+    info!("guest {id} \"{}\": {vcpus} vCPUs, {mib} MiB", guest.name());
+    if guest::console::attached().is_none() {
+        guest::console::attach(Some(id));
+    }
+    sched::launch(guest, held)
+}
+
+/// Makes and starts one guest.
 fn launch(config: GuestConfig, machine: &'static Machine, held: &mut Held<'_, 0>) -> bool {
     let (id, name) = (table::next_id(), config.name.clone());
     let poll = |held: &mut Held<'_, 0>| sched::Outside::poll(machine, held);
     match create::create(id, config, None, &poll, held) {
-        Ok(guest) => {
-            info!("guest {id} \"{name}\": {} vCPUs, {} MiB", guest.vcpus.len(), guest.config.memory >> 20);
-            if guest::console::attached().is_none() {
-                guest::console::attach(Some(id));
-            }
-            sched::launch(guest, held)
-        }
+        Ok(guest) => started(guest, held),
         Err(error) => {
             error!("guest {id} \"{name}\": {error}");
             false

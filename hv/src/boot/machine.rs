@@ -160,8 +160,10 @@ fn write_disks() -> bool {
 fn complete<const R: u8>(held: &mut Held<'_, R>) {
     const { assert!(R < rank::WAITERS) };
     let count = mm::disks().poll(&mut |token, result| {
-        mm::vm().complete(token, result, held);
-        sched::io_done(token, held);
+        if !sched::jobs::arrived(token, result) {
+            mm::vm().complete(token, result, held);
+            sched::io_done(token, held);
+        }
     });
     if count > 0 {
         // Frames, or places in a queue.
@@ -185,7 +187,13 @@ impl Outside for Machine {
     fn last_guest_ended(&self) {
         if !host::is_leaving() {
             self.deserted.store(true, Ordering::SeqCst);
-        } else if !desk::is_busy() {
+        } else if !desk::is_busy() && !sched::jobs::are_running() {
+            self.leave();
+        }
+    }
+
+    fn job_ended(&self, held: &mut Held<'_, 0>) {
+        if host::is_leaving() && table::is_empty(held) && !desk::is_busy() && !sched::jobs::are_running() {
             self.leave();
         }
     }

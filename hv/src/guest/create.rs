@@ -81,7 +81,7 @@ pub fn set_time(seconds: u64) {
 }
 
 /// What time it is.
-fn seconds() -> u32 {
+pub(super) fn seconds() -> u32 {
     let now = EPOCH.load(Ordering::Relaxed).wrapping_add(timer::now() / timer::freq().max(1));
     // The clock has 32 bits, and wraps in 2106.
     u32::try_from(now & 0xffff_ffff).unwrap_or(0)
@@ -94,7 +94,7 @@ pub fn seed<const R: u8>(words: &[u64], held: &mut Held<'_, R>) {
 }
 
 /// A generator for one guest.
-fn random(held: &mut Held<'_, 0>) -> Generator {
+pub(super) fn random(held: &mut Held<'_, 0>) -> Generator {
     let (mut machine, _held) = MACHINE_RANDOM.lock(held);
     let machine = machine.get_or_insert_with(|| Generator::new(&[], timer::now()));
     machine.stir(timer::now());

@@ -6,6 +6,7 @@
 
 use super::syndrome::SysAccess;
 use super::vcpu::Context;
+use crate::arch::context::DEBUG_CONTROL_WRITABLE;
 
 /// What an access came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +27,6 @@ const OSLSR_PRESENT: u64 = 1 << 3;
 const OSLSR_LOCKED: u64 = 1 << 1;
 /// What MDSCR_EL1 may hold: single step, kernel debug, monitor debug, no trap of user access.
 const MDSCR_WRITABLE: u64 = 1 | 1 << 12 | 1 << 13 | 1 << 15;
-/// DBGBCR and DBGWCR without the bits that match EL2 and EL3 (HMC and SSC select them).
-const CONTROL_WRITABLE: u64 = 0x1fff_1fff & !(0b111 << 13);
 
 /// Accesses a debug register: op0 is 2.
 pub fn access(access: SysAccess, value: u64, context: &mut Context, slots: (usize, usize)) -> Outcome {
@@ -41,9 +40,9 @@ pub fn access(access: SysAccess, value: u64, context: &mut Context, slots: (usiz
             let slot = usize::from(slot);
             let (bank, writable, present) = match op2 {
                 4 => (&mut debug.bvr, u64::MAX, breakpoints),
-                5 => (&mut debug.bcr, CONTROL_WRITABLE, breakpoints),
+                5 => (&mut debug.bcr, DEBUG_CONTROL_WRITABLE, breakpoints),
                 6 => (&mut debug.wvr, !0b11, watchpoints),
-                _ => (&mut debug.wcr, CONTROL_WRITABLE, watchpoints),
+                _ => (&mut debug.wcr, DEBUG_CONTROL_WRITABLE, watchpoints),
             };
             match bank.get_mut(slot).filter(|_| slot < present) {
                 None => Outcome::Undefined,

@@ -8,6 +8,8 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
+use serde::{Deserialize, Serialize};
+
 use super::disks::{self, Disk};
 use super::forkpage::Outcome;
 use super::mmio::{Effect, Target};
@@ -34,7 +36,7 @@ pub struct Flushed {
 }
 
 /// The devices of a guest: values, so that a snapshot keeps them by copying.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Devices {
     /// The interrupt controller.
     pub vgic: Vgic,
@@ -64,6 +66,17 @@ impl Devices {
             outcome: Outcome::default(),
             typed: VecDeque::new(),
         }
+    }
+
+    /// Takes them over from where they were stored, for `vcpus` vCPUs on CPUs with `lrs` list registers and a counter
+    /// of `freq` Hz; false if no guest's devices could be like this.
+    pub fn adopt(&mut self, vcpus: usize, lrs: usize, freq: u64) -> bool {
+        self.vgic.adopt(vcpus, lrs)
+            && self.uart.is_sound()
+            && self.rtc.frequency() == freq
+            && self.timers.len() == vcpus
+            && self.typed.len() <= TYPE_AHEAD
+            && self.disks.iter().all(Disk::is_sound)
     }
 
     /// Reads a device register of `1 << size` bytes, for the vCPU `reader`, which is on this CPU.

@@ -16,6 +16,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use hv_abi::machine::{INTID_VIRTIO, RAM_BASE, RAM_LIMIT};
+use serde::{Deserialize, Serialize};
 use vmobject::VmError;
 use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex};
 use vmobject::fault::{Copied, FaultError, WaitFor};
@@ -50,17 +51,25 @@ impl Clone for Pass {
 }
 
 /// One disk: its device, and where its bytes are.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Disk {
     /// What the driver sees.
     pub blk: Blk,
+    #[serde(with = "super::stored::state::range")]
     range: IpaRange,
-    /// The object whose store sees what is written.
+    /// The object whose store sees what is written. One that is stored has none.
+    #[serde(skip)]
     through: Option<ObjectId>,
+    #[serde(skip)]
     passes: [Pass; SLOTS],
 }
 
 impl Disk {
+    /// True unless no disk could be like this: for one that was stored.
+    pub fn is_sound(&self) -> bool {
+        self.range.start() >= Ipa::new(BASE) && self.blk.bytes() <= self.range.bytes() && self.blk.is_sound()
+    }
+
     /// Makes it one whose writes nobody else sees: its entry has become a copy.
     pub fn detach(&mut self) {
         self.through = None;

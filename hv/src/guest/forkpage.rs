@@ -9,10 +9,11 @@ use super::psci::code;
 use super::rank;
 use hv_abi::forkpage::{FORK, GUEST, MAGIC, MAGIC_VALUE, OF, PLACE, RANDOM, STATUS, VERSION, VERSION_VALUE};
 use hv_abi::manifest::FORK_LIMIT;
+use serde::{Deserialize, Serialize};
 use vmobject::lock::Held;
 
 /// How the last fork that was asked for here ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
     /// An answer as PSCI and SMCCC have them.
     pub status: u64,

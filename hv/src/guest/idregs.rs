@@ -5,11 +5,13 @@
 //! once, at boot, from the first CPU: every vCPU on every CPU reads the same.
 //! Read by `sysreg`.
 
+use serde::{Deserialize, Serialize};
+
 use super::syndrome::SysReg;
 use crate::arch::context::{IdRegisters, id_field};
 
 /// The AArch64 identification registers by CRm and op2, for CRm from 4 to 7, then AArch32's, 1 to 3.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestIds {
     aarch64: [[u64; 8]; 4],
     aarch32: [[u64; 8]; 3],
@@ -95,6 +97,15 @@ impl GuestIds {
             _ => return None,
         };
         row.get(usize::from(op2)).copied()
+    }
+
+    /// The first register that has another value there: its CRm and op2, and both values.
+    pub fn difference(&self, other: &Self) -> Option<(usize, usize, u64, u64)> {
+        let rows = self.aarch32.iter().zip(&other.aarch32).chain(self.aarch64.iter().zip(&other.aarch64));
+        rows.enumerate().find_map(|(row, (here, there))| {
+            let op2 = here.iter().zip(there).position(|(here, there)| here != there)?;
+            Some((row + 1, op2, here[op2], there[op2]))
+        })
     }
 
     /// What the CPU has that changes how an exception is taken.

@@ -22,6 +22,7 @@ pub mod mmio;
 pub mod psci;
 pub mod smccc;
 pub mod snapshot;
+pub mod stored;
 pub mod syndrome;
 pub mod sysreg;
 pub mod table;

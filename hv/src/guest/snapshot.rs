@@ -15,6 +15,7 @@ use alloc::{format, vec};
 use core::fmt;
 use core::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use vmobject::VmError;
 use vmobject::lock::{Held, Ranked};
 
@@ -33,26 +34,47 @@ use crate::mm;
 /// The most snapshots that are kept by name.
 pub const MAX_KEPT: usize = 4096;
 
+/// A guest at one instant, but for its memory.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Moment {
+    /// How it was made.
+    pub config: GuestConfig,
+    /// Its vCPUs' registers.
+    pub contexts: Vec<Context>,
+    /// Which of them are switched on.
+    pub powers: Vec<Power>,
+    /// Its devices.
+    pub devices: Devices,
+    /// What its counter said.
+    pub time: u64,
+}
+
 /// A guest at one instant. It never runs itself. Give it back with [`delete`].
 #[must_use = "a snapshot holds memory until it is deleted"]
 pub struct Snapshot {
-    config: GuestConfig,
+    /// All but its memory.
+    pub moment: Moment,
     memory: vmobject::map::Snapshot,
-    contexts: Vec<Context>,
-    powers: Vec<Power>,
-    devices: Devices,
     /// What the twins' generators come from.
     random: Ranked<{ rank::RANDOM }, Generator>,
-    /// What the guest's counter said.
-    time: u64,
-    /// What the host's did.
+    /// What the host's counter said.
     taken: u64,
 }
 
 impl Snapshot {
+    /// What a guest is that was stored, and is to go on from now.
+    pub fn new(moment: Moment, memory: vmobject::map::Snapshot, random: Generator) -> Box<Self> {
+        Box::new(Self { moment, memory, random: Ranked::new(random), taken: timer::now() })
+    }
+
     /// How the guest was made.
     pub const fn config(&self) -> &GuestConfig {
-        &self.config
+        &self.moment.config
+    }
+
+    /// Its memory.
+    pub const fn memory(&self) -> &vmobject::map::Snapshot {
+        &self.memory
     }
 }
 
@@ -106,10 +128,20 @@ pub fn draw(guest: &Guest, held: &mut Held<'_, 0>) -> Generator {
     guest.random.lock(held).0.child()
 }
 
+/// How a guest's memory is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// What it writes from now on goes to shadows: for one that lasts.
+    Shadowed,
+    /// Before it writes, what was there is pushed to a copy: for one that is read through once and goes.
+    Pushed,
+}
+
 /// Keeps what a guest is now, with what [`draw`] gave. None of its vCPUs runs or has registers in a CPU.
 pub fn take(
     guest: &Guest,
     random: Generator,
+    keep: Keep,
     held: &mut Held<'_, 0>,
 ) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_quiet());
@@ -124,10 +156,13 @@ pub fn take(
     let mut devices = guest.devices.lock(held).0.clone();
     devices.disks.iter_mut().for_each(disks::Disk::detach);
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
-    let memory = mm::vm().snapshot(&guest.map, held)?;
+    let memory = match keep {
+        Keep::Shadowed => mm::vm().snapshot(&guest.map, held)?,
+        Keep::Pushed => mm::vm().freeze(&guest.map, held)?,
+    };
     let taken = timer::now();
-    let (random, time) = (Ranked::new(random), taken.wrapping_sub(guest.offset()));
-    Ok(Box::new(Snapshot { config, memory, contexts, powers, devices, random, time, taken }))
+    let moment = Moment { config, contexts, powers, devices, time: taken.wrapping_sub(guest.offset()) };
+    Ok(Box::new(Snapshot { moment, memory, random: Ranked::new(random), taken }))
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
@@ -141,8 +176,8 @@ pub fn make(
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let mut vcpus = Vec::new();
-    vcpus.try_reserve_exact(snapshot.contexts.len()).map_err(|_| VmError::NoMemory)?;
-    let states = snapshot.contexts.iter().zip(&snapshot.powers);
+    vcpus.try_reserve_exact(snapshot.moment.contexts.len()).map_err(|_| VmError::NoMemory)?;
+    let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);
     vcpus.extend(
         states.enumerate().map(|(index, (context, power))| Vcpu::with(index, context.clone(), *power)),
     );
@@ -162,10 +197,10 @@ pub fn make(
         devices,
         random,
         log: Arc::default(),
-        offset: timer::now().wrapping_sub(snapshot.time),
+        offset: timer::now().wrapping_sub(snapshot.moment.time),
         birth,
     };
-    let config = GuestConfig { name, ..snapshot.config.clone() };
+    let config = GuestConfig { name, ..snapshot.moment.config.clone() };
     Ok(Arc::new(Guest::new(id, config, map, parts)))
 }
 
@@ -178,7 +213,7 @@ pub fn restore(
     held: &mut Held<'_, 0>,
 ) -> Result<(), SnapshotError> {
     debug_assert!(guest.is_quiet());
-    let config = &snapshot.config;
+    let config = &snapshot.moment.config;
     let shape = |config: &GuestConfig| (config.vcpus, config.memory, config.disks.len());
     if shape(&guest.config) != shape(config) {
         return Err(SnapshotError::Shape);
@@ -189,14 +224,14 @@ pub fn restore(
     let mut random = snapshot.twin(held);
     let devices = snapshot.devices_now();
     mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
-    let states = snapshot.contexts.iter().zip(&snapshot.powers);
+    let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);
     for (vcpu, (context, power)) in guest.vcpus.iter().zip(states) {
         *vcpu.context.lock(held).0 = context.clone();
         *vcpu.power.lock(held).0 = *power;
     }
     *guest.devices.lock(held).0 = devices;
     guest.work.wake();
-    guest.offset.store(timer::now().wrapping_sub(snapshot.time), Ordering::SeqCst);
+    guest.offset.store(timer::now().wrapping_sub(snapshot.moment.time), Ordering::SeqCst);
     let renewed = genid::renew(&guest.map, &mut random, poll, held);
     *guest.random.lock(held).0 = random;
     if let Err(error) = renewed {
@@ -214,7 +249,7 @@ pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
 impl Snapshot {
     /// The devices of whoever goes on from here now: the generation id has changed, and the clock has gone on.
     fn devices_now(&self) -> Devices {
-        let mut devices = self.devices.clone();
+        let mut devices = self.moment.devices.clone();
         genid::announce(&mut devices);
         devices.rtc.skip(timer::now().saturating_sub(self.taken));
         devices
@@ -231,10 +266,19 @@ impl Snapshot {
 /// A snapshot with a name.
 struct Kept {
     name: String,
-    source: GuestId,
+    source: Origin,
     /// Guests that began from it, and the one that it was taken of.
     members: Vec<GuestId>,
     snapshot: Arc<Snapshot>,
+}
+
+/// What a kept snapshot is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// This guest.
+    Guest(GuestId),
+    /// The guest stored on the disk of the same name, in this generation.
+    Stored(u64),
 }
 
 /// What is shown of a kept snapshot.
@@ -242,8 +286,8 @@ struct Kept {
 pub struct KeptInfo {
     /// Its name.
     pub name: String,
-    /// The guest that it was taken of.
-    pub source: GuestId,
+    /// What it is of.
+    pub source: Origin,
     /// vCPUs.
     pub vcpus: usize,
     /// Bytes of RAM.
@@ -254,10 +298,10 @@ pub struct KeptInfo {
 
 static SHELF: Ranked<{ rank::GUESTS }, Vec<Kept>> = Ranked::new(Vec::new());
 
-/// Keeps a snapshot of guest `source` under a name; without one it gets one.
+/// Keeps a snapshot under a name; without one it gets one.
 pub fn keep(
     snapshot: Box<Snapshot>,
-    source: GuestId,
+    source: Origin,
     name: Option<&str>,
     held: &mut Held<'_, 0>,
 ) -> Result<String, SnapshotError> {
@@ -274,7 +318,11 @@ pub fn keep(
             (snapshot, SnapshotError::TooMany)
         } else {
             let snapshot = Arc::from(snapshot);
-            shelf.push(Kept { name: name.clone(), source, members: vec![source], snapshot });
+            let members = match source {
+                Origin::Guest(guest) => vec![guest],
+                Origin::Stored(_) => Vec::new(),
+            };
+            shelf.push(Kept { name: name.clone(), source, members, snapshot });
             return Ok(name);
         }
     };
@@ -290,6 +338,12 @@ pub fn find(name: &str, guest: GuestId, held: &mut Held<'_, 0>) -> Option<Arc<Sn
         kept.members.push(guest);
     }
     Some(kept.snapshot.clone())
+}
+
+/// What the snapshot of that name is of.
+pub fn source(name: &str, held: &mut Held<'_, 0>) -> Option<Origin> {
+    let (shelf, _held) = SHELF.lock(held);
+    shelf.iter().find(|kept| kept.name == name).map(|kept| kept.source)
 }
 
 /// The name of the snapshot that a guest last began from, or that was last taken of it.
@@ -322,9 +376,9 @@ pub fn all(held: &mut Held<'_, 0>) -> Vec<KeptInfo> {
     let info = |kept: &Kept| KeptInfo {
         name: kept.name.clone(),
         source: kept.source,
-        vcpus: kept.snapshot.powers.len(),
-        memory: kept.snapshot.config.memory,
-        guests: kept.members.len() - 1,
+        vcpus: kept.snapshot.moment.powers.len(),
+        memory: kept.snapshot.moment.config.memory,
+        guests: kept.members.len() - usize::from(matches!(kept.source, Origin::Guest(_))),
     };
     shelf.iter().map(info).collect()
 }

@@ -7,6 +7,7 @@
 
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use serde::{Deserialize, Serialize};
 
 use super::Guest;
 use super::rank;
@@ -65,7 +66,7 @@ pub enum Cause {
 }
 
 /// Whether PSCI has switched a vCPU on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Power {
     /// Off.
     Off,
@@ -81,7 +82,7 @@ pub enum Power {
 }
 
 /// Saved state of the virtual interrupt controller's CPU interface.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct VgicContext {
     /// ICH_VMCR_EL2.
     pub vmcr: u64,
@@ -92,7 +93,7 @@ pub struct VgicContext {
 }
 
 /// Everything that the CPU holds while this vCPU runs: what a switch moves, and what a snapshot keeps.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct Context {
     /// The general registers.
     pub regs: GuestRegs,

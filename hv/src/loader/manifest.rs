@@ -10,10 +10,12 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
+use serde::{Deserialize, Serialize};
 
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
 use hv_abi::manifest::{
-    APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, NAME_LIMIT, VERSION,
+    APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, IMAGE_DISK_ID,
+    NAME_LIMIT, STORED_LIMIT, VERSION,
 };
 use serde_json::{Map, Value};
 
@@ -26,6 +28,8 @@ pub struct Manifest {
     pub overcommit: Option<u32>,
     /// Exact lengths of images.
     pub images: Vec<Image>,
+    /// Disks for stored guests.
+    pub stored: Vec<Stored>,
     /// What to start.
     pub guests: Vec<GuestConfig>,
 }
@@ -39,8 +43,19 @@ pub struct Image {
     pub bytes: u64,
 }
 
-/// What one guest is made from.
+/// A disk for a stored guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// What the host's disk calls itself.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The guest that is stored there goes on at once.
+    pub resume: bool,
+}
+
+/// What one guest is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {
     /// Its name, for people.
     pub name: String,
@@ -59,7 +74,7 @@ pub struct GuestConfig {
 }
 
 /// One disk of a guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
     /// What the host's disk calls itself.
     pub id: String,
@@ -68,7 +83,7 @@ pub struct DiskConfig {
 }
 
 /// What becomes of a guest's writes to a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Writes {
     /// They go to the host's disk.
     Through,
@@ -85,7 +100,7 @@ impl Writes {
 }
 
 /// What a guest runs, by the names of partitions.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Boot {
     /// A kernel or a bare program, in RAM.
     Kernel {
@@ -168,6 +183,20 @@ pub fn parse(bytes: &[u8]) -> Parsed<Manifest> {
         let Some(bytes) = bytes else { return wrong(&object.place_of("bytes"), "missing") };
         object.nothing_else()?;
         manifest.images.push(Image { partition, bytes });
+    }
+    for (place, value) in top.list("stored")? {
+        if manifest.stored.len() == STORED_LIMIT {
+            return wrong(&place, format!("more than {STORED_LIMIT} disks for stored guests"));
+        }
+        let mut object = Object::new(&place, value)?;
+        let number = object.number("disk", 0, u64::from(u16::MAX))?;
+        let Some(number) = number else { return wrong(&object.place_of("disk"), "missing") };
+        let (name, resume) = (object.required_name("name")?, object.flag("resume")?.unwrap_or(false));
+        if manifest.stored.iter().any(|other| other.name == name) {
+            return wrong(&place, format!("a second disk named {name:?}"));
+        }
+        object.nothing_else()?;
+        manifest.stored.push(Stored { id: format!("{IMAGE_DISK_ID}{number}"), name, resume });
     }
     for (place, value) in top.list("guests")? {
         if manifest.guests.len() == GUESTS_LIMIT {
@@ -341,6 +370,7 @@ mod tests {
     fn a_full_manifest_is_read_and_zeros_behind_it_are_not() {
         let mut bytes = br#"{"version": 1, "batch": true,
             "images": [{"partition": "linux", "bytes": 31461376}],
+            "stored": [{"disk": 1, "name": "golden", "resume": true}],
             "guests": [
                 {"name": "one", "kernel": "linux", "initrd": "root", "append": "a=\"b\\c\"",
                  "memory_mib": 512, "vcpus": 4, "disks": [{"disk": 2, "writes": "private"}]},
@@ -351,6 +381,8 @@ mod tests {
         assert!(manifest.batch);
         assert_eq!(manifest.bytes_of("linux"), Some(31_461_376));
         assert_eq!(manifest.bytes_of("root"), None);
+        let golden = Stored { id: "stored-guest-1".to_owned(), name: "golden".to_owned(), resume: true };
+        assert_eq!(manifest.stored, [golden]);
         let [one, boot] = manifest.guests.as_slice() else { panic!("two guests") };
         assert_eq!((one.boot.image(), one.boot.initrd()), ("linux", Some("root")));
         assert_eq!((one.append.as_str(), one.memory, one.vcpus), ("a=\"b\\c\"", 512 << 20, 4));

@@ -1,7 +1,8 @@
 //! The VM's backing stores on the metal: partitions of virtio disks.
 //!
-//! A store is a partition, or a whole disk that says that it is for guests; its [`StoreId`] is its place among all
-//! of them, in the order found.
+//! A store is a partition, a whole disk that says that it is for guests or for stored guests, or a half of one of the
+//! latter ([`hv_abi::image`]), which has pages while it holds an image; its [`StoreId`] is its place among all of them,
+//! in the order found.
 //! Starting a transfer turns frames into segments, joining neighbours, and puts them on the disk's queue. The
 //! scheduler calls [`Disks::poll`] when a disk interrupts, and delivers what it gives to the VM.
 //!
@@ -15,9 +16,11 @@ use arrayvec::ArrayVec;
 use board::gpt::{self, GptError, Partition};
 use board::platform::Interrupt;
 use board::virtio::blk::{self, Blk, BlkError, MAX_SEGMENTS, SECTOR, Segment};
+use hv_abi::image::{Header, SLOTS};
+use hv_abi::manifest::{DISK_ID, IMAGE_DISK_ID};
 use spin::mutex::SpinMutex;
 use vmobject::addr::{PAGE_SIZE, Pfn};
-use vmobject::store::{Direction, IoToken, PageStore, StoreError, StoreId};
+use vmobject::store::{Direction, Expected, IoToken, PageStore, StoreError, StoreId};
 
 /// Completions that are collected under a disk's lock before they are delivered.
 const BATCH: usize = 32;
@@ -32,18 +35,67 @@ struct Disk {
     interrupt: Interrupt,
 }
 
-/// One partition, or all of a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Part {
-    disk: usize,
-    /// It is a disk for guests: what is on it is none of our business.
-    whole: bool,
-    name: String,
+/// What a store is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A partition.
+    Partition,
+    /// All of a disk for guests: what is on it is none of our business.
+    GuestDisk,
+    /// All of a disk for stored guests; its halves follow.
+    ImageDisk,
+    /// A half of one.
+    Half,
+}
+
+/// Where on a disk something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
     first_sector: u64,
     sectors: u64,
 }
 
-/// All disks and their partitions. Made at boot, never changed.
+/// What a half of a disk for stored guests holds: a guest's pages.
+#[derive(Debug)]
+pub struct View {
+    /// Where they are.
+    pub header: Header,
+    /// What is known of each.
+    pub sums: Vec<u32>,
+}
+
+impl View {
+    fn extent(&self) -> Extent {
+        let (start, pages) = (self.header.start(), self.header.pages);
+        Extent { first_sector: start.saturating_mul(PER_PAGE), sectors: pages.saturating_mul(PER_PAGE) }
+    }
+}
+
+/// One store.
+struct Part {
+    disk: usize,
+    kind: Kind,
+    name: String,
+    extent: Extent,
+    /// Of a half. Nothing is locked under it.
+    view: SpinMutex<Option<View>>,
+}
+
+impl Part {
+    fn new(disk: usize, kind: Kind, name: &str, extent: Extent) -> Self {
+        Self { disk, kind, name: name.to_string(), extent, view: SpinMutex::new(None) }
+    }
+
+    /// Where it is now.
+    fn extent(&self) -> Extent {
+        match self.kind {
+            Kind::Partition | Kind::GuestDisk | Kind::ImageDisk => self.extent,
+            Kind::Half => self.view.lock().as_ref().map_or(self.extent, View::extent),
+        }
+    }
+}
+
+/// All disks and their stores. Made at boot; later only what halves hold changes.
 #[derive(Default)]
 pub struct Disks {
     disks: Vec<Disk>,
@@ -61,8 +113,14 @@ impl Disks {
         let (disk, parts) = (self.disks.len(), &mut self.parts);
         let id = blk.id_now().unwrap_or_default();
         let id = String::from_utf8_lossy(id.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned();
-        if id.starts_with(hv_abi::manifest::DISK_ID) && parts.len() <= usize::from(u16::MAX) {
-            parts.push(Part { disk, whole: true, name: id, first_sector: 0, sectors: blk.sectors() });
+        let whole = [(DISK_ID, Kind::GuestDisk), (IMAGE_DISK_ID, Kind::ImageDisk)];
+        let whole = whole.into_iter().find(|(stem, _)| id.starts_with(stem));
+        if let Some((_, kind)) = whole.filter(|_| parts.len() + SLOTS <= usize::from(u16::MAX)) {
+            parts.push(Part::new(disk, kind, &id, Extent { first_sector: 0, sectors: blk.sectors() }));
+            if kind == Kind::ImageDisk {
+                let nothing = Extent { first_sector: 0, sectors: 0 };
+                parts.extend((0..SLOTS).map(|_| Part::new(disk, Kind::Half, &id, nothing)));
+            }
             self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
             return Ok(());
         }
@@ -71,8 +129,7 @@ impl Disks {
             // More partitions than a StoreId can name cannot be used.
             if parts.len() <= usize::from(u16::MAX) {
                 let Partition { name, first_sector, sectors, .. } = partition;
-                let name = name.to_string();
-                parts.push(Part { disk, whole: false, name, first_sector, sectors });
+                parts.push(Part::new(disk, Kind::Partition, &name, Extent { first_sector, sectors }));
             }
         };
         let read = gpt::read(&mut blk, &mut each);
@@ -91,12 +148,29 @@ impl Disks {
 
     /// The disk for guests that calls itself so.
     pub fn find_disk(&self, id: &str) -> Option<StoreId> {
-        self.stores().find(|(_, part)| part.whole && part.name == id).map(|(store, _)| store)
+        let found = |part: &Part| part.kind == Kind::GuestDisk && part.name == id;
+        self.stores().find(|(_, part)| found(part)).map(|(store, _)| store)
+    }
+
+    /// The disk for stored guests that calls itself so, and its halves.
+    pub fn find_image_disk(&self, id: &str) -> Option<(StoreId, [StoreId; SLOTS])> {
+        let found = |part: &Part| part.kind == Kind::ImageDisk && part.name == id;
+        let (disk, _) = self.stores().find(|(_, part)| found(part))?;
+        Some((disk, [StoreId(disk.0 + 1), StoreId(disk.0 + 2)]))
+    }
+
+    /// Says what a half of a disk for stored guests holds from now on; nobody uses what it held.
+    pub fn set_view(&self, half: StoreId, view: Option<View>) {
+        if let Some(part) = self.part(half) {
+            let old = core::mem::replace(&mut *part.view.lock(), view);
+            drop(old);
+        }
     }
 
     /// The partitions, in the order of their numbers.
     pub fn partitions(&self) -> impl Iterator<Item = (StoreId, &str)> {
-        self.stores().filter(|(_, part)| !part.whole).map(|(store, part)| (store, part.name.as_str()))
+        let named = |part: &&Part| part.kind == Kind::Partition;
+        self.stores().filter(move |(_, part)| named(part)).map(|(store, part)| (store, part.name.as_str()))
     }
 
     /// What a store is called.
@@ -115,7 +189,7 @@ impl Disks {
 
     /// Bytes in a store.
     pub fn bytes(&self, store: StoreId) -> u64 {
-        self.part(store).map_or(0, |part| part.sectors * SECTOR)
+        self.part(store).map_or(0, |part| part.extent().sectors * SECTOR)
     }
 
     /// The disks' interrupts: on any of them, [`Disks::poll`].
@@ -153,12 +227,12 @@ impl Disks {
     /// Reads `out.len()` bytes at `offset` of a store, waiting. For boot: busy while anything is in flight.
     pub fn read_now(&self, store: StoreId, offset: u64, out: &mut [u8]) -> Result<(), StoreError> {
         let (part, disk) = self.disk_of(store)?;
-        let end = offset.checked_add(out.len() as u64);
-        if end.is_none_or(|end| end > part.sectors * SECTOR) {
+        let (end, extent) = (offset.checked_add(out.len() as u64), part.extent());
+        if end.is_none_or(|end| end > extent.sectors * SECTOR) {
             return Err(StoreError::Refused);
         }
         let mut blk = disk.blk.lock();
-        let mut sector = part.first_sector + offset / SECTOR;
+        let mut sector = extent.first_sector + offset / SECTOR;
         // The part of a first sector that `offset` skips, then whole sectors.
         let skip = usize::try_from(offset % SECTOR).map_err(|_| StoreError::Refused)?;
         let head = if skip == 0 { 0 } else { out.len().min(SECTOR_BYTES - skip) };
@@ -193,7 +267,7 @@ impl PageStore for Disks {
     ) -> Result<(), StoreError> {
         let (part, disk) = self.disk_of(store)?;
         let mut transfer = Transfer::default();
-        transfer.describe(part, first, frames)?;
+        transfer.describe(part.extent(), first, frames)?;
         let way = match direction {
             Direction::In => blk::Direction::Read,
             Direction::Out => blk::Direction::Write,
@@ -215,9 +289,10 @@ impl PageStore for Disks {
 
     fn discard(&self, store: StoreId, first: u64, pages: u64) {
         let Ok((part, disk)) = self.disk_of(store) else { return };
-        let start = first.saturating_mul(PER_PAGE).min(part.sectors);
-        let mut left = pages.saturating_mul(PER_PAGE).min(part.sectors - start);
-        let mut sector = part.first_sector + start;
+        let Extent { first_sector, sectors } = part.extent();
+        let start = first.saturating_mul(PER_PAGE).min(sectors);
+        let mut left = pages.saturating_mul(PER_PAGE).min(sectors - start);
+        let mut sector = first_sector + start;
         let mut blk = disk.blk.lock();
         // Bounded by the queue: when it is full the rest is forgotten, which advice may be.
         while left > 0 {
@@ -228,7 +303,19 @@ impl PageStore for Disks {
     }
 
     fn pages(&self, store: StoreId) -> u64 {
-        self.part(store).map_or(0, |part| part.sectors.div_ceil(PER_PAGE))
+        self.part(store).map_or(0, |part| part.extent().sectors.div_ceil(PER_PAGE))
+    }
+
+    fn expects(&self, store: StoreId, page: u64) -> Expected {
+        let Some(part) = self.part(store).filter(|part| part.kind == Kind::Half) else {
+            return Expected::Anything;
+        };
+        let view = part.view.lock();
+        let Some(view) = view.as_ref() else { return Expected::Anything };
+        match usize::try_from(page).ok().and_then(|page| view.sums.get(page)) {
+            None | Some(0) => Expected::Zeros,
+            Some(&sum) => Expected::Sum { key: view.header.page_key(page), sum },
+        }
     }
 }
 
@@ -243,7 +330,7 @@ struct Transfer {
 
 impl Transfer {
     /// Fills in an empty one where it stands: there is room for 2 KiB of segments.
-    fn describe(&mut self, part: &Part, first: u64, frames: &[Pfn]) -> Result<(), StoreError> {
+    fn describe(&mut self, part: Extent, first: u64, frames: &[Pfn]) -> Result<(), StoreError> {
         let start = first.checked_mul(PER_PAGE).filter(|start| *start < part.sectors);
         let start = start.ok_or(StoreError::Refused)?;
         let mut left = (part.sectors - start) * SECTOR;
@@ -289,11 +376,11 @@ mod tests {
     use super::*;
     use vmobject::addr::PhysAddr;
 
-    fn part() -> Part {
-        Part { disk: 0, whole: false, name: String::new(), first_sector: 100, sectors: 20 }
+    fn part() -> Extent {
+        Extent { first_sector: 100, sectors: 20 }
     }
 
-    fn transfer(part: &Part, first: u64, frames: &[Pfn]) -> Result<Transfer, StoreError> {
+    fn transfer(part: Extent, first: u64, frames: &[Pfn]) -> Result<Transfer, StoreError> {
         let mut transfer = Transfer::default();
         transfer.describe(part, first, frames).map(|()| transfer)
     }
@@ -305,8 +392,8 @@ mod tests {
     #[test]
     fn neighbouring_frames_are_one_segment() {
         let frames = [Pfn::new(5), Pfn::new(6), Pfn::new(8)];
-        let part = Part { sectors: 1000, ..part() };
-        let transfer = transfer(&part, 2, &frames).unwrap();
+        let part = Extent { sectors: 1000, ..part() };
+        let transfer = transfer(part, 2, &frames).unwrap();
         assert_eq!(transfer.sector, 116);
         assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 0x2000), segment(0x8000, 0x1000)]);
         assert_eq!(transfer.tail, None);
@@ -314,16 +401,16 @@ mod tests {
 
     #[test]
     fn the_last_part_of_a_page_is_transferred_and_the_rest_of_its_frame_is_zeroed() {
-        let transfer = transfer(&part(), 2, &[Pfn::new(5)]).unwrap();
+        let transfer = transfer(part(), 2, &[Pfn::new(5)]).unwrap();
         assert_eq!(transfer.segments.as_slice(), [segment(0x5000, 4 * 512)]);
         assert_eq!(transfer.tail, Some((0x5800, 0x800)));
     }
 
     #[test]
     fn pages_past_the_end_are_refused() {
-        assert_eq!(transfer(&part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
-        assert_eq!(transfer(&part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
-        assert_eq!(transfer(&part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
+        assert_eq!(transfer(part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
+        assert_eq!(transfer(part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
+        assert_eq!(transfer(part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
     }
 
     #[test]

@@ -31,6 +31,14 @@ pub trait Host {
     fn delete(&mut self, name: &str) -> Result<(), String>;
     /// Makes a guest again what it was in a snapshot; its name.
     fn reset(&mut self, id: u32, name: Option<&str>) -> Result<String, String>;
+    /// Begins to store a guest under a name, at so many mebibytes a second at most; the job's number.
+    fn save(&mut self, id: u32, image: &str, rate: Option<u64>) -> Result<u32, String>;
+    /// Guests being stored.
+    fn jobs(&mut self) -> Value;
+    /// Gives one of them up.
+    fn cancel(&mut self, job: u32) -> Result<(), String>;
+    /// The disks for stored guests.
+    fn images(&mut self) -> Value;
     /// Stops a guest's vCPUs.
     fn pause(&mut self, id: u32) -> Result<(), String>;
     /// Lets them go on.
@@ -145,6 +153,7 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Attach(guest) => {
             host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id)))
         }
+        Command::Cancel(job) => host.cancel(*job).map(|()| done("cancelled", *job)),
         Command::Check => host.check(),
         Command::Clone(guest, count, paused) => {
             let id = host.find(guest)?;
@@ -164,6 +173,8 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
             .find(|c| c.name == name)
             .map(|c| json!({"usage": usage(c), "does": c.does}))
             .ok_or_else(|| format!("no command '{name}'; 'help' lists them")),
+        Command::Images => Ok(host.images()),
+        Command::Jobs => Ok(host.jobs()),
         Command::Kill(guest) => {
             let id = host.find(guest)?;
             host.kill(id)?;
@@ -186,6 +197,16 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         }
         Command::Resume(guest) => {
             host.find(guest).and_then(|id| host.resume(id).map(|()| done("resumed", id)))
+        }
+        Command::Save(guest, image, rate, wait) => {
+            let id = host.find(guest)?;
+            let job = host.save(id, image, *rate)?;
+            let answer = json!({"saving": id, "image": image, "job": job});
+            if *wait {
+                let until = Until::Job(job);
+                return Ok(Answer::Later(Later { id, until, looked: 0, answer }));
+            }
+            Ok(answer)
         }
         Command::Send(guest, text) => {
             let mut bytes = text.as_bytes().to_vec();
@@ -324,6 +345,18 @@ mod tests {
         fn reset(&mut self, _: u32, name: Option<&str>) -> Result<String, String> {
             name.map(String::from).ok_or_else(|| "it came from none".into())
         }
+        fn save(&mut self, _: u32, _: &str, _: Option<u64>) -> Result<u32, String> {
+            Ok(4)
+        }
+        fn jobs(&mut self) -> Value {
+            json!([])
+        }
+        fn cancel(&mut self, job: u32) -> Result<(), String> {
+            Err(format!("no job {job}"))
+        }
+        fn images(&mut self) -> Value {
+            json!([])
+        }
         fn pause(&mut self, id: u32) -> Result<(), String> {
             self.said.push(format!("pause {id}"));
             Ok(())
@@ -370,6 +403,7 @@ mod tests {
         }
         fn reached(&mut self, _: u32, until: &Until, _: &mut u64) -> Result<bool, String> {
             match until {
+                Until::Job(_) => Ok(true),
                 Until::Gone => Ok(self.said.iter().any(|said| said == "buried")),
                 Until::State(_) => Err("it is gone".into()),
                 Until::Text(text) => Ok(text == "hello"),

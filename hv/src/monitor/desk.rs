@@ -238,7 +238,8 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
         // than what the port takes at once. That it takes more is no line that arrives.
         sched::call_daemon_here();
     }
-    if super::host::is_leaving() && table::is_empty(held) && DESK.lock(held).0.output.is_empty() {
+    let idle = table::is_empty(held) && !sched::jobs::are_running();
+    if super::host::is_leaving() && idle && DESK.lock(held).0.output.is_empty() {
         front.leave();
     }
 }
@@ -392,6 +393,7 @@ mod tests {
     impl Outside for Wires {
         fn interrupt(&self, _: u32, _: &mut Held<'_, { rank::VCPU }>) {}
         fn last_guest_ended(&self) {}
+        fn job_ended(&self, _: &mut Held<'_, 0>) {}
         fn set_timer_active(&self, _: bool) {}
         fn look_around(&self, _: &mut Cpu, _: &mut Held<'_, 0>) {}
         fn poll(&self, _: &mut Held<'_, 0>) {}

@@ -20,13 +20,15 @@ use super::view::{self, Objects};
 use crate::arch::context::Trap;
 use crate::guest::exit::Ending;
 use crate::guest::family::Birth;
-use crate::guest::snapshot::{self, SnapshotError};
+use crate::guest::snapshot::{self, Keep, Origin, Snapshot, SnapshotError};
+use crate::guest::stored;
 use crate::guest::vcpu::Vcpu;
 use crate::guest::{Guest, GuestId, Life, console, create, table};
 use crate::loader::manifest::parse_guest;
 use crate::loader::{Boot, GuestConfig};
 use crate::mm;
 use crate::sched::fork::{Begin, fork};
+use crate::sched::jobs;
 use crate::sched::load::Cpu;
 use crate::sched::{self, Outside};
 
@@ -106,8 +108,26 @@ fn state(guest: &Guest) -> &'static str {
 }
 
 impl Guests<'_, '_> {
+    /// The snapshot of that name; one of a stored guest is made when it is wanted, and again when another was stored.
+    fn moment(&mut self, from: &str, id: GuestId) -> Result<Arc<Snapshot>, String> {
+        let stored = stored::generation(from, self.held);
+        let kept = snapshot::source(from, self.held);
+        if let (Some(Origin::Stored(old)), Some(new)) = (kept, stored)
+            && old != new
+        {
+            snapshot::forget(from, self.held);
+        }
+        if snapshot::source(from, self.held).is_none() && stored::exists(from, self.held) {
+            let (moment, generation) =
+                stored::resume(from, self.held).map_err(|error| format!("{from}: {error}"))?;
+            snapshot::keep(moment, Origin::Stored(generation), Some(from), self.held)
+                .map_err(|error| error.to_string())?;
+        }
+        snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))
+    }
+
     fn create_from(&mut self, id: GuestId, from: &str, name: Option<String>) -> Result<u32, String> {
-        let moment = snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))?;
+        let moment = self.moment(from, id)?;
         let name = name.unwrap_or_else(|| format!("{from}.{id}"));
         if table::find(&name, self.held).is_some() {
             return Err(format!("there is a guest '{name}' already"));
@@ -183,14 +203,22 @@ impl Host for Guests<'_, '_> {
     fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
         let guest = self.guest(id)?;
         let random = snapshot::draw(&guest, self.held);
-        let moment = self.still(&guest, |guest, held| snapshot::take(guest, random, held))?;
-        snapshot::keep(moment, guest.id, name, self.held).map_err(|error| error.to_string())
+        if let Some(name) = name.filter(|name| stored::exists(name, self.held)) {
+            return Err(format!("a disk for stored guests is called '{name}'; 'save' stores there"));
+        }
+        let keep = Keep::Shadowed;
+        let moment = self.still(&guest, |guest, held| snapshot::take(guest, random, keep, held))?;
+        snapshot::keep(moment, Origin::Guest(guest.id), name, self.held).map_err(|error| error.to_string())
     }
 
     fn snapshots(&mut self) -> Value {
         let row = |kept: &snapshot::KeptInfo| {
+            let of = match kept.source {
+                Origin::Guest(guest) => json!(guest.0),
+                Origin::Stored(generation) => json!(format!("stored, generation {generation}")),
+            };
             json!({
-                "name": kept.name, "of": kept.source.0, "vcpus": kept.vcpus,
+                "name": kept.name, "of": of, "vcpus": kept.vcpus,
                 "memory_mib": kept.memory >> 20, "guests": kept.guests,
             })
         };
@@ -215,6 +243,64 @@ impl Host for Guests<'_, '_> {
         })?;
         sched::start_all(&guest, self.held);
         Ok(name)
+    }
+
+    fn save(&mut self, id: u32, image: &str, rate: Option<u64>) -> Result<u32, String> {
+        let guest = self.guest(id)?;
+        // Nothing keeps what was stored there before the last time but a snapshot that nobody can use any more.
+        let current = stored::generation(image, self.held);
+        if matches!(snapshot::source(image, self.held), Some(Origin::Stored(old)) if Some(old) != current) {
+            snapshot::forget(image, self.held);
+        }
+        let rate = rate.map(|mib| mib << 20);
+        jobs::save(&guest, image, rate, self.cpu, self.outside, self.held)
+    }
+
+    fn jobs(&mut self) -> Value {
+        let row = |job: &jobs::Info| {
+            let (done, all) = job.progress;
+            let state = match &job.state {
+                jobs::State::Running => "running".to_string(),
+                jobs::State::Done => "done".to_string(),
+                jobs::State::Cancelled => "cancelled".to_string(),
+                jobs::State::Failed(why) => format!("failed: {why}"),
+            };
+            json!({
+                "id": job.id, "guest": job.guest.0, "image": job.image, "state": state,
+                "percent": done * 100 / all.max(1), "pages": all, "stored_pages": job.stored, "ms": job.ms,
+            })
+        };
+        Value::Array(jobs::all(self.held).iter().map(row).collect())
+    }
+
+    fn cancel(&mut self, job: u32) -> Result<(), String> {
+        if jobs::cancel(job, self.held) {
+            Ok(())
+        } else {
+            Err(format!("no job {job} can be cancelled; 'jobs' lists them"))
+        }
+    }
+
+    fn images(&mut self) -> Value {
+        let row = |info: &stored::Info| {
+            let mut row =
+                json!({"name": info.name, "disk_mib": info.bytes >> 20, "read_only": info.read_only});
+            match &info.image {
+                Ok((generation, text, pages)) => {
+                    row["state"] = json!("stored");
+                    row["generation"] = json!(generation);
+                    row["stored_pages"] = json!(pages);
+                    if let Ok(Value::Object(told)) = serde_json::from_str(text) {
+                        for (key, value) in told {
+                            row[key] = value;
+                        }
+                    }
+                }
+                Err(why) => row["state"] = json!(why),
+            }
+            row
+        };
+        Value::Array(stored::all(self.held).iter().map(row).collect())
     }
 
     fn pause(&mut self, id: u32) -> Result<(), String> {
@@ -329,6 +415,7 @@ impl Host for Guests<'_, '_> {
 
     fn shutdown(&mut self) -> Result<(), String> {
         leave_with_the_last_guest();
+        jobs::cancel_all(self.held);
         for guest in table::all(self.held) {
             sched::end(&guest, Ending::Killed, self.held);
         }
@@ -336,8 +423,19 @@ impl Host for Guests<'_, '_> {
     }
 
     fn reached(&mut self, id: u32, until: &Until, looked: &mut u64) -> Result<bool, String> {
+        if let Until::Job(id) = until {
+            let job = jobs::all(self.held).into_iter().find(|job| job.id == *id);
+            return match job.map(|job| job.state) {
+                Some(jobs::State::Running) => Ok(false),
+                Some(jobs::State::Done) => Ok(true),
+                Some(jobs::State::Cancelled) => Err(format!("job {id} was cancelled")),
+                Some(jobs::State::Failed(why)) => Err(why),
+                None => Err(format!("job {id} is over and forgotten")),
+            };
+        }
         let guest = table::get(GuestId(id), self.held);
         match (until, guest) {
+            (Until::Job(_), _) => Ok(true),
             (Until::Gone, guest) => Ok(guest.is_none()),
             (Until::State(wanted), None) if wanted == "gone" => Ok(true),
             (Until::State(_) | Until::Text(_), None) => Err(gone(id)),

@@ -7,6 +7,8 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use hv_abi::manifest::mebibytes;
+
 /// One command as help shows it.
 pub struct Help {
     /// The first word.
@@ -24,16 +26,19 @@ const fn help(name: &'static str, usage: &'static str, does: &'static str) -> He
 /// Every command there is.
 pub const COMMANDS: &[Help] = &[
     help("attach", "G", "connect the console to guest G; Ctrl-T comes back here"),
+    help("cancel", "JOB", "give up storing a guest; what was stored before stays"),
     help("check", "", "audit every invariant of the memory manager now"),
     help("clone", "G [-n N] [--paused]", "fork the running guest G into N live children"),
     help(
         "create",
-        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR] [grant-fork=N] [--from SNAPSHOT]",
-        "create and start a guest from the images on the disk, or from a snapshot",
+        "[name=N] [kernel=P] [initrd=P] [bios=P] [memory=256M] [vcpus=1] [append=STR] [grant-fork=N] [--from SNAPSHOT|IMAGE]",
+        "create and start a guest from the images on the disk, from a snapshot, or from a stored guest",
     ),
     help("delete", "SNAPSHOT", "forget a snapshot; guests that were made from it go on"),
     help("guests", "", "the guests, their state and how much memory they hold"),
     help("help", "[CMD]", "this list, or one command of it"),
+    help("images", "", "the disks for stored guests, and what is on them"),
+    help("jobs", "", "guests being stored, and how far that is"),
     help("kill", "G", "end guest G and give its memory back"),
     help("log", "G", "what guest G has printed lately"),
     help("map", "G", "the map of guest G: ranges, objects, protection"),
@@ -43,6 +48,11 @@ pub const COMMANDS: &[Help] = &[
     help("pause", "G", "stop the vCPUs of guest G"),
     help("reset", "G [SNAPSHOT]", "make guest G what it was in the snapshot, else the one that it came from"),
     help("resume", "G", "let a paused guest go on"),
+    help(
+        "save",
+        "G IMAGE [--rate SIZE] [--wait]",
+        "store guest G as it is now on a disk while it runs, SIZE a second at most; wait until that is durable",
+    ),
     help("send", "G TEXT", "type TEXT and a return into guest G"),
     help("shutdown", "", "kill every guest and leave"),
     help("snapshot", "G [NAME]", "keep guest G as it is now, to make guests from"),
@@ -62,6 +72,8 @@ pub enum Until {
     Gone,
     /// The guest is in this state of [`STATES`].
     State(String),
+    /// The job of this number is over.
+    Job(u32),
     /// The guest prints this: after what was last waited for, and after what was last sent.
     Text(String),
 }
@@ -71,6 +83,8 @@ pub enum Until {
 pub enum Command {
     /// Connect the console to a guest.
     Attach(String),
+    /// Give up a job.
+    Cancel(u32),
     /// Audit now.
     Check,
     /// Fork a guest: how many children, and whether they begin paused.
@@ -83,6 +97,10 @@ pub enum Command {
     Guests,
     /// Help on all or one.
     Help(Option<String>),
+    /// The disks for stored guests.
+    Images,
+    /// Guests being stored.
+    Jobs,
     /// End a guest.
     Kill(String),
     /// Recent console output.
@@ -101,6 +119,8 @@ pub enum Command {
     Reset(String, Option<String>),
     /// Let them go on.
     Resume(String),
+    /// Store a guest under a name: mebibytes a second at most, and whether to wait until it is durable.
+    Save(String, String, Option<u64>, bool),
     /// Type into a guest.
     Send(String, String),
     /// Leave.
@@ -152,12 +172,15 @@ pub fn parse(line: &str) -> Result<Command, String> {
     };
     match help.name {
         "attach" => one().map(Command::Attach),
+        "cancel" => one().and_then(|job| job.parse().map(Command::Cancel).map_err(|_| wrong())),
         "check" => none(Command::Check),
         "clone" => children(rest).ok_or_else(wrong),
         "create" => pairs(rest).map_err(|word| format!("'{word}' is not KEY=VALUE; {}", usage(help))),
         "delete" => one().map(Command::Delete),
         "guests" => none(Command::Guests),
         "help" => maybe().map(Command::Help),
+        "images" => none(Command::Images),
+        "jobs" => none(Command::Jobs),
         "kill" => one().map(Command::Kill),
         "log" => one().map(Command::Log),
         "map" => one().map(Command::Map),
@@ -167,6 +190,7 @@ pub fn parse(line: &str) -> Result<Command, String> {
         "pause" => one().map(Command::Pause),
         "reset" => guest_and_name().map(|(guest, name)| Command::Reset(guest, name)),
         "resume" => one().map(Command::Resume),
+        "save" => save(rest).ok_or_else(wrong),
         "send" => match rest {
             [guest, text @ ..] if !text.is_empty() => Ok(Command::Send(guest.clone(), text.join(" "))),
             _ => Err(wrong()),
@@ -197,6 +221,22 @@ fn children(words: &[String]) -> Option<Command> {
         }
     }
     Some(Command::Clone(guest?, count, paused))
+}
+
+/// `G IMAGE [--rate SIZE] [--wait]`, the options anywhere.
+fn save(words: &[String]) -> Option<Command> {
+    let (mut names, mut rate, mut wait) = (Vec::new(), None, false);
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--rate" => rate = Some(mebibytes(words.next()?).filter(|mib| *mib > 0)?),
+            "--wait" => wait = true,
+            word if word.starts_with('-') => return None,
+            word => names.push(word.to_owned()),
+        }
+    }
+    let [guest, image] = <[String; 2]>::try_from(names).ok()?;
+    Some(Command::Save(guest, image, rate, wait))
 }
 
 /// `KEY=VALUE` or `--KEY VALUE`, any number of them; the error is the word that is neither.
@@ -297,6 +337,7 @@ mod tests {
                 }
                 optional &= !word.ends_with(']');
             }
+            let needed = needed.replace("JOB", "1");
             let line = format!("{}{}", command.name, needed);
             assert!(parse(&line).is_ok(), "{line}: {:?}", parse(&line));
         }
@@ -349,6 +390,23 @@ mod tests {
         {
             assert_eq!(parse(wrong).unwrap_err(), "usage: clone G [-n N] [--paused]", "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_save_takes_a_rate_and_may_wait() {
+        let save = |rate, wait| Ok(Command::Save("g".into(), "golden".into(), rate, wait));
+        assert_eq!(parse("save g golden"), save(None, false));
+        assert_eq!(parse("save --rate 8M g --wait golden"), save(Some(8), true));
+        for wrong in [
+            "save g",
+            "save g golden other",
+            "save g golden --rate",
+            "save g golden --rate 0",
+            "save g golden --soon",
+        ] {
+            assert_eq!(parse(wrong).unwrap_err(), "usage: save G IMAGE [--rate SIZE] [--wait]", "{wrong}");
+        }
+        assert!(parse("cancel soon").is_err());
     }
 
     #[test]

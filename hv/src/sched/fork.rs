@@ -15,7 +15,7 @@ use crate::arch::timer;
 use crate::guest::exit::Asked;
 use crate::guest::forkpage::Outcome;
 use crate::guest::psci::code;
-use crate::guest::snapshot::{self, Snapshot, SnapshotError};
+use crate::guest::snapshot::{self, Keep, Snapshot, SnapshotError};
 use crate::guest::vcpu::VcpuRef;
 use crate::guest::{Guest, GuestId, Life, create, table};
 use vmobject::lock::Held;
@@ -87,7 +87,7 @@ pub fn fork(
     let random = snapshot::draw(source, held);
     take_interrupts(cpu, outside, held);
     let start = timer::now();
-    let take = |held: &mut Held<'_, 0>| snapshot::take(source, random, held);
+    let take = |held: &mut Held<'_, 0>| snapshot::take(source, random, Keep::Shadowed, held);
     let (moment, pause) = while_still(source, cpu, outside, held, take)?;
     let moment = moment?;
     // The source goes on elsewhere already; here interrupts are all that may come in between.

@@ -11,6 +11,7 @@ mod daemon;
 mod errands;
 pub mod fork;
 mod idle;
+pub mod jobs;
 pub mod load;
 pub mod quiet;
 pub mod runqueue;
@@ -55,6 +56,8 @@ pub trait Outside: Sync {
     fn interrupt(&self, intid: u32, held: &mut Held<'_, { rank::VCPU }>);
     /// The last guest has ended.
     fn last_guest_ended(&self);
+    /// A job is over.
+    fn job_ended(&self, held: &mut Held<'_, 0>);
     /// Makes the virtual timer's physical interrupt active or not, on this CPU.
     fn set_timer_active(&self, active: bool);
     /// This CPU looks around before it picks a vCPU: for work that no interrupt announces.
@@ -90,7 +93,7 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
         wake(&vcpu, held);
     }
-    let more = page_out(held);
+    let more = page_out(held) | jobs::work(cpu, outside, held);
     share_with_chores(cpu, outside, held);
     match next(cpu.id, held) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),

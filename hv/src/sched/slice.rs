@@ -13,7 +13,7 @@ use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Asked, Ending, Exit, Run, Waiting};
 use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, rank};
-use crate::vdev::vtimer::virtual_deadline;
+use crate::vdev::vtimer::{host_time, virtual_deadline};
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
 
@@ -256,7 +256,7 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
     vcpu.set_cause(Cause::Event);
     let virtual_timer =
         virtual_deadline(control, compare, guest.offset()).filter(|_| !timer_is_high(control));
-    let physical = physical.map(|at| at.saturating_add(guest.offset()));
+    let physical = physical.map(|at| host_time(at, guest.offset()));
     let deadline = virtual_timer.unwrap_or(u64::MAX).min(physical.unwrap_or(u64::MAX));
     let disks = guest.work.waits().then(|| timer::now().saturating_add(ticks(PATIENCE_MS)));
     block(cpu, entry, deadline.min(disks.unwrap_or(u64::MAX)))
@@ -319,9 +319,23 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
 fn arm(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
     let guest = &entry.guest;
     let physical = guest.devices.lock(held).0.timer_deadline(entry.vcpu().index);
-    let physical = physical.map_or(u64::MAX, |at| at.saturating_add(guest.offset()));
+    let physical = physical.map_or(u64::MAX, |at| host_time(at, guest.offset()));
     let sleeper = cpu.sleepers.next().unwrap_or(u64::MAX);
-    timer::arm_host(cpu.slice_end.min(physical).min(sleeper));
+    let mut deadline = cpu.slice_end.min(physical).min(sleeper);
+    if guest.offset().cast_signed() < 0 {
+        deadline = deadline.min(look_again(guest.offset()));
+    }
+    timer::arm_host(deadline);
+}
+
+/// When to look at the virtual timer of a guest whose counter is ahead of the host's. By the architecture its timer
+/// fires by itself; QEMU's adds CNTV_CVAL and CNTVOFF without wrapping, takes an overflow for "never", and looks again
+/// whenever one of the two is written. A timer that is set later in the slice is looked at when that ends.
+#[cold]
+fn look_again(offset: u64) -> u64 {
+    switch::set_cntvoff(offset);
+    let (control, compare) = switch::virtual_timer();
+    virtual_deadline(control, compare, offset).filter(|_| !timer_is_high(control)).unwrap_or(u64::MAX)
 }
 
 /// Interrupts ended a guest run: handles them, and says whether the vCPU has to leave.

@@ -5,6 +5,7 @@
 //! raised as soon as anything is there. Registers may be read and written with any size. Used by `guest`.
 
 use super::primecell_id;
+use serde::{Deserialize, Serialize};
 
 /// Bytes that the receive FIFO holds.
 pub const FIFO: usize = 16;
@@ -37,7 +38,7 @@ const INT_ALL: u16 = 0x7ff;
 const ID: [u8; 8] = [0x11, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 /// A UART.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Vpl011 {
     fifo: [u8; FIFO],
     first: usize,
@@ -76,6 +77,11 @@ impl Vpl011 {
             raised: 0,
             dma: 0,
         }
+    }
+
+    /// True unless no UART could be like this: for one that was stored.
+    pub const fn is_sound(&self) -> bool {
+        self.first < FIFO && self.count <= FIFO
     }
 
     /// Whether its interrupt line is high.

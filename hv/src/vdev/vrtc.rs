@@ -6,6 +6,7 @@
 //! Used by `guest`.
 
 use super::{low, primecell_id};
+use serde::{Deserialize, Serialize};
 
 const DR: u64 = 0x00;
 const MR: u64 = 0x04;
@@ -19,7 +20,7 @@ const ICR: u64 = 0x1c;
 const ID: [u8; 8] = [0x31, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 /// A clock.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Vrtc {
     /// Counts per second; not zero.
     frequency: u64,
@@ -50,6 +51,11 @@ impl Vrtc {
             raised: false,
             armed: false,
         }
+    }
+
+    /// Counts per second.
+    pub const fn frequency(&self) -> u64 {
+        self.frequency
     }
 
     /// So many counts went by that the guest's counter will not show.

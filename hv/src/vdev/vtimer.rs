@@ -5,13 +5,14 @@
 //! it last saw is low, so that a timer that has fired does not ask again. Used by `guest`, `sched`.
 
 use super::low;
+use serde::{Deserialize, Serialize};
 
 const ENABLE: u64 = 1;
 const MASKED: u64 = 1 << 1;
 const FIRED: u64 = 1 << 2;
 
 /// An EL1 physical timer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vtimer {
     control: u64,
     compare: u64,
@@ -68,10 +69,16 @@ impl Vtimer {
     }
 }
 
+/// When a guest's counter is at `at`, in the host's counts. The offset is negative, in two's complement, where the
+/// guest's counter is ahead: it was stored by a machine that had run for longer.
+pub const fn host_time(at: u64, offset: u64) -> u64 {
+    at.saturating_add_signed(offset.cast_signed())
+}
+
 /// When a virtual timer (CNTV_CTL, CNTV_CVAL, CNTVOFF) fires, in the host's counts; `None` when it will not.
 /// A time in the past when it has fired already.
 pub const fn virtual_deadline(control: u64, compare: u64, offset: u64) -> Option<u64> {
-    if control & (ENABLE | MASKED) != ENABLE { None } else { Some(compare.saturating_add(offset)) }
+    if control & (ENABLE | MASKED) != ENABLE { None } else { Some(host_time(compare, offset)) }
 }
 
 #[cfg(test)]
@@ -135,5 +142,8 @@ mod tests {
         assert_eq!(virtual_deadline(3, 100, 1000), None);
         assert_eq!(virtual_deadline(5, 100, 1000), Some(1100), "fired already");
         assert_eq!(virtual_deadline(1, u64::MAX, 1000), Some(u64::MAX));
+        // A guest that is 900 counts ahead of this host.
+        assert_eq!(virtual_deadline(1, 1000, 900_u64.wrapping_neg()), Some(100));
+        assert_eq!(virtual_deadline(1, 100, 900_u64.wrapping_neg()), Some(0), "before this host began");
     }
 }

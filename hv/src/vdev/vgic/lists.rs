@@ -11,6 +11,7 @@
 use super::super::{Kicks, low};
 use super::bank::{Bank, Ones};
 use super::{BITS, NOBODY, Shared, TIMER_BIT, TIMER_PPI, Vgic, Which};
+use serde::{Deserialize, Serialize};
 
 /// The most list registers that the architecture allows.
 pub const MAX_LRS: usize = 16;
@@ -39,7 +40,7 @@ const VMCR_VENG: u64 = 3;
 const VMCR_VPMR_SHIFT: u32 = 24;
 
 /// A vCPU's list registers, as they are in the hardware while it is loaded.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Lists {
     /// The last value written or read.
     image: [u64; MAX_LRS],

@@ -16,6 +16,7 @@ mod redist;
 mod tests;
 
 use alloc::vec::Vec;
+use serde::{Deserialize, Serialize};
 
 use super::Kicks;
 use bank::{BITS, Bank, Ones};
@@ -79,7 +80,7 @@ enum Which {
 }
 
 /// A word of SPIs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Shared {
     /// The number of its first interrupt.
     first: u32,
@@ -93,7 +94,7 @@ struct Shared {
 }
 
 /// A vCPU's part.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Local {
     bank: Bank,
     lists: Lists,
@@ -109,7 +110,7 @@ struct Local {
 
 /// An interrupt controller. A clone of it is a clone of the guest's interrupts, once every vCPU's list
 /// registers are [`unlist`](Self::unlist)ed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Vgic {
     /// GICD_CTLR's group enables.
     groups: u32,
@@ -151,6 +152,19 @@ impl Vgic {
     /// vCPUs that it serves.
     pub fn vcpus(&self) -> usize {
         self.vcpus.len()
+    }
+
+    /// Puts one that was stored on CPUs with `lrs` list registers; false if it is none that serves `vcpus` vCPUs and
+    /// was [`unlist`](Self::unlist)ed.
+    pub fn adopt(&mut self, vcpus: usize, lrs: usize) -> bool {
+        self.lrs = lrs.clamp(1, MAX_LRS);
+        for local in &mut self.vcpus {
+            (local.lists, local.dirty) = (Lists::new(), true);
+        }
+        let firsts = self.spis.iter().map(|shared| shared.first).eq([32, 64, 96]);
+        let banks =
+            self.spis.iter().map(|shared| &shared.bank).chain(self.vcpus.iter().map(|local| &local.bank));
+        self.vcpus.len() == vcpus && firsts && banks.map(|bank| bank.listed).all(|listed| listed == 0)
     }
 
     /// Moves the input of a shared interrupt, by its number (32 and up).

@@ -8,6 +8,7 @@
 
 use super::queue::{Chain, MAX_CHAIN, Segment, Walk, gather, length, locate, scatter};
 use super::{Asked, Fault, RING_INDIRECT, Ram, Transport};
+use serde::{Deserialize, Serialize};
 
 /// Bytes in a sector, the unit of everything on the wire.
 pub const SECTOR: u64 = 512;
@@ -54,7 +55,7 @@ pub trait Medium: Ram {
 }
 
 /// How a request ended, with the specification's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 enum Status {
     Ok = 0,
@@ -63,7 +64,7 @@ enum Status {
 }
 
 /// What a request wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Job {
     Read {
         at: u64,
@@ -84,7 +85,7 @@ enum Job {
 }
 
 /// Ranges to make zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Zero {
     /// Every byte; else it is advice.
     exactly: bool,
@@ -97,7 +98,7 @@ struct Zero {
 }
 
 /// How far a request is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Phase {
     /// There is none.
     Free,
@@ -112,7 +113,7 @@ enum Phase {
 }
 
 /// A request under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Slot {
     phase: Phase,
     /// It said what it waits for, and nobody has woken the device since.
@@ -139,7 +140,7 @@ pub enum Did<W> {
 }
 
 /// A disk, as its driver sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Blk {
     transport: Transport,
     /// Bytes on it.
@@ -170,6 +171,35 @@ impl Blk {
             ring_waits: false,
             slots: core::array::from_fn(|_| Slot::free()),
         }
+    }
+
+    /// Bytes on it.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// True unless no disk could be like this: for one that was stored.
+    pub fn is_sound(&self) -> bool {
+        let fresh = Self::new(self.bytes / SECTOR, self.read_only, "");
+        self.bytes == fresh.bytes
+            && self.transport.is_like(&fresh.transport)
+            && self.slots.iter().all(|slot| self.could_have(slot))
+    }
+
+    fn could_have(&self, slot: &Slot) -> bool {
+        let phase = match slot.phase {
+            Phase::Free | Phase::Header | Phase::Finish(..) => true,
+            Phase::Chain(walk) => walk.is_sound(),
+            Phase::Work(Job::Read { at, bytes, done } | Job::Write { at, bytes, done }) => {
+                done <= bytes && self.has(at, bytes)
+            }
+            Phase::Work(Job::Flush { .. }) => true,
+            Phase::Work(Job::Id) => length(slot.chain.writable()) > 0,
+            Phase::Work(Job::Zero(zero)) => {
+                zero.next <= zero.ranges && zero.ranges <= MAX_RANGES.into() && self.has(zero.at, zero.bytes)
+            }
+        };
+        phase && slot.chain.is_sound()
     }
 
     /// The interrupt line.

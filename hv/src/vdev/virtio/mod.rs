@@ -20,6 +20,7 @@ pub mod queue;
 
 use super::low;
 use queue::Queue;
+use serde::{Deserialize, Serialize};
 
 /// Why an access did not happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +97,7 @@ pub enum Asked {
 }
 
 /// The registers of a device with one queue.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Transport {
     device: u32,
     offered: u64,
@@ -123,6 +124,11 @@ impl Transport {
             interrupt: 0,
             queue: Queue::default(),
         }
+    }
+
+    /// True when it is such a device, with nothing in it that could not be: for one that was stored.
+    fn is_like(&self, other: &Self) -> bool {
+        (self.device, self.offered) == (other.device, other.offered) && self.queue.is_sound()
     }
 
     /// The interrupt line.

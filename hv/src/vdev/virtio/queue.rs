@@ -5,6 +5,7 @@
 //! that loops ends. No address is believed here; [`Ram`] says what can be reached. Called by the devices.
 
 use arrayvec::ArrayVec;
+use serde::{Deserialize, Serialize};
 
 use super::{Fault, Ram};
 
@@ -22,7 +23,7 @@ const DESCRIPTOR: u64 = 16;
 const NO_INTERRUPT: u16 = 1;
 
 /// A queue: where the driver says it is, and how far we are.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Queue {
     pub(super) size: u16,
     pub(super) table: u64,
@@ -39,15 +40,24 @@ impl Queue {
         self.ready
     }
 
-    /// Takes it into use if its size and addresses are such that it could be one.
-    pub(super) fn start(&mut self) {
+    /// True unless it is in use and could not be: for one that was stored.
+    pub(super) fn is_sound(&self) -> bool {
+        !self.ready || self.is_usable()
+    }
+
+    fn is_usable(&self) -> bool {
         let size = u64::from(self.size);
         let ends =
             [(self.table, DESCRIPTOR * size), (self.available, 6 + 2 * size), (self.used, 6 + 8 * size)];
         let fits = ends.iter().all(|(start, bytes)| start.checked_add(*bytes).is_some());
         let aligned =
             self.table.is_multiple_of(16) && self.available.is_multiple_of(2) && self.used.is_multiple_of(4);
-        if self.size.is_power_of_two() && self.size <= SIZE_MAX && fits && aligned {
+        self.size.is_power_of_two() && self.size <= SIZE_MAX && fits && aligned
+    }
+
+    /// Takes it into use if its size and addresses are such that it could be one.
+    pub(super) fn start(&mut self) {
+        if self.is_usable() {
             (self.ready, self.next_available, self.next_used) = (true, 0, 0);
         }
     }
@@ -93,7 +103,7 @@ fn read_u16<R: Ram>(ram: &mut R, at: u64) -> Result<u16, Fault<R::Wait>> {
 }
 
 /// Memory that a chain names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// First byte.
     pub at: u64,
@@ -102,7 +112,7 @@ pub struct Segment {
 }
 
 /// How far a chain is read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Walk {
     table: u64,
     entries: u32,
@@ -111,8 +121,15 @@ pub struct Walk {
     indirect: bool,
 }
 
+impl Walk {
+    /// True unless none could be like this: for one that was stored.
+    pub(super) const fn is_sound(&self) -> bool {
+        self.seen <= MAX_CHAIN
+    }
+}
+
 /// What a chain names: first what the device reads, then what it writes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Chain {
     segments: ArrayVec<Segment, MAX_CHAIN>,
     readable: usize,
@@ -127,6 +144,11 @@ impl Chain {
     /// What it writes.
     pub fn writable(&self) -> &[Segment] {
         self.segments.get(self.readable..).unwrap_or_default()
+    }
+
+    /// True unless no chain could be like this: for one that was stored.
+    pub(super) fn is_sound(&self) -> bool {
+        self.readable <= self.segments.len()
     }
 
     /// Where to begin to read the chain with this head.

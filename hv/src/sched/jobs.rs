@@ -1,0 +1,380 @@
+//! Work that goes on behind the guests' backs: storing one on a disk while it runs.
+//!
+//! A job is driven by whichever CPU goes round, a page at a time, so many in each turn, and by an idle one for as
+//! long as there is something to do; interrupts come in between (invariant I6). The guest stands still only while what
+//! it is gets kept, as for a clone; what it writes afterwards is pushed to that copy first. Nothing waits: a disk that
+//! is busy, a page that has to come from the swap, memory that is short and the rate that was asked for only
+//! mean that the job is looked at again later. Called by `monitor` and by the main loop.
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use arrayvec::ArrayVec;
+use hv_abi::image::PAGE;
+use spin::mutex::SpinMutex;
+use vmobject::addr::{Pfn, PhysAddr};
+use vmobject::fault::{Copied, FaultError, WaitFor};
+use vmobject::lock::{Held, Ranked};
+use vmobject::store::{Direction, IoToken, PageStore as _, StoreError, StoreId};
+
+use super::load::{Cpu, ticks};
+use super::still::while_still;
+use super::{Outside, call_daemon, call_daemon_here, slice, take_interrupts};
+use crate::arch::timer;
+use crate::guest::snapshot::{self, Keep, Snapshot};
+use crate::guest::stored::state::{Region, place};
+use crate::guest::stored::{self, Begun};
+use crate::guest::{Guest, GuestId, rank};
+use crate::mm;
+use crate::stored::open::Opened;
+use crate::stored::write::{Lacks, Page, Sink, Source, Step, WriteError, Writer};
+
+/// Jobs that run at one time.
+const MAX_RUNNING: usize = 4;
+/// Jobs that are over and still shown.
+const MAX_OVER: usize = 16;
+/// Pieces of work in one turn of a CPU.
+const STEPS: usize = 64;
+/// Completions that nobody has looked at yet: more than all jobs can have started.
+const MAX_ARRIVED: usize = 64;
+/// What a job's transfers have and the memory manager's have not.
+const MINE: u64 = 1 << 63;
+
+/// How a job is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Under way.
+    Running,
+    /// Everything is durable.
+    Done,
+    /// It was cancelled; what was stored before is still there.
+    Cancelled,
+    /// It did not work, for this reason; what was stored before is still there.
+    Failed(String),
+}
+
+/// What is shown of a job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Its number.
+    pub id: u32,
+    /// The guest that is stored.
+    pub guest: GuestId,
+    /// Under which name.
+    pub image: String,
+    /// How it is.
+    pub state: State,
+    /// Pages looked at, and all.
+    pub progress: (u64, u64),
+    /// Pages that were not zeros.
+    pub stored: u64,
+    /// Milliseconds since it began, until it was over.
+    pub ms: u64,
+}
+
+struct Running {
+    writer: Writer,
+    snapshot: Box<Snapshot>,
+    store: StoreId,
+    regions: Vec<Region>,
+    /// Bytes a second at most.
+    rate: Option<u64>,
+    cancelled: bool,
+    /// A page of the guest is on its way.
+    awaited: Option<IoToken>,
+}
+
+struct Job {
+    info: Info,
+    began: u64,
+    running: Option<Running>,
+}
+
+static JOBS: Ranked<{ rank::GUESTS }, Vec<Job>> = Ranked::new(Vec::new());
+static NEXT_ID: AtomicU32 = AtomicU32::new(1);
+/// Some job runs.
+static ACTIVE: AtomicBool = AtomicBool::new(false);
+/// A CPU works on jobs.
+static CLAIMED: AtomicBool = AtomicBool::new(false);
+/// Completions of jobs' transfers. A leaf: nothing is locked under it.
+static ARRIVED: SpinMutex<ArrayVec<(IoToken, Result<(), StoreError>), MAX_ARRIVED>> =
+    SpinMutex::new(ArrayVec::new_const());
+
+/// True when a completion is a job's: then it is noted, and the memory manager is not to be told.
+pub fn arrived(token: IoToken, result: Result<(), StoreError>) -> bool {
+    let mine = token.0 & MINE != 0;
+    if mine {
+        // There is room for all that could have been started.
+        let _ = ARRIVED.lock().try_push((token, result));
+    }
+    mine
+}
+
+/// Begins to store a guest as it is now under a name, at so many bytes a second at most; the job's number.
+pub fn save(
+    guest: &Arc<Guest>,
+    image: &str,
+    rate: Option<u64>,
+    cpu: &mut Cpu,
+    outside: &dyn Outside,
+    held: &mut Held<'_, 0>,
+) -> Result<u32, String> {
+    let refused = |error: stored::StoredError| format!("{image}: {error}");
+    stored::is_free(image, held).map_err(refused)?;
+    if JOBS.lock(held).0.iter().filter(|job| job.running.is_some()).count() >= MAX_RUNNING {
+        return Err(format!("{MAX_RUNNING} jobs run already"));
+    }
+    let mut random = snapshot::draw(guest, held);
+    let key = random.words()[0];
+    take_interrupts(cpu, outside, held);
+    let take = |held: &mut Held<'_, 0>| snapshot::take(guest, random, Keep::Pushed, held);
+    let (moment, pause) = while_still(guest, cpu, outside, held, take)
+        .map_err(|restless| format!("guest {}: {restless}", guest.id))?;
+    let moment = moment.map_err(|error| format!("guest {}: {error}", guest.id))?;
+    take_interrupts(cpu, outside, held);
+    let Begun { writer, store, regions } = match stored::begin(image, &moment, key, held) {
+        Ok(begun) => begun,
+        Err(error) => {
+            snapshot::delete(moment, held);
+            return Err(refused(error));
+        }
+    };
+    let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+    let progress = writer.progress();
+    let running = Running { writer, snapshot: moment, store, regions, rate, cancelled: false, awaited: None };
+    let info = Info {
+        id,
+        guest: guest.id,
+        image: image.to_string(),
+        state: State::Running,
+        progress,
+        stored: 0,
+        ms: 0,
+    };
+    log::info!("guest {}: being stored as \"{image}\", still for {pause} ticks", guest.id);
+    let mut jobs = JOBS.lock(held).0;
+    if jobs.iter().filter(|job| job.running.is_none()).count() >= MAX_OVER
+        && let Some(oldest) = jobs.iter().position(|job| job.running.is_none())
+    {
+        jobs.remove(oldest);
+    }
+    jobs.push(Job { info, began: timer::now(), running: Some(running) });
+    ACTIVE.store(true, Ordering::SeqCst);
+    call_daemon();
+    Ok(id)
+}
+
+/// All jobs that run, and the last that did.
+pub fn all(held: &mut Held<'_, 0>) -> Vec<Info> {
+    JOBS.lock(held).0.iter().map(|job| job.info.clone()).collect()
+}
+
+/// True while any job runs.
+pub fn are_running() -> bool {
+    ACTIVE.load(Ordering::SeqCst)
+}
+
+/// Cancels a job; false when none of that number runs, or it is as good as done. It is over a little later.
+pub fn cancel(id: u32, held: &mut Held<'_, 0>) -> bool {
+    let mut jobs = JOBS.lock(held).0;
+    let job = jobs.iter_mut().filter(|job| job.info.id == id).find_map(|job| job.running.as_mut());
+    let Some(running) = job.filter(|running| !running.cancelled) else { return false };
+    running.cancelled = running.writer.cancel();
+    if running.cancelled {
+        call_daemon();
+    }
+    running.cancelled
+}
+
+/// Cancels all.
+pub fn cancel_all(held: &mut Held<'_, 0>) {
+    for info in all(held) {
+        cancel(info.id, held);
+    }
+}
+
+/// Works on jobs for a while; true when there is more to do at once.
+pub(super) fn work(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) -> bool {
+    if !ACTIVE.load(Ordering::Relaxed) || CLAIMED.swap(true, Ordering::SeqCst) {
+        return false;
+    }
+    let mut more = true;
+    for _ in 0..STEPS {
+        more = step_all(held);
+        slice::idle_interrupts(cpu, outside, held);
+        if !more {
+            break;
+        }
+    }
+    let ended = bury(held);
+    CLAIMED.store(false, Ordering::SeqCst);
+    if ended {
+        outside.job_ended(held);
+    }
+    if !more && ACTIVE.load(Ordering::SeqCst) {
+        // What it waits for need not come as an interrupt here.
+        call_daemon_here();
+    }
+    more
+}
+
+/// Does a piece of every job; false when none of them can go on now.
+fn step_all(held: &mut Held<'_, 0>) -> bool {
+    let (mut jobs, mut held) = JOBS.lock(held);
+    loop {
+        let Some((token, result)) = ARRIVED.lock().pop() else { break };
+        let [tag, ..] = token.0.to_le_bytes();
+        let job = jobs.iter_mut().find(|job| u64::from(job.info.id) == (token.0 & !MINE) >> 8);
+        if let Some(running) = job.and_then(|job| job.running.as_mut()) {
+            running.writer.completed(tag, result);
+        }
+    }
+    let mut any = false;
+    for job in jobs.iter_mut() {
+        any |= step(job, &mut held);
+    }
+    any
+}
+
+/// Does a piece of a job; false when it cannot go on now, or is over.
+fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
+    let Some(running) = &mut job.running else { return false };
+    if job.info.state != State::Running {
+        return false;
+    }
+    if let Some(token) = running.awaited {
+        if mm::vm().in_flight(token, held) {
+            return false;
+        }
+        running.awaited = None;
+    }
+    let ran = timer::now().saturating_sub(job.began);
+    job.info.ms = ran / ticks(1).max(1);
+    if let Some(rate) = running.rate.filter(|_| !running.cancelled) {
+        let earned = u128::from(ran) * u128::from(rate) / u128::from(timer::freq().max(1));
+        if u128::from(running.writer.stored()) * PAGE as u128 > earned {
+            return false;
+        }
+    }
+    let mut sink = Out { store: running.store, id: job.info.id };
+    let mut source = Pages { snapshot: &running.snapshot, regions: &running.regions, held };
+    let step = running.writer.step(&mut source, &mut sink);
+    (job.info.progress, job.info.stored) = (running.writer.progress(), running.writer.stored());
+    match step {
+        Step::More => true,
+        Step::Idle | Step::Wait(WaitFor::Memory) => false,
+        Step::Wait(WaitFor::Io(token)) => {
+            running.awaited = Some(token);
+            false
+        }
+        Step::Done => {
+            job.info.state = State::Done;
+            false
+        }
+        Step::Failed(_) if running.cancelled => {
+            job.info.state = State::Cancelled;
+            false
+        }
+        Step::Failed(error) => {
+            job.info.state = State::Failed(told(error));
+            false
+        }
+    }
+}
+
+fn told(error: WriteError) -> String {
+    match error {
+        WriteError::Disk(error) => format!("the disk does not take it: {error:?}"),
+        WriteError::Lost(page, error) => format!("page {page} of the guest cannot be read: {error:?}"),
+        WriteError::Small { .. } | WriteError::State | WriteError::NoMemory => format!("{error:?}"),
+    }
+}
+
+/// Gives back what jobs had that are over; true if there was any.
+fn bury(held: &mut Held<'_, 0>) -> bool {
+    let mut any = false;
+    loop {
+        let over = {
+            let mut jobs = JOBS.lock(held).0;
+            let over = jobs.iter_mut().find(|job| job.running.is_some() && job.info.state != State::Running);
+            let over = over.and_then(|job| Some((job.info.clone(), job.running.take()?)));
+            if over.is_none() {
+                let running = jobs.iter().any(|job| job.running.is_some());
+                ACTIVE.store(running, Ordering::SeqCst);
+            }
+            over
+        };
+        let Some((info, Running { writer, snapshot, .. })) = over else { return any };
+        any = true;
+        snapshot::delete(snapshot, held);
+        let stored: Option<Opened> = (info.state == State::Done).then(|| writer.finish());
+        stored::end(&info.image, stored, held);
+        match &info.state {
+            State::Done => log::info!(
+                "guest {}: stored as \"{}\", {} of {} pages, in {} ms",
+                info.guest,
+                info.image,
+                info.stored,
+                info.progress.1,
+                info.ms
+            ),
+            State::Failed(why) => {
+                log::error!("guest {}: not stored as \"{}\": {why}", info.guest, info.image)
+            }
+            State::Cancelled | State::Running => {}
+        }
+    }
+}
+
+/// The disk that a job writes to.
+struct Out {
+    store: StoreId,
+    id: u32,
+}
+
+impl Out {
+    fn token(&self, tag: u8) -> IoToken {
+        IoToken(MINE | u64::from(self.id) << 8 | u64::from(tag))
+    }
+}
+
+impl Sink for Out {
+    fn write(&mut self, first: u64, pages: &[Page], tag: u8) -> Result<(), StoreError> {
+        // The heap is RAM on an identity map, and a batch is in one piece.
+        let mut frames = ArrayVec::<Pfn, 64>::new();
+        for page in pages {
+            let frame = PhysAddr::new(core::ptr::from_ref(page).expose_provenance() as u64).frame();
+            frames.try_push(frame.ok_or(StoreError::Refused)?).map_err(|_| StoreError::Refused)?;
+        }
+        mm::disks().start(self.store, Direction::Out, first, &frames, self.token(tag))
+    }
+
+    fn flush(&mut self, tag: u8) -> Result<(), StoreError> {
+        mm::disks().start_flush(self.store, self.token(tag))
+    }
+}
+
+/// A guest's pages as they were.
+struct Pages<'p, 'h> {
+    snapshot: &'p Snapshot,
+    regions: &'p [Region],
+    held: &'p mut Held<'h, { rank::GUESTS }>,
+}
+
+impl Source for Pages<'_, '_> {
+    type Wait = WaitFor;
+
+    fn page(&mut self, number: u64, out: &mut [u8; PAGE]) -> Result<(), Lacks<WaitFor>> {
+        let at = place(self.regions, number).ok_or(Lacks::Lost(StoreError::Refused))?;
+        match mm::vm().read_snapshot(self.snapshot.memory(), at, out, self.held) {
+            Ok(Copied::Done) => Ok(()),
+            Ok(Copied::Wait(what)) => Err(Lacks::Wait(what)),
+            Err(FaultError::Lost(error)) => Err(Lacks::Lost(error)),
+            Err(FaultError::Hole(_) | FaultError::Denied { .. }) => Err(Lacks::Lost(StoreError::Refused)),
+        }
+    }
+}
