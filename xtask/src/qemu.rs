@@ -91,6 +91,15 @@ pub(crate) fn provide() -> Result<()> {
     }
 }
 
+/// Sees that QEMU's tools for disks are there, or provides them.
+pub(crate) fn provide_tools() -> Result<()> {
+    match on_path("qemu-nbd") {
+        Some(_) => Ok(()),
+        None if apt::can_install() => apt::install(&["qemu-utils"], true),
+        None => bail!("qemu-nbd is not on the path (Debian: apt-get install qemu-utils)"),
+    }
+}
+
 /// QEMU's major version, if it is here.
 fn version() -> Option<u32> {
     on_path(PROGRAM)?;

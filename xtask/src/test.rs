@@ -11,6 +11,7 @@ mod loaded;
 mod machine;
 mod modules;
 mod monitor;
+mod stored;
 mod swap;
 mod terminal;
 mod tidy;
@@ -86,6 +87,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(loaded::trials());
         trials.extend(disks::trials());
         trials.extend(monitor::trials());
+        trials.extend(stored::trials());
         trials.extend(swap::trials());
         trials.extend(guests::trials());
     }

@@ -43,8 +43,8 @@ pub struct Moment {
     pub contexts: Vec<Context>,
     /// Which of them are switched on.
     pub powers: Vec<Power>,
-    /// Its devices.
-    pub devices: Devices,
+    /// Its devices: apart, so that they are not moved about while the guest stands still.
+    pub devices: Box<Devices>,
     /// What its counter said.
     pub time: u64,
 }
@@ -153,7 +153,7 @@ pub fn take(
         contexts.extend_from_slice(core::slice::from_ref(&*vcpu.context.lock(held).0));
         powers.push(*vcpu.power.lock(held).0);
     }
-    let mut devices = guest.devices.lock(held).0.clone();
+    let mut devices = Box::new(guest.devices.lock(held).0.clone());
     devices.disks.iter_mut().for_each(disks::Disk::detach);
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let memory = match keep {
@@ -161,8 +161,13 @@ pub fn take(
         Keep::Pushed => mm::vm().freeze(&guest.map, held)?,
     };
     let taken = timer::now();
-    let moment = Moment { config, contexts, powers, devices, time: taken.wrapping_sub(guest.offset()) };
-    Ok(Box::new(Snapshot { moment, memory, random: Ranked::new(random), taken }))
+    // Straight into its place, too.
+    Ok(Box::new(Snapshot {
+        moment: Moment { config, contexts, powers, devices, time: taken.wrapping_sub(guest.offset()) },
+        memory,
+        random: Ranked::new(random),
+        taken,
+    }))
 }
 
 /// Makes a guest that goes on from a snapshot, ready to be given to the scheduler. Its counter continues where
@@ -249,7 +254,7 @@ pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
 impl Snapshot {
     /// The devices of whoever goes on from here now: the generation id has changed, and the clock has gone on.
     fn devices_now(&self) -> Devices {
-        let mut devices = self.moment.devices.clone();
+        let mut devices = Devices::clone(&self.moment.devices);
         genid::announce(&mut devices);
         devices.rtc.skip(timer::now().saturating_sub(self.taken));
         devices

@@ -43,14 +43,7 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
         ["--timeout", "3000", "--vcpus", "4", "--host-memory", "1G", "--memory", "128M", "--disk", &disk];
     let mut machine = monitored(name, &words)?;
     machine.console.wait("guest ready")?;
-    for (number, line) in LOAD.into_iter().enumerate() {
-        machine.talk(
-            1,
-            &format!("{line}; echo said-$(({number}+100))"),
-            &format!("said-{}", number + 100),
-        )?;
-    }
-    machine.talk(1, "dmesg -n 1; disk 1 & disk 2 & memory 3 & echo load-$((40+2))", "load-42")?;
+    begin(&mut machine)?;
     let mut asked = 0;
     while advanced(&mut machine, 1, &mut asked)?.contains(&0) {}
     let mut alive: Vec<(u64, Vec<u64>)> = Vec::new();
@@ -78,13 +71,25 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
     machine.shutdown()
 }
 
+/// Puts guest 1 under load.
+pub(super) fn begin(machine: &mut Monitored) -> Result<()> {
+    for (number, line) in LOAD.into_iter().enumerate() {
+        machine.talk(
+            1,
+            &format!("{line}; echo said-$(({number}+100))"),
+            &format!("said-{}", number + 100),
+        )?;
+    }
+    machine.talk(1, "dmesg -n 1; disk 1 & disk 2 & memory 3 & echo load-$((40+2))", "load-42")
+}
+
 /// Each has done more.
-fn moved(had: &[u64], now: &[u64]) -> bool {
+pub(super) fn moved(had: &[u64], now: &[u64]) -> bool {
     now.iter().zip(had).all(|(now, had)| now > had)
 }
 
 /// How many rounds each of a guest's loads has done; an error if one of them found a wrong byte.
-fn advanced(machine: &mut Monitored, guest: u64, asked: &mut u64) -> Result<Vec<u64>> {
+pub(super) fn advanced(machine: &mut Monitored, guest: u64, asked: &mut u64) -> Result<Vec<u64>> {
     *asked += 1;
     machine.talk(
         guest,

@@ -214,7 +214,7 @@ mod tests {
         let contexts =
             (0..2).map(|index| Vcpu::new(index).context.lock(&mut Held::root()).0.clone()).collect();
         let moment = Moment {
-            devices: Devices::new(2, 4, timer::freq(), 1_700_000_000),
+            devices: Devices::new(2, 4, timer::freq(), 1_700_000_000).into(),
             config,
             contexts,
             powers: vec![Power::On, Power::OnPending { entry: 1, context: 2 }],
