@@ -48,6 +48,8 @@ pub(crate) struct Drive {
     pub(crate) file: PathBuf,
     /// Nobody writes to it.
     pub(crate) read_only: bool,
+    /// Where everything that is written to it is logged.
+    pub(crate) log: Option<PathBuf>,
 }
 
 /// A disk that fails where it is told to, and a log of what it answered.
@@ -147,9 +149,17 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
     let disks = numbered(hv_abi::manifest::DISK_ID, &machine.disks);
     for (id, drive) in disks.into_iter().chain(numbered(hv_abi::manifest::IMAGE_DISK_ID, &machine.images)) {
         let file = name(&drive.file);
-        let writes = if drive.read_only { "on" } else { "off" };
+        let what = match &drive.log {
+            Some(log) => format!(
+                "driver=blklogwrites,file.driver=file,file.filename={file},log.driver=file,log.filename={},\
+                 log-super-update-interval=1",
+                name(log)
+            ),
+            None if drive.read_only => format!("format=raw,readonly=on,file={file}"),
+            None => format!("format=raw,file={file}"),
+        };
         command
-            .args(["-drive", &format!("if=none,id={id},format=raw,readonly={writes},file={file}")])
+            .args(["-drive", &format!("if=none,id={id},{what}")])
             .args(["-device", &format!("virtio-blk-device,drive={id},serial={id}")]);
     }
     if !machine.append.is_empty() {

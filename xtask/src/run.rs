@@ -72,6 +72,9 @@ pub(crate) struct Run {
     /// repeated
     #[arg(long = "image", value_name = "FILE[,ro|attach|new] or nbd:EXPORT", value_parser = stored::image)]
     pub(crate) images: Vec<stored::ImageDisk>,
+    /// Where everything that is written to the first of them is logged, for tests
+    #[arg(long, hide = true, requires = "images")]
+    pub(crate) image_log: Option<PathBuf>,
     /// CPU model
     #[arg(long, default_value = "neoverse-n1", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) cpu: String,
@@ -232,14 +235,20 @@ impl Run {
             disks: self
                 .disks
                 .iter()
-                .map(|disk| Drive { file: disk.file.clone(), read_only: disk.writes != Writes::Persist })
+                .map(|disk| Drive {
+                    file: disk.file.clone(),
+                    read_only: disk.writes != Writes::Persist,
+                    log: None,
+                })
                 .collect(),
             images: self
                 .images
                 .iter()
-                .map(|image| Drive {
+                .enumerate()
+                .map(|(number, image)| Drive {
                     file: image.file.clone(),
                     read_only: image.how == stored::Use::ResumeOnly,
+                    log: self.image_log.clone().filter(|_| number == 0),
                 })
                 .collect(),
             errors: self
@@ -269,6 +278,9 @@ impl Run {
             .sum();
         for image in &self.images {
             image.provide(self.memory + disks.div_ceil(1 << 20))?;
+        }
+        if let Some(log) = &self.image_log {
+            File::create(log).with_context(|| format!("creating {}", log.display()))?;
         }
         let disk = dir.join("images.img");
         let swap = self.disk(&toolchain)?.write(&disk)?;

@@ -118,12 +118,16 @@ pub(crate) struct Stored {
 
 /// What is stored in a file, every page of it compared with its sum; `None` when nothing is.
 pub(crate) fn look(file: &File) -> Result<Option<Stored>> {
-    let page = |number: u64| -> Result<[u8; PAGE]> {
+    look_with(&|number| {
         let mut bytes = [0; PAGE];
         let read = file.read_exact_at(&mut bytes, number * PAGE as u64);
         read.with_context(|| format!("reading page {number}"))?;
         Ok(bytes)
-    };
+    })
+}
+
+/// The same of whatever gives pages by their numbers.
+pub(crate) fn look_with(page: &dyn Fn(u64) -> Result<[u8; PAGE]>) -> Result<Option<Stored>> {
     let (mut newest, mut damaged) = (None::<Stored>, None);
     for slot in 0..SLOTS {
         match Header::decode(slot, &page(slot as u64)?) {

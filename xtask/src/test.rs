@@ -5,6 +5,7 @@
 
 mod boot;
 mod clones;
+mod cuts;
 mod disks;
 mod guests;
 mod loaded;
@@ -88,6 +89,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(disks::trials());
         trials.extend(monitor::trials());
         trials.extend(stored::trials());
+        trials.extend(cuts::trials());
         trials.extend(swap::trials());
         trials.extend(guests::trials());
     }
