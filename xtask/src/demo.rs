@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: narrated demonstrations on real Linux guests. Each ends with a table, and fails if a claim does
 //! not hold.
 
+mod snapshot;
 mod thousand;
 mod tree;
 
@@ -37,6 +38,8 @@ enum Name {
     Clone,
     /// A Linux that forks itself, whose children fork themselves, and so on
     ForkTree,
+    /// A guest written to a disk while it works, its machine killed, and gone on with in another
+    Snapshot,
     /// A thousand Linux guests on a host with 4 GiB
     Thousand,
 }
@@ -47,6 +50,7 @@ impl Demo {
         match self.name {
             Name::Clone => self.clones(self.children.unwrap_or(32)),
             Name::ForkTree => tree::show(&self.cpu),
+            Name::Snapshot => snapshot::show(&self.cpu),
             Name::Thousand => thousand::show(&self.cpu, self.children.unwrap_or(1000)),
         }
     }
