@@ -26,21 +26,22 @@ pub(crate) enum Way {
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
-    /// Parks everything. What leaves remember stays in them.
-    pub(crate) fn park_roots(&mut self) {
-        let mut parked = false;
+    /// Parks everything. What leaves remember stays in them. How many entries were written.
+    pub(crate) fn park_roots(&mut self) -> u32 {
+        let mut parked = 0;
         for (slot, _) in self.used_root() {
             let entry = self.read(slot);
             if entry.is_valid() {
                 self.park_entry(slot, entry, self.geometry.start());
-                parked = true;
+                parked += 1;
             }
         }
-        if parked {
+        if parked > 0 {
             let mut batch = Batch::new();
             batch.everything();
             self.flush(batch);
         }
+        parked
     }
 
     /// Parks a table, write-protects a leaf. Nobody else edits; the hardware may still set a leaf's flags.

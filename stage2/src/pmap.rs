@@ -87,8 +87,8 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         self.flush(batch);
     }
 
-    fn park(&mut self) {
-        self.park_roots();
+    fn park(&mut self) -> u32 {
+        self.park_roots()
     }
 
     fn age(&mut self, range: IpaRange, sink: Sink<'_>) {

@@ -76,8 +76,8 @@ pub trait Pmap: Send {
 
     /// Write-protects everything in time independent of how much is mapped (DESIGN 6): top-level
     /// entries are parked, one invalidate for the whole VMID, the rest is done lazily by whoever
-    /// faults there.
-    fn park(&mut self);
+    /// faults there. How many entries were written.
+    fn park(&mut self) -> u32;
 
     /// Reads and clears accessed state, and moves dirty state to the sink, without unmapping.
     fn age(&mut self, range: IpaRange, sink: Sink<'_>);

@@ -63,6 +63,8 @@ events! {
     ShadowSpared shadow_spared;
     /// Maps copied: clones and snapshots.
     MapCopied map_copied;
+    /// Top-level entries of tables that a copy of their map parked.
+    EntryParked entry_parked;
     /// Copy-objects made.
     CopyMade copy_made;
     /// Copy-objects that were empty and handed out again.

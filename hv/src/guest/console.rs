@@ -70,6 +70,11 @@ impl Default for Log {
 }
 
 impl Log {
+    /// Bytes that it has in the heap.
+    pub fn heap_bytes(&self, held: &mut Held<'_, 0>) -> usize {
+        size_of::<Self>() + self.0.lock(held).0.bytes.capacity()
+    }
+
     /// Nothing yet. The ring grows up to its bound as it is used.
     pub const fn new() -> Self {
         Self(Ranked::new(Ring { bytes: Vec::new(), next: 0, total: 0, mark: 0 }))

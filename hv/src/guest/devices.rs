@@ -68,6 +68,12 @@ impl Devices {
         }
     }
 
+    /// Bytes that they have beside themselves.
+    pub fn heap_bytes(&self) -> usize {
+        let lists = self.timers.capacity() * size_of::<Vtimer>() + self.disks.capacity() * size_of::<Disk>();
+        self.vgic.heap_bytes() + lists + self.typed.capacity()
+    }
+
     /// Takes them over from where they were stored, for `vcpus` vCPUs on CPUs with `lrs` list registers and a counter
     /// of `freq` Hz; false if no guest's devices could be like this.
     pub fn adopt(&mut self, vcpus: usize, lrs: usize, freq: u64) -> bool {

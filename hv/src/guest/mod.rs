@@ -206,6 +206,15 @@ impl Guest {
         }
     }
 
+    /// Bytes of the hypervisor's heap that are this guest's, but for the indexes of its objects.
+    pub fn heap_bytes(&self, held: &mut Held<'_, 0>) -> usize {
+        let mut entries = 0;
+        crate::mm::vm().for_each_entry(&self.map, held, |_| entries += 1);
+        let devices = self.devices.lock(held).0.heap_bytes();
+        let map = size_of::<Map>() + entries * size_of::<vmobject::map::Entry>();
+        size_of::<Self>() + self.vcpus.len() * size_of::<Vcpu>() + devices + map + self.log.heap_bytes(held)
+    }
+
     /// Its name.
     pub fn name(&self) -> &String {
         &self.config.name

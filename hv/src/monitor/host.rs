@@ -381,6 +381,7 @@ impl Host for Guests<'_, '_> {
                 "loads": count(|vcpu| &vcpu.counts.loads),
             },
             "injected": count(|vcpu| &vcpu.counts.injected),
+            "invalidates": crate::arch::tlb::invalidates(),
             "memory": view::faults(&guests, guest.is_none()),
         }))
     }

@@ -153,6 +153,7 @@ impl Objects {
                 holding.private + holding.shared
             })
             .sum();
+        let guest_bytes: usize = guests.iter().map(|guest| guest.heap_bytes(held)).sum();
         json!({
             "frames": {
                 "total": memory.total,
@@ -171,6 +172,7 @@ impl Objects {
                 "if_nothing_were_shared": copies,
             },
             "frame_bytes": memory.frame_bytes,
+            "guest_bytes": guest_bytes,
             "objects": memory.objects,
             "index_bytes": sum(&|info| info.index_bytes as u64),
             "transfers": memory.transfers,

@@ -194,7 +194,8 @@ impl<M: Machine> Vm<M> {
             }
         }
         if park && !self.has(Defect::CopyLeavesWritable) {
-            source.pmap.lock(&mut held).0.park();
+            let parked = source.pmap.lock(&mut held).0.park();
+            self.stats.add(Event::EntryParked, parked.into());
         }
         self.stats.count(Event::MapCopied);
         Ok(list)

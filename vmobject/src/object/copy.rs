@@ -183,7 +183,8 @@ impl<M: Machine> Vm<M> {
     fn guard(&self, source: &State, held: &mut Held<'_, OBJECT>) {
         let (links, mut held) = self.links.read(held);
         for map in links.holders(source.id.index).filter_map(alloc::sync::Weak::upgrade) {
-            map.pmap.lock(&mut held).0.park();
+            let parked = map.pmap.lock(&mut held).0.park();
+            self.stats.add(Event::EntryParked, parked.into());
         }
     }
 

@@ -297,10 +297,11 @@ impl Pmap for FakePmap {
             leaf.leaf.prot = leaf.leaf.prot & keep;
         }
     }
-    fn park(&mut self) {
+    fn park(&mut self) -> u32 {
         for leaf in self.leaves.values_mut() {
             leaf.leaf.prot = leaf.leaf.prot.without(Prot::WRITE);
         }
+        u32::try_from(self.leaves.len()).unwrap_or(u32::MAX)
     }
     fn age(&mut self, range: IpaRange, sink: Sink<'_>) {
         for (&at, leaf) in self.leaves.range_mut(range.as_range()) {

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 /// Guest RAM in MiB, touched in full, for which a clone's pause is measured.
 const SIZES: [u64; 3] = [64, 256, 1024];
@@ -66,6 +67,90 @@ pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
         figures.push(figure("clone.call@ram", "insn", &params, &mut calls)?);
     }
     Ok(figures)
+}
+
+/// What one clone call, for several children, writes of tables and invalidates; the guest stands still, so that nothing
+/// else does.
+pub(super) fn edits(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+    const CHILDREN: usize = 4;
+    const CALLS: usize = 5;
+    // What the guest that writes all the time can have.
+    const SIZES: [u64; 3] = [64, 256, 512];
+    let image = dir.join("thrash.bin");
+    fs::write(&image, build::guest(toolchain, "thrash")?)?;
+    let image = image.display().to_string();
+    let mut figures = Vec::new();
+    for mib in SIZES {
+        let memory = format!("{mib}M");
+        let words =
+            ["--timeout", "600", "--host-memory", "2G", "--append", "rounds=1000000", "--kernel", &image];
+        let words = [&words[..], &["--memory", &memory]].concat();
+        let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("edits"))?;
+        let touched = |guests: &Value| {
+            number(guests, "/0/private_pages").is_ok_and(|pages| pages * PAGE >= (mib << 20) * 9 / 10)
+        };
+        step(&format!("a guest touches {mib} MiB"), || machine.until("guests", touched))?;
+        let (mut invalidates, mut stores) = (Vec::new(), Vec::new());
+        for _ in 0..CALLS {
+            machine.ask("pause 1")?;
+            // Its vCPU leaves its CPU at the next exit, and nobody frees anything any more.
+            machine.until("guests", |guests| guests[0]["vcpus"] != "running")?;
+            machine.settled()?;
+            let before = machine.ask("stats")?;
+            let children = machine.fork_paused(1, CHILDREN)?;
+            let after = machine.ask("stats")?;
+            let more = |place| Ok::<u64, anyhow::Error>(number(&after, place)? - number(&before, place)?);
+            invalidates.push(more("/invalidates")?);
+            stores.push(more("/memory/entry_parked")?);
+            for child in children {
+                machine.ask(&format!("kill {child}"))?;
+            }
+            // It writes again, so that there is something to park the next time.
+            machine.ask("resume 1")?;
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        machine.shutdown()?;
+        let params = [("ram_mib", mib), ("children", CHILDREN as u64)];
+        figures.push(figure("clone.tlbi", "invalidates", &params, &mut invalidates)?);
+        figures.push(figure("clone.stores", "entries", &params, &mut stores)?);
+    }
+    Ok(figures)
+}
+
+/// What an idle Linux clone owns after ten seconds, in bytes: frames, tables, and the hypervisor's own books of it.
+pub(super) fn private(_: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+    const CHILDREN: usize = 16;
+    let words = ["--timeout", "600", "--host-memory", "1G"];
+    let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("private"))?;
+    step("booting Linux", || machine.console.wait("guest ready"))?;
+    machine.ask("pause 1")?;
+    let before = machine.ask("memory")?;
+    let children = machine.fork(1, CHILDREN)?;
+    step("its clones are idle for ten seconds", || {
+        std::thread::sleep(Duration::from_secs(10));
+        Ok::<_, anyhow::Error>(())
+    })?;
+    for child in &children {
+        machine.ask(&format!("pause {child}"))?;
+    }
+    let after = machine.settled()?;
+    machine.shutdown()?;
+    let each = |place: &str, size: u64| -> Result<u64> {
+        Ok((number(&after, place)? - number(&before, place)?) * size / CHILDREN as u64)
+    };
+    let parts = [
+        ("frames", each("/owners/guests_resident", PAGE)?),
+        ("tables", each("/frames/tables", PAGE)?),
+        ("fixed", each("/guest_bytes", 1)? + each("/index_bytes", 1)?),
+    ];
+    let total: u64 = parts.iter().map(|(_, bytes)| bytes).sum();
+    let all = parts.into_iter().chain([("total", total)]);
+    all.map(|(part, bytes)| {
+        let mut figure = figure("clone.private", "bytes", &[], &mut [bytes])?;
+        figure.params.insert("part".to_owned(), json!(part));
+        Ok(figure)
+    })
+    .collect()
 }
 
 /// What a fork makes dearer later: the child's first reads and writes of its parent's pages.

@@ -24,7 +24,7 @@ pub fn local_flush_guest() {
     count();
 }
 
-/// Invalidates issued by this thread.
+/// Invalidates issued so far, by this thread.
 pub fn invalidates() -> u64 {
     INVALIDATES.get()
 }

@@ -149,6 +149,11 @@ impl Vgic {
         }
     }
 
+    /// Bytes that it has beside itself.
+    pub fn heap_bytes(&self) -> usize {
+        self.vcpus.capacity() * size_of::<Local>()
+    }
+
     /// vCPUs that it serves.
     pub fn vcpus(&self) -> usize {
         self.vcpus.len()
