@@ -96,11 +96,13 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
     }
 
     fn lookup(&self, at: Ipa) -> Option<Leaf> {
-        let spot = self.find(at)?;
-        let block = spot.level != LAST;
-        let frame =
-            if block { spot.leaf.frame_in_block(Geometry::page_in_block(at)) } else { spot.leaf.frame() };
-        Some(Leaf { frame, prot: spot.prot(), block })
+        Some(self.find(at)?.leaf_at(at))
+    }
+
+    fn next_leaf(&self, range: IpaRange) -> Option<(Ipa, Leaf)> {
+        let spot = self.first(range)?;
+        let at = spot.at.max(range.start());
+        Some((at, spot.leaf_at(at)))
     }
 
     fn tables(&self) -> u32 {

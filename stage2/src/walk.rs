@@ -8,7 +8,9 @@ use crate::geometry::{BLOCK, Geometry, LAST};
 use crate::table::TableSource;
 use crate::tlb::TlbOps;
 use crate::tree::{Slot, Stage2};
+use core::ops::ControlFlow;
 use vmobject::addr::{CHUNK_PAGES, Ipa, IpaRange, Pfn};
+use vmobject::pmap::Leaf;
 use vmobject::prot::Prot;
 
 /// A leaf, where it is and as it was read.
@@ -42,6 +44,14 @@ impl Spot {
         let prot = self.leaf.prot();
         if self.parked { prot.without(Prot::WRITE) } else { prot }
     }
+
+    /// What it is for one of the addresses that it maps.
+    pub(crate) fn leaf_at(self, at: Ipa) -> Leaf {
+        let block = self.level != LAST;
+        let frame =
+            if block { self.leaf.frame_in_block(Geometry::page_in_block(at)) } else { self.leaf.frame() };
+        Leaf { frame, prot: self.prot(), block }
+    }
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
@@ -66,39 +76,58 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
 
     /// Shows every valid leaf that maps part of a range, in order; a block that sticks out too.
     pub(crate) fn visit(&self, range: IpaRange, mut show: impl FnMut(Spot)) {
+        let all: ControlFlow<()> = self.visit_until(range, |spot| {
+            show(spot);
+            ControlFlow::Continue(())
+        });
+        debug_assert!(all.is_continue(), "nothing stops it");
+    }
+
+    /// The first valid leaf that maps part of a range.
+    pub(crate) fn first(&self, range: IpaRange) -> Option<Spot> {
+        self.visit_until(range, ControlFlow::Break).break_value()
+    }
+
+    fn visit_until<B>(
+        &self,
+        range: IpaRange,
+        mut show: impl FnMut(Spot) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
         let Some(range) = self.geometry.everything().and_then(|all| all.intersection(range)) else {
-            return;
+            return ControlFlow::Continue(());
         };
         // One table of the root after the other: each is like an entry of the level above.
         let level = self.geometry.start();
         let mut at = range.start();
         while at < range.end() {
             let next = self.geometry.next_root(at).min(range.end());
-            self.visit_table(self.root_table(at), level, at, next, false, &mut show);
+            self.visit_table(self.root_table(at), level, at, next, false, &mut show)?;
             at = next;
         }
+        ControlFlow::Continue(())
     }
 
-    fn visit_table(
+    fn visit_table<B>(
         &self,
         table: Pfn,
         level: u32,
         mut at: Ipa,
         end: Ipa,
         parked: bool,
-        show: &mut impl FnMut(Spot),
-    ) {
+        show: &mut impl FnMut(Spot) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
         while at < end {
             let slot = Slot::new(table, Geometry::index(at, level));
             let leaf = self.read(slot);
             let next = Geometry::next_entry(at, level).min(end);
             if level < LAST && (leaf.is_table() || leaf.is_parked()) {
-                self.visit_table(leaf.frame(), level + 1, at, next, parked || leaf.is_parked(), show);
+                self.visit_table(leaf.frame(), level + 1, at, next, parked || leaf.is_parked(), show)?;
             } else if leaf.is_valid() {
-                show(Spot { slot, at: Geometry::entry(at, level), level, parked, leaf });
+                show(Spot { slot, at: Geometry::entry(at, level), level, parked, leaf })?;
             }
             at = next;
         }
+        ControlFlow::Continue(())
     }
 
     /// True when a block maps an address but not only addresses of the range.
@@ -106,5 +135,41 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         let spot = self.find(at).filter(|spot| spot.level == BLOCK)?;
         let whole = IpaRange::from_pages(spot.at, spot.pages())?;
         (whole.intersection(range) != Some(whole)).then_some(spot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Frames, Mmu, cpus};
+    use alloc::vec::Vec;
+    use vmobject::pmap::Pmap as _;
+
+    #[test]
+    fn leaves_are_found_one_after_the_other_each_page_of_a_block_and_what_is_parked_too() {
+        let geometry = Geometry::new(cpus::NEOVERSE_N1);
+        let frames = Frames::new(16);
+        let mmu = Mmu::new(&frames, geometry, 1);
+        let mut tables = Stage2::new(frames, mmu, geometry).expect("there are frames");
+        let (low, block, high) = (Ipa::new(0x4000_3000), Ipa::new(0x4020_0000), Ipa::new(0x8000_1000));
+        for at in [low, high] {
+            tables.enter(at, Pfn::new(7), Prot::ALL, &mut |_| {}).expect("there are frames");
+        }
+        tables.enter_block(block, Pfn::new(512), Prot::ALL, &mut |_| {}).expect("there are frames");
+        for parked in [false, true] {
+            let mut found = Vec::new();
+            let mut at = Ipa::new(0);
+            while let Some(range) = IpaRange::new(at, Ipa::new(1 << 39)) {
+                let Some((next, leaf)) = tables.next_leaf(range) else { break };
+                assert_eq!(tables.lookup(next), Some(leaf));
+                assert_eq!(leaf.prot.allows(Prot::WRITE), !parked);
+                found.push(next);
+                at = next.checked_add(4096).expect("it is low");
+            }
+            let pages = IpaRange::from_pages(block, CHUNK_PAGES).expect("it is low").iter_pages();
+            let all: Vec<Ipa> = [low].into_iter().chain(pages).chain([high]).collect();
+            assert_eq!(found, all);
+            tables.park();
+        }
     }
 }

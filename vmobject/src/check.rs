@@ -10,7 +10,7 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use crate::Vm;
-use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::addr::{Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::map::{Entry, Map};
 use crate::object::index::Slot;
@@ -234,9 +234,11 @@ impl<M: Machine> Vm<M> {
                 return broken("M3", "an image is mapped writable", start.bits(), entry.object.number());
             }
             let copy = self.newest_copy(entry.object, &mut held);
-            for at in entry.range.iter_pages() {
-                let leaf = map.pmap.lock(&mut held).0.lookup(at);
-                let Some(leaf) = leaf else { continue };
+            let mut rest = Some(entry.range);
+            while let Some(range) = rest {
+                let next = map.pmap.lock(&mut held).0.next_leaf(range);
+                let Some((at, leaf)) = next else { break };
+                rest = at.checked_add(PAGE_SIZE).and_then(|after| IpaRange::new(after, range.end()));
                 audit.leaves += 1;
                 let sight = self.survey(entry, at, &mut held);
                 Self::check_leaf(entry, at, leaf, sight.slot, sight.shared)?;

@@ -85,6 +85,10 @@ pub trait Pmap: Send {
     /// The leaf for an address, parked subtrees included.
     fn lookup(&self, at: Ipa) -> Option<Leaf>;
 
+    /// The first page in a range that a leaf maps, parked subtrees included. Skips what no table is for, so that
+    /// walking with it takes time in proportion to the tables.
+    fn next_leaf(&self, range: IpaRange) -> Option<(Ipa, Leaf)>;
+
     /// Frames used for tables now, the root included.
     fn tables(&self) -> u32;
 }

@@ -232,3 +232,29 @@ fn books_take_bytes_by_frame_and_entry_and_none_by_leaf() {
     costs(&format!("bytes for {leaves} leaves"), (after.link_bytes - before.link_bytes) as u64, 0);
     assert_eq!((after.frame_bytes, after.objects), (before.frame_bytes, before.objects));
 }
+
+#[test]
+fn an_audit_looks_into_tables_once_a_leaf_and_once_an_entry_however_much_is_not_mapped() {
+    for relatives in [10, 200] {
+        let rig = Rig::new(4096);
+        let guest = rig.guest(1 << 20);
+        rig.fill(&guest, 0..64);
+        let mut family: Vec<TestMap> = (0..relatives).map(|_| rig.clone(&guest)).collect();
+        family.iter().for_each(|clone| rig.fill(clone, 3..5));
+        family.push(guest);
+        let looked = |map: &TestMap| {
+            map.with_pmap(&mut Held::root(), |pmap| {
+                u64::from(pmap.looked.load(std::sync::atomic::Ordering::Relaxed))
+            })
+        };
+        let before: u64 = family.iter().map(looked).sum();
+        let audit = rig.vm.check(&mut Held::root()).unwrap();
+        let looks = family.iter().map(looked).sum::<u64>() - before;
+        assert!(audit.leaves > 2 * relatives);
+        costs(
+            &format!("looks into tables by an audit of {} relatives", family.len()),
+            looks,
+            audit.leaves + u64::from(audit.entries),
+        );
+    }
+}

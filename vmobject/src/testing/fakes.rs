@@ -216,6 +216,8 @@ pub struct FakePmap {
     pub out_of_tables: AtomicBool,
     /// Leaves entered by faults, neighbours not counted.
     pub entered: u32,
+    /// Times that somebody looked for a leaf.
+    pub looked: AtomicU32,
 }
 
 impl FakePmap {
@@ -310,7 +312,12 @@ impl Pmap for FakePmap {
         }
     }
     fn lookup(&self, at: Ipa) -> Option<Leaf> {
+        self.looked.fetch_add(1, Relaxed);
         self.leaves.get(&at.page()).map(|leaf| leaf.leaf)
+    }
+    fn next_leaf(&self, range: IpaRange) -> Option<(Ipa, Leaf)> {
+        self.looked.fetch_add(1, Relaxed);
+        self.leaves.range(range.as_range()).next().map(|(&at, leaf)| (at, leaf.leaf))
     }
     fn tables(&self) -> u32 {
         1

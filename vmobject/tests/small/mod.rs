@@ -189,7 +189,9 @@ impl World {
                 let (map, _) = self.guests[usize::from(guest)].take().expect("it lives");
                 self.rig.vm.destroy_map(map, held);
             }
-            Op::Protect(guest) => self.guest(guest).1.with_pmap(held, FakePmap::park),
+            Op::Protect(guest) => {
+                self.guest(guest).1.with_pmap(held, FakePmap::park);
+            }
             Op::Make => {
                 let (snapshot, kept) = self.kept.as_ref().expect("there is a snapshot");
                 let (map, eager) = (self.rig.vm.map_snapshot(snapshot, FakePmap::default(), held), *kept);
