@@ -176,6 +176,12 @@ pub(crate) fn look_with(page: &dyn Fn(u64) -> Result<[u8; PAGE]>) -> Result<Opti
     Ok(Some(stored))
 }
 
+/// The guest that is stored in a file, all of it whole.
+pub(crate) fn whole(path: &Path) -> Result<Stored> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    look(&file)?.with_context(|| format!("nothing is stored in {}", path.display()))
+}
+
 /// `cargo xtask image FILE`: says what is stored there, and whether it is whole.
 pub(crate) fn show(path: &Path) -> Result<()> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;

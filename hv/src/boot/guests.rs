@@ -6,7 +6,7 @@
 use super::machine::Machine;
 use crate::arch::{id, timer};
 use crate::guest::family::Birth;
-use crate::guest::snapshot::{self, Origin};
+use crate::guest::snapshot;
 use crate::guest::{self, Guest, create, stored, table};
 use crate::loader::image::HEAD;
 use crate::loader::manifest::{self, Stored};
@@ -89,12 +89,9 @@ fn attach(disk: &Stored, machine: &'static Machine, held: &mut Held<'_, 0>) -> b
 
 /// Makes a stored guest that goes on where it was.
 fn go_on(name: &str, machine: &'static Machine, held: &mut Held<'_, 0>) -> Result<Arc<Guest>, String> {
-    let (moment, generation) = stored::resume(name, held).map_err(|error| error.to_string())?;
-    let config = moment.config().clone();
-    let source = Origin::Stored(generation);
-    snapshot::keep(moment, source, Some(name), held).map_err(|error| error.to_string())?;
     let id = table::next_id();
-    let moment = snapshot::find(name, id, held).ok_or("it is gone")?;
+    let moment = stored::moment(name, id, held).map_err(|error| error.to_string())?;
+    let config = moment.config().clone();
     let poll = |held: &mut Held<'_, 0>| sched::Outside::poll(machine, held);
     let birth = Birth::first(config.grant_fork);
     snapshot::make(&moment, id, config.name, birth, &poll, held).map_err(|error| error.to_string())

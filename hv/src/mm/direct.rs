@@ -144,6 +144,16 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_has_the_sum_that_the_format_of_stored_guests_gives_its_bytes() {
+        let memory = direct();
+        let bytes: [u8; PAGE] = core::array::from_fn(|place| (place * 31 % 251).to_le_bytes()[0]);
+        memory.write(Pfn::new(100), 0, &bytes);
+        for key in [0, 7, u64::MAX] {
+            assert_eq!(memory.sum(Pfn::new(100), key), hv_abi::image::sum(&bytes, key));
+        }
+    }
+
+    #[test]
     #[should_panic(expected = "crosses")]
     fn a_range_past_the_page_is_our_own_bug() {
         direct().write(Pfn::new(100), 4090, b"sevenxx");

@@ -108,20 +108,11 @@ fn state(guest: &Guest) -> &'static str {
 }
 
 impl Guests<'_, '_> {
-    /// The snapshot of that name; one of a stored guest is made when it is wanted, and again when another was stored.
+    /// The snapshot of that name, for a guest that is made from it.
     fn moment(&mut self, from: &str, id: GuestId) -> Result<Arc<Snapshot>, String> {
-        let stored = stored::generation(from, self.held);
-        let kept = snapshot::source(from, self.held);
-        if let (Some(Origin::Stored(old)), Some(new)) = (kept, stored)
-            && old != new
-        {
-            snapshot::forget(from, self.held);
-        }
-        if snapshot::source(from, self.held).is_none() && stored::exists(from, self.held) {
-            let (moment, generation) =
-                stored::resume(from, self.held).map_err(|error| format!("{from}: {error}"))?;
-            snapshot::keep(moment, Origin::Stored(generation), Some(from), self.held)
-                .map_err(|error| error.to_string())?;
+        let taken = matches!(snapshot::source(from, self.held), Some(Origin::Guest(_)));
+        if !taken && stored::exists(from, self.held) {
+            return stored::moment(from, id, self.held).map_err(|error| format!("{from}: {error}"));
         }
         snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))
     }
@@ -247,11 +238,8 @@ impl Host for Guests<'_, '_> {
 
     fn save(&mut self, id: u32, image: &str, rate: Option<u64>) -> Result<u32, String> {
         let guest = self.guest(id)?;
-        // Nothing keeps what was stored there before the last time but a snapshot that nobody can use any more.
-        let current = stored::generation(image, self.held);
-        if matches!(snapshot::source(image, self.held), Some(Origin::Stored(old)) if Some(old) != current) {
-            snapshot::forget(image, self.held);
-        }
+        // It alone may keep the half from being written that comes next.
+        stored::forget_stale(image, self.held);
         let rate = rate.map(|mib| mib << 20);
         jobs::save(&guest, image, rate, self.cpu, self.outside, self.held)
     }

@@ -83,7 +83,6 @@ struct Running {
     regions: Vec<Region>,
     /// Bytes a second at most.
     rate: Option<u64>,
-    cancelled: bool,
     /// A page of the guest is on its way.
     awaited: Option<IoToken>,
 }
@@ -145,7 +144,7 @@ pub fn save(
     };
     let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
     let progress = writer.progress();
-    let running = Running { writer, snapshot: moment, store, regions, rate, cancelled: false, awaited: None };
+    let running = Running { writer, snapshot: moment, store, regions, rate, awaited: None };
     let info = Info {
         id,
         guest: guest.id,
@@ -182,12 +181,14 @@ pub fn are_running() -> bool {
 pub fn cancel(id: u32, held: &mut Held<'_, 0>) -> bool {
     let mut jobs = JOBS.lock(held).0;
     let job = jobs.iter_mut().filter(|job| job.info.id == id).find_map(|job| job.running.as_mut());
-    let Some(running) = job.filter(|running| !running.cancelled) else { return false };
-    running.cancelled = running.writer.cancel();
-    if running.cancelled {
+    let Some(running) = job else { return false };
+    let cancelled = running.writer.cancel();
+    if cancelled {
+        // It is to end at once, however slowly it was to go.
+        running.rate = None;
         call_daemon();
     }
-    running.cancelled
+    cancelled
 }
 
 /// Cancels all.
@@ -254,7 +255,7 @@ fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
     }
     let ran = timer::now().saturating_sub(job.began);
     job.info.ms = ran / ticks(1).max(1);
-    if let Some(rate) = running.rate.filter(|_| !running.cancelled) {
+    if let Some(rate) = running.rate {
         let earned = u128::from(ran) * u128::from(rate) / u128::from(timer::freq().max(1));
         if u128::from(running.writer.stored()) * PAGE as u128 > earned {
             return false;
@@ -275,7 +276,7 @@ fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
             job.info.state = State::Done;
             false
         }
-        Step::Failed(_) if running.cancelled => {
+        Step::Failed(WriteError::Cancelled) => {
             job.info.state = State::Cancelled;
             false
         }
@@ -290,7 +291,9 @@ fn told(error: WriteError) -> String {
     match error {
         WriteError::Disk(error) => format!("the disk does not take it: {error:?}"),
         WriteError::Lost(page, error) => format!("page {page} of the guest cannot be read: {error:?}"),
-        WriteError::Small { .. } | WriteError::State | WriteError::NoMemory => format!("{error:?}"),
+        WriteError::Small { .. } | WriteError::State | WriteError::NoMemory | WriteError::Cancelled => {
+            format!("{error:?}")
+        }
     }
 }
 

@@ -67,6 +67,8 @@ pub enum WriteError {
     State,
     /// There is no memory for the table of sums.
     NoMemory,
+    /// Whoever asked for it has given it up.
+    Cancelled,
     /// The disk failed.
     Disk(StoreError),
     /// This page of the guest could not be had.
@@ -217,12 +219,12 @@ impl Writer {
         self.header.stored
     }
 
-    /// Gives up: nothing new is started, and a step says soon that it failed. False when it is too late for that: the
-    /// new image may hold already.
+    /// Gives up: nothing new is started, and a step says soon that it failed. False when it has failed already, or when it
+    /// is too late for that: the new image may hold already.
     pub fn cancel(&mut self) -> bool {
-        let early = matches!(self.stage, Stage::Wipe | Stage::Contents);
+        let early = self.failed.is_none() && matches!(self.stage, Stage::Wipe | Stage::Contents);
         if early {
-            self.stop(WriteError::Disk(StoreError::Refused));
+            self.stop(WriteError::Cancelled);
         }
         early
     }

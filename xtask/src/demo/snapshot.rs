@@ -9,7 +9,7 @@ use crate::progress::step;
 use crate::run::Run;
 use crate::stored;
 use anyhow::{Context, Result, ensure};
-use std::fs::{self, File};
+use std::fs;
 use std::time::Duration;
 
 /// MiB of the working set.
@@ -59,7 +59,7 @@ pub(super) fn show(cpu: &str) -> Result<()> {
     // No farewell: QEMU is killed.
     drop(machine);
     println!("\nIts machine is killed. What is on the disk:");
-    let found = stored::look(&File::open(&file)?)?.context("nothing is stored")?;
+    let found = stored::whole(&file)?;
     println!("  generation {}, {}", found.header.generation, found.text);
     println!(
         "  {} of {} pages are not zeros; every one is as it was stored.",

@@ -1,6 +1,6 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
-use super::machine::{boot, monitored, start, tiny_guest};
+use super::machine::{STAYS, boot, monitored, start, tiny_guest};
 use crate::monitored::{Monitored, number, rows};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
@@ -76,8 +76,8 @@ fn relatives(name: &str, cpu: &str) -> Result<()> {
 fn registers(name: &str, cpu: &str) -> Result<()> {
     let file = tiny_guest(name, "fpstate")?;
     let words = ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "1", "--kernel", &file];
-    let more = ["--append", "fork linger ms=3000", "--script", "/dev/null"];
-    let mut machine = monitored(name, &[&words[..], &more].concat())?;
+    let more = ["--append", "fork linger ms=3000"];
+    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
     let forked = |guests: &Value| rows(guests).is_ok_and(|rows| rows.len() == 2);
     machine.until("guests", forked)?;
     machine.ask("snapshot 1 middle")?;

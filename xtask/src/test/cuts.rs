@@ -1,8 +1,8 @@
 //! Power cuts while a guest is stored: QEMU's log of what was written, replayed up to any point with any part of what was
 //! not durable lost; and QEMU killed.
 
-use super::machine::{boot, logs, monitored, tiny_guest};
-use super::stored::{another, fresh, whole};
+use super::machine::{STAYS, boot, logs, monitored, tiny_guest};
+use super::stored::{another, fresh};
 use crate::monitored::{Monitored, number};
 use crate::stored;
 use anyhow::{Context, Result, bail, ensure};
@@ -126,8 +126,8 @@ fn cut(name: &str) -> Result<()> {
     let log = logs(name).join("writes.log");
     let (image, log_name) = (format!("{},new", file.display()), log.display().to_string());
     let words = ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
-    let more = ["--image", &image, "--image-log", &log_name, "--script", "/dev/null"];
-    let mut machine = monitored(name, &[&words[..], &more].concat())?;
+    let more = ["--image", &image, "--image-log", &log_name];
+    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
     for generation in 1..=4 {
         machine.ask("save 1 golden --wait")?;
         ensure!(number(&machine.ask("images")?, "/0/generation")? == generation, "another generation");
@@ -157,8 +157,8 @@ fn cut(name: &str) -> Result<()> {
         out.set_len(fs::metadata(&file)?.len())?;
         disk.iter().try_for_each(|(sector, bytes)| out.write_all_at(bytes, sector * SECTOR as u64))?;
         let image = path.display().to_string();
-        let words = ["--timeout", "60", "--image", &image, "--script", "/dev/null"];
-        let mut machine = another(name, "later", &words)?;
+        let words = ["--timeout", "60", "--image", &image];
+        let mut machine = another(name, "later", &[&words[..], &STAYS].concat())?;
         let images = machine.ask("images")?;
         ensure!(images[0]["generation"].as_u64() == expected, "turn {turn}: {images}, not {expected:?}");
         ensure!(machine.guest("guest")?["state"] == "running", "turn {turn}: it does not run");
@@ -173,15 +173,15 @@ fn killed(name: &str) -> Result<()> {
     let (file, guest) = (fresh(name)?, tiny_guest(name, "touch")?);
     let image = format!("{},new", file.display());
     let words = ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
-    let mut machine = monitored(name, &[&words[..], &["--image", &image, "--script", "/dev/null"]].concat())?;
+    let mut machine = monitored(name, &[&words[..], &["--image", &image], &STAYS].concat())?;
     machine.ask("wait 1 \"guest touch: ok\"")?;
     machine.ask("save 1 golden --wait")?;
     machine.shutdown()?;
     let image = file.display().to_string();
-    let words = ["--timeout", "60", "--image", &image, "--script", "/dev/null"];
+    let words = [&["--timeout", "60", "--image", &image][..], &STAYS].concat();
     let mut cut_short = 0;
     for turn in 0..KILLS {
-        let before = whole(&file)?.header;
+        let before = stored::whole(&file)?.header;
         let mut machine: Monitored = another(name, "later", &words)?;
         ensure!(number(&machine.ask("images")?, "/0/generation")? == before.generation, "turn {turn}");
         // Slow enough to be in the middle, wherever that is.
@@ -189,7 +189,7 @@ fn killed(name: &str) -> Result<()> {
         std::thread::sleep(Duration::from_millis(100 + 150 * turn));
         // QEMU goes with it, at once.
         drop(machine);
-        let after = whole(&file).with_context(|| format!("turn {turn}"))?.header;
+        let after = stored::whole(&file).with_context(|| format!("turn {turn}"))?.header;
         match after.generation - before.generation {
             0 => cut_short += 1,
             1 => {}

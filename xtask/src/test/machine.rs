@@ -11,6 +11,9 @@ use libtest_mimic::Trial;
 use std::fs;
 use std::path::PathBuf;
 
+/// With a script the machine stays when its last guest has ended; this one has no line.
+pub(super) const STAYS: [&str; 2] = ["--script", "/dev/null"];
+
 /// Where the files and logs of a test's machine are.
 pub(super) fn logs(name: &str) -> PathBuf {
     crate::root().join("target/test-logs").join(name.replace("::", "-"))

@@ -2,14 +2,14 @@
 //! is refused.
 
 use super::loaded;
-use super::machine::{boot, logs, monitored, tiny_guest};
+use super::machine::{STAYS, boot, logs, monitored, tiny_guest};
 use crate::monitored::{Monitored, number, rows, text};
 use crate::run::Run;
-use crate::stored::{self, Stored};
+use crate::stored;
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -47,14 +47,6 @@ pub(super) fn another(test: &str, which: &str, words: &[&str]) -> Result<Monitor
     Monitored::start(Run::from_words(words)?, &logs(test).join(which))
 }
 
-/// What is in a file, whole.
-pub(super) fn whole(file: &Path) -> Result<Stored> {
-    stored::look(&File::open(file)?)?.context("nothing is stored there")
-}
-
-/// With a script the machine stays when its last guest has ended; it has no line.
-const STAYS: [&str; 2] = ["--script", "/dev/null"];
-
 fn deepest(objects: &Value) -> Result<u64> {
     rows(objects)?.iter().map(|row| number(row, "/depth")).try_fold(0, |most, depth| Ok(most.max(depth?)))
 }
@@ -83,7 +75,7 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
     while !loaded::moved(&now, &loaded::advanced(&mut machine, 1, &mut asked)?) {}
     machine.check()?;
     machine.shutdown()?;
-    whole(&file)?;
+    stored::whole(&file)?;
 
     let image = file.display().to_string();
     let words = ["--timeout", "600", "--cpu", cpu, "--image", &image];
@@ -100,7 +92,7 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
     ensure!(number(&machine.ask("images")?, "/0/generation")? == 2, "the twin was not stored");
     machine.check()?;
     machine.shutdown()?;
-    ensure!(whole(&file)?.header.generation == 2, "what holds is not the newest");
+    ensure!(stored::whole(&file)?.header.generation == 2, "what holds is not the newest");
     Ok(())
 }
 
@@ -254,7 +246,7 @@ fn refusals(name: &str) -> Result<()> {
     machine.check()?;
     machine.shutdown()?;
 
-    let stored = whole(&file)?.header;
+    let stored = stored::whole(&file)?.header;
     let image = file.display().to_string();
     let mut elsewhere =
         Run::from_words(&["--batch", "--timeout", "60", "--cpu", "cortex-a53", "--image", &image])?

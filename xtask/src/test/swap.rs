@@ -1,6 +1,6 @@
 //! Boot tests of swap: disks that fail, clones, more guests than fit, no room left.
 
-use super::machine::{boot, logs, monitored, tiny_guest};
+use super::machine::{STAYS, boot, logs, monitored, tiny_guest};
 use crate::errors;
 use crate::monitored::{Monitored, number, rows, text};
 use anyhow::{Context, Result, ensure};
@@ -32,9 +32,6 @@ fn at_rest(machine: &mut Monitored) -> Result<Value> {
     machine.until("memory", |memory| memory["transfers"] == 0)?;
     machine.ask("swap")
 }
-
-/// With a script the machine stays when its last guest has ended; it has no line.
-const STAYS: [&str; 2] = ["--script", "/dev/null"];
 
 /// Three guests fill and compare more memory than the host has, on a disk that fails at more than a thousand places.
 fn failing(name: &str) -> Result<()> {

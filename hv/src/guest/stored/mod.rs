@@ -22,9 +22,8 @@ use vmobject::lock::{Held, Ranked};
 use vmobject::map::Share;
 use vmobject::store::StoreId;
 
-use super::create;
-use super::rank;
-use super::snapshot::{Moment, Snapshot};
+use super::snapshot::{self, Moment, Origin, Snapshot, SnapshotError};
+use super::{GuestId, create, rank};
 use crate::arch::{id, timer};
 use crate::mm::store::View;
 use crate::mm::{self, Map};
@@ -53,6 +52,8 @@ pub enum StoredError {
     InUse,
     /// It cannot be written.
     Write(WriteError),
+    /// No snapshot could be kept of it.
+    Snapshot(SnapshotError),
 }
 
 impl fmt::Display for StoredError {
@@ -73,7 +74,14 @@ impl fmt::Display for StoredError {
                 write!(f, "it needs {} MiB, and there is room for {} MiB, twice", mib(needs), mib(has))
             }
             Self::Write(error) => write!(f, "{error:?}"),
+            Self::Snapshot(error) => error.fmt(f),
         }
+    }
+}
+
+impl From<SnapshotError> for StoredError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(error)
     }
 }
 
@@ -112,10 +120,15 @@ impl Disk {
         mm::disks().bytes(self.store) / PAGE_SIZE
     }
 
+    /// The half of a header.
+    const fn half(&self, slot: usize) -> StoreId {
+        self.halves[slot % SLOTS]
+    }
+
     /// Takes what was opened or stored.
     fn take(&mut self, opened: Opened) {
         let Opened { header, text, sums, state } = opened;
-        mm::disks().set_view(self.halves[header.slot % SLOTS], Some(View { header, sums }));
+        mm::disks().set_view(self.half(header.slot), Some(View { header, sums }));
         self.content = Content::Image { header, text, state: Arc::new(state) };
     }
 }
@@ -182,17 +195,34 @@ pub fn exists(name: &str, held: &mut Held<'_, 0>) -> bool {
     DISKS.lock(held).0.iter().any(|disk| disk.name == name)
 }
 
+/// The snapshot of what is stored under a name, for a guest that is made from it; it is made when it is wanted first, and
+/// again when another guest was stored.
+pub fn moment(name: &str, guest: GuestId, held: &mut Held<'_, 0>) -> Result<Arc<Snapshot>, StoredError> {
+    forget_stale(name, held);
+    if snapshot::source(name, held).is_none() {
+        let (snapshot, generation) = resume(name, held)?;
+        snapshot::keep(snapshot, Origin::Stored(generation), Some(name), held)?;
+    }
+    snapshot::find(name, guest, held).ok_or(StoredError::Unknown)
+}
+
+/// Forgets the snapshot of what was stored under a name before the last time: nobody can ask for it any more.
+pub fn forget_stale(name: &str, held: &mut Held<'_, 0>) {
+    let current = generation(name, held);
+    if matches!(snapshot::source(name, held), Some(Origin::Stored(old)) if Some(old) != current) {
+        snapshot::forget(name, held);
+    }
+}
+
 /// The guest stored under a name, as a snapshot; its generation.
-pub fn resume(name: &str, held: &mut Held<'_, 0>) -> Result<(Box<Snapshot>, u64), StoredError> {
+fn resume(name: &str, held: &mut Held<'_, 0>) -> Result<(Box<Snapshot>, u64), StoredError> {
     let (half, header, bytes) = {
         let (disks, _held) = DISKS.lock(held);
         let disk = disks.iter().find(|disk| disk.name == name).ok_or(StoredError::Unknown)?;
         match &disk.content {
             Content::Empty => return Err(StoredError::Empty),
             Content::Refused(error) => return Err(StoredError::Open(error.clone())),
-            Content::Image { header, state, .. } => {
-                (disk.halves[header.slot % SLOTS], *header, state.clone())
-            }
+            Content::Image { header, state, .. } => (disk.half(header.slot), *header, state.clone()),
         }
     };
     let State { seconds, regions, mut moment, .. } = State::decode(&bytes).map_err(StoredError::State)?;
@@ -255,16 +285,15 @@ pub fn begin(
 ) -> Result<Begun, StoredError> {
     is_free(name, held)?;
     let regions = state::regions(snapshot.memory())?;
-    let moment: Moment = snapshot.moment.clone();
-    let seconds = create::seconds();
-    let text = describe(&moment, seconds);
+    let (moment, seconds) = (&snapshot.moment, create::seconds());
+    let text = describe(moment, seconds);
     let state = State::new(moment, regions, seconds);
     let bytes = state.encode().ok_or(VmError::NoMemory)?;
     let contents = Contents { pages: state::pages(&state.regions), state: bytes, text, key };
     let (mut disks, mut held) = DISKS.lock(held);
     let disk = disks.iter_mut().find(|disk| disk.name == name).ok_or(StoredError::Unknown)?;
     let writer = Writer::new(contents, disk.newest(), disk.pages()).map_err(StoredError::Write)?;
-    let half = disk.halves[writer.slot() % SLOTS];
+    let half = disk.half(writer.slot());
     if !mm::vm().forget_store(half, &mut held) {
         return Err(StoredError::InUse);
     }

@@ -69,16 +69,16 @@ pub mod range {
     }
 }
 
-/// All that is stored of a guest but its pages.
+/// All that is stored of a guest but its pages: its own moment, or for as long as it is written somebody's.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct State {
+pub struct State<M = Moment> {
     machine: Machine,
     /// The second, since 1970, when it was taken.
     pub seconds: u32,
     /// Its memory, in the order of its pages.
     pub regions: Vec<Region>,
     /// The rest of it.
-    pub moment: Moment,
+    pub moment: M,
 }
 
 /// Why a stored state is not used.
@@ -152,9 +152,9 @@ pub fn place(regions: &[Region], number: u64) -> Option<Ipa> {
     None
 }
 
-impl State {
+impl<M: Serialize> State<M> {
     /// Of a guest on this machine.
-    pub fn new(moment: Moment, regions: Vec<Region>, seconds: u32) -> Self {
+    pub fn new(moment: M, regions: Vec<Region>, seconds: u32) -> Self {
         Self { machine: Machine::this(), seconds, regions, moment }
     }
 
@@ -162,7 +162,9 @@ impl State {
     pub fn encode(&self) -> Option<Vec<u8>> {
         postcard::to_allocvec(self).ok()
     }
+}
 
+impl State {
     /// From bytes, for this machine.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let mut state: Self = postcard::from_bytes(bytes).map_err(|_| StateError::Unreadable)?;
