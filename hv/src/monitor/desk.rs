@@ -224,18 +224,14 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     }
     ask_again(front, cpu, held);
     flush(front, held);
-    let unfinished = {
-        let (desk, _held) = DESK.lock(held);
-        desk.note();
-        !desk.waiting.is_empty() || !desk.output.is_empty()
-    };
+    DESK.lock(held).0.note();
     SERVING.store(false, Ordering::SeqCst);
     if has_room(held) {
         front.more(held);
     }
-    if unfinished {
-        // So that running guests let their CPUs go round now and then: also for the rest of an answer that is longer
-        // than what the port takes at once. That it takes more is no line that arrives.
+    if WORK.load(Ordering::SeqCst) {
+        // So that running guests let their CPUs go round now and then: for what waits, for the rest of an answer that is
+        // longer than what the port takes at once, and for a line that came to another CPU while this one served.
         sched::call_daemon_here();
     }
     let idle = table::is_empty(held) && !sched::jobs::are_running();

@@ -216,8 +216,8 @@ pub(super) fn work(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>)
     if ended {
         outside.job_ended(held);
     }
-    if !more && ACTIVE.load(Ordering::SeqCst) {
-        // What it waits for need not come as an interrupt here.
+    if ACTIVE.load(Ordering::SeqCst) {
+        // A CPU that runs a guest comes round again for it; and what it waits for need not come as an interrupt here.
         call_daemon_here();
     }
     more
