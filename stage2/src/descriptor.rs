@@ -191,10 +191,11 @@ impl Descriptor {
     /// The same frame and attributes with at least `other`'s permissions: `None` when the two differ in
     /// more than that, or `other` allows less. What this one remembers stays.
     pub fn upgraded_to(self, other: Self) -> Option<Self> {
-        const PERMISSIONS: u64 = READ | WRITE | DBM | NEVER_EXECUTE;
+        const WRITABLE: u64 = WRITE | DBM;
         const MEMORY: u64 = ACCESSED | WAS_DIRTY;
-        let same = (self.0 ^ other.0) & !(PERMISSIONS | MEMORY) == 0;
-        let more = other.prot().allows(self.prot());
+        let same = (self.0 ^ other.0) & !(READ | WRITABLE | NEVER_EXECUTE | MEMORY) == 0;
+        let more = (self.0 & !other.0 & READ) | (other.0 & !self.0 & NEVER_EXECUTE) == 0
+            && (self.0 & WRITABLE == 0 || other.0 & WRITABLE != 0);
         // Both leaves are of one style, so a WRITE that only we have is dirty state under a DBM of both.
         (same && more).then_some(Self(other.0 | self.0 & (WRITE | MEMORY)))
     }

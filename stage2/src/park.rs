@@ -10,12 +10,11 @@
 
 use crate::descriptor::Descriptor;
 use crate::geometry::{BLOCK, Geometry, LAST};
-use crate::table::{ENTRIES, TableSource};
+use crate::table::TableSource;
 use crate::tlb::{Batch, TlbOps};
 use crate::tree::{Slot, Stage2};
 use vmobject::addr::{Ipa, Pfn};
 use vmobject::pmap::OutOfTables;
-use vmobject::prot::Prot;
 
 /// What lies in the way to a table.
 pub(crate) enum Way {
@@ -32,7 +31,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         for (slot, _) in self.used_root() {
             let entry = self.read(slot);
             if entry.is_valid() {
-                self.park_entry(slot, entry, self.geometry.start());
+                if entry.is_table() {
+                    self.swap(slot, Descriptor::parked(entry.frame()));
+                } else {
+                    // Walkers see it, and may set its flags meanwhile.
+                    self.update(slot, Descriptor::write_protected);
+                }
                 parked += 1;
             }
         }
@@ -44,25 +48,14 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         parked
     }
 
-    /// Parks a table, write-protects a leaf. Nobody else edits; the hardware may still set a leaf's flags.
-    #[inline]
-    fn park_entry(&self, slot: Slot, entry: Descriptor, level: u32) {
-        if level < LAST && entry.is_table() {
-            self.swap(slot, Descriptor::parked(entry.frame()));
-        } else if entry.prot().allows(Prot::WRITE) {
-            self.update(slot, Descriptor::write_protected);
-        }
-    }
-
     /// Makes a parked entry of `level` valid again, its table's entries parked or write-protected.
     #[cold]
     fn lower(&self, slot: Slot, level: u32, table: Pfn) {
-        for index in 0..ENTRIES {
-            let below = Slot::new(table, index);
-            let entry = self.read(below);
-            if entry.is_valid() {
-                self.park_entry(below, entry, level + 1);
-            }
+        let entries = self.entries_from(Slot::new(table, 0));
+        if level + 1 == LAST {
+            entries.for_each(|leaf| leaf.protect());
+        } else {
+            entries.for_each(|entry| entry.park());
         }
         self.tlb.dsb_ishst();
         self.swap(slot, Descriptor::table(table));

@@ -53,15 +53,41 @@ impl Slot {
 pub(crate) struct Entry<'t>(&'t AtomicU64);
 
 impl Entry<'_> {
-    /// Puts `new` where nothing valid is, and says whether it did. Only we write there: the hardware changes
-    /// valid entries alone. What was written before, a page's bytes, is seen by whoever sees `new`.
+    /// Puts `new` where nothing valid is, or widens a leaf that differs from it in allowing less, and says whether it
+    /// did either. What was written before, a page's bytes, is seen by whoever sees `new`. No cache needs to be
+    /// told: one that still holds the narrower leaf faults once more, and [`Stage2::put`] settles that.
     #[inline]
     pub(crate) fn fill(&self, new: Descriptor) -> bool {
-        let free = !Descriptor::from_bits(self.0.load(Ordering::Relaxed)).is_valid();
-        if free {
+        let now = Descriptor::from_bits(self.0.load(Ordering::Relaxed));
+        if !now.is_valid() {
+            // Only we write here: the hardware changes valid entries alone.
             self.0.store(new.bits(), Ordering::Release);
+            return true;
         }
-        free
+        // One that the hardware changes meanwhile is left alone: it is only a neighbour.
+        now.upgraded_to(new).filter(|wide| wide.touched() != now.touched()).is_some_and(|wide| {
+            let (old, wide) = (now.bits(), wide.bits());
+            self.0.compare_exchange(old, wide, Ordering::Release, Ordering::Relaxed).is_ok()
+        })
+    }
+
+    /// Write-protects a leaf, or does nothing to an entry without one, below a parked entry: no walker comes here and
+    /// no cache holds it (T4), so the hardware changes nothing meanwhile, and 512 of these are cheap.
+    #[inline]
+    pub(crate) fn protect(&self) {
+        let leaf = Descriptor::from_bits(self.0.load(Ordering::Relaxed));
+        self.0.store(leaf.write_protected().bits(), Ordering::Relaxed);
+    }
+
+    /// Above the last level, below a parked entry: parks a table, write-protects a block.
+    #[inline]
+    pub(crate) fn park(&self) {
+        let now = Descriptor::from_bits(self.0.load(Ordering::Relaxed));
+        if now.is_table() {
+            self.0.store(Descriptor::parked(now.frame()).bits(), Ordering::Relaxed);
+        } else if now.is_valid() {
+            self.protect();
+        }
     }
 }
 

@@ -48,8 +48,8 @@ pub trait Pmap: Send {
     /// another CPU was faster or this CPU's TLB is stale, and the latter is put right.
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
 
-    /// Maps `frames` from `first` on, inside one chunk, only where no valid leaf is: neighbours of a
-    /// fault, in one go. `None` leaves its place alone. Returns how many were mapped.
+    /// Maps `frames` from `first` on, inside one chunk, where no valid leaf is or one of that very frame that allows
+    /// less: neighbours of a fault, in one go. `None` leaves its place alone. Returns how many were mapped or widened.
     fn enter_around(
         &mut self,
         first: Ipa,

@@ -169,7 +169,10 @@ impl Bench {
         }
         if let Some(counter) = longest {
             let forks = machine::follow_clones(&toolchain, &hypervisor, &dir)?;
-            let counter = if forks.longest() > counter.longest() { forks } else { counter };
+            let survivors = machine::follow_survivors(&toolchain, &hypervisor, &dir)?;
+            let longer =
+                |one: Counter, other: Counter| if other.longest() > one.longest() { other } else { one };
+            let counter = longer(longer(counter, forks), survivors);
             let figure = Figure::longest(&counter);
             if self.asks_for(&figure) {
                 if self.profile {

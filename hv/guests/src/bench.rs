@@ -3,7 +3,7 @@
 //!
 //! Each figure is a line `bench METRIC VALUE KEY=VALUE...`: the median, less what measuring costs, with
 //! its spread. Options: `zero_mib=8` (RAM touched for each of the two orders); with `fork` it measures what a fork makes
-//! dearer, and nothing else.
+//! dearer, and nothing else, or with `fork survive` what it does when a relative is dead.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 

@@ -262,10 +262,17 @@ impl Pmap for FakePmap {
         for (page, frame) in (0..).zip(frames) {
             let (Some(frame), Some(at)) = (frame, first.checked_add(page * PAGE_SIZE)) else { continue };
             assert_eq!(at.chunk(), first.chunk(), "neighbours lie in one chunk");
-            self.leaves.entry(at).or_insert_with(|| {
-                count += 1;
-                FakeLeaf::new(frame, prot)
-            });
+            let old = self.leaves.get_mut(&at);
+            match old {
+                None => drop(self.leaves.insert(at, FakeLeaf::new(frame, prot))),
+                Some(FakeLeaf { leaf, .. })
+                    if leaf.frame == frame && leaf.prot != prot && prot.allows(leaf.prot) =>
+                {
+                    leaf.prot = prot;
+                }
+                Some(_) => continue,
+            }
+            count += 1;
         }
         Ok(count)
     }

@@ -153,32 +153,83 @@ pub(super) fn private(_: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     .collect()
 }
 
-/// What a fork makes dearer later: the child's first reads and writes of its parent's pages.
+/// What a fork makes dearer later: the child's first reads and writes of its parent's pages, and what the first writes
+/// cost whoever outlives the other.
 pub(super) fn after_fork(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     let image = dir.join("bench.bin");
     fs::write(&image, build::guest(toolchain, "bench")?)?;
     let image = image.display().to_string();
-    let mut words = vec!["--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "300"];
-    words.extend(["--memory", "64M", "--grant-fork", "8", "--append", "fork", "--kernel", &image]);
-    let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("after-fork"))?;
+
+    let mut machine = Monitored::start(forking(&image, "fork")?, &dir.join("after-fork"))?;
     step("measuring a child's faults", || machine.console.wait("bench: place 0 waits"))?;
-    let log = machine.ask("log 2")?;
-    let told = log["log"].as_str().context("the child's log")?;
-    ensure!(told.contains("bench: place 1 waits"), "the child is not done: {told}");
-    let figures =
-        told.lines().filter_map(Figure::from_line).filter(|figure| figure.metric.starts_with("fault."));
-    let figures = figures.collect();
+    let child = log_that_says(&mut machine, 2, "bench: place 1 waits")?;
     machine.shutdown()?;
-    Ok(figures)
+
+    let survivors = surviving(forking(&image, "fork survive")?, &dir.join("surviving"))?;
+    let figures = [child, survivors];
+    let figures = figures.iter().flat_map(|told| told.lines()).filter_map(Figure::from_line);
+    Ok(figures.filter(|figure| figure.metric.starts_with("fault.")).collect())
+}
+
+/// The measuring guest, which may fork.
+fn forking(image: &str, append: &str) -> Result<Run> {
+    let mut words = vec!["--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "300"];
+    words.extend(["--memory", "64M", "--grant-fork", "8", "--append", append, "--kernel", image]);
+    Run::from_words(&words)
+}
+
+/// Lets it measure what is left for those that outlive their relatives: what they told.
+fn surviving(options: Run, dir: &Path) -> Result<String> {
+    let mut machine = Monitored::start(options, dir)?;
+    step("measuring a survivor's faults", || machine.console.wait("bench: the parent goes"))?;
+    let console = machine.console.text();
+    let (parent, _) = console.split_once("bench: the parent goes").context("the parent's console")?;
+    // Guest 2 was the child that died at once.
+    let orphan = log_that_says(&mut machine, 3, "bench: place 1 waits")?;
+    machine.shutdown()?;
+    Ok(format!("{parent}\n{orphan}"))
+}
+
+/// What a guest told on a console that is not attached, once it has said `last`.
+fn log_that_says(machine: &mut Monitored, guest: u64, last: &str) -> Result<String> {
+    let says = |log: &Value| log["log"].as_str().is_some_and(|told| told.contains(last));
+    let log = machine.until(&format!("log {guest}"), says)?;
+    Ok(log["log"].as_str().unwrap_or_default().to_owned())
 }
 
 /// The same for the smallest, followed instruction by instruction.
 pub(super) fn follow_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
     let guest = build::guest(toolchain, "fork")?;
-    let dir = dir.join("followed");
-    fs::create_dir_all(&dir)?;
-    let (follower, trace) = Follower::start(hypervisor, &guest, dir.join("instructions"))?;
-    fork(&guest, SIZES[0], &dir, Some(trace))?;
+    follow(&guest, hypervisor, &dir.join("followed"), |trace, dir| {
+        fork(&guest, SIZES[0], dir, Some(trace)).map(drop)
+    })
+}
+
+/// What a parent pays that outlives its child, followed instruction by instruction.
+pub(super) fn follow_survivors(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
+    let guest = build::guest(toolchain, "bench")?;
+    follow(&guest, hypervisor, &dir.join("followed-on"), |trace, dir| {
+        let image = dir.join("bench.bin");
+        fs::write(&image, &guest)?;
+        let mut options = forking(&image.display().to_string(), "fork survive")?;
+        options.trace = Some(trace);
+        let mut machine = Monitored::start(options, dir)?;
+        // The parent's half: a command to the monitor would be followed as well.
+        step("following a survivor's faults", || machine.console.wait("bench: the parent goes"))?;
+        machine.console.stop();
+        Ok(())
+    })
+}
+
+fn follow(
+    guest: &[u8],
+    hypervisor: &Path,
+    dir: &Path,
+    run: impl FnOnce(qemu::Trace, &Path) -> Result<()>,
+) -> Result<Counter> {
+    fs::create_dir_all(dir)?;
+    let (follower, trace) = Follower::start(hypervisor, guest, dir.join("instructions"))?;
+    run(trace, dir)?;
     follower.finish()
 }
 

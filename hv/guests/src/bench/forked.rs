@@ -1,14 +1,15 @@
-//! What a fork makes dearer later: a child's first reads and writes of its parent's pages.
+//! What a fork makes dearer later: a child's first reads and writes of its parent's pages, and a survivor's writes.
 //!
 //! The child measures while the parent sleeps; each then waits for a byte, so that whoever looks on can read the
-//! child's figures.
+//! child's figures. With `survive` the child dies at once and the parent measures, all its pages being write-protected
+//! and nobody else's; then it forks again and dies, and its child is the last to refer to them.
 
 use hv_abi::call::{status, vendor};
 use hv_abi::machine::{INTID_VIRTUAL_TIMER, RAM_BASE};
 
 use super::{Touch, faults};
 use crate::memory::poke;
-use crate::power::hvc;
+use crate::power::{self, hvc};
 use crate::runtime::Machine;
 use crate::timer::{self, milliseconds};
 use crate::{console, gic};
@@ -17,8 +18,8 @@ use crate::{console, gic};
 const PAGES: u64 = 1024;
 /// Figures with pages of their own.
 const REGIONS: u64 = 4;
-/// For how long the parent sleeps: far longer than the child takes, and asleep it costs nothing.
-const CHILD_MS: u64 = 200;
+/// For how long one sleeps while the other works: far longer than that takes, and asleep it costs nothing.
+const ASLEEP_MS: u64 = 200;
 
 pub(super) fn run(machine: &Machine, empty: u64) {
     let first = (RAM_BASE + machine.memory / 4).next_multiple_of(2 << 20);
@@ -27,21 +28,48 @@ pub(super) fn run(machine: &Machine, empty: u64) {
     for page in (first..region(REGIONS)).step_by(4096) {
         poke(page, page);
     }
-    let [answer, place, ..] = hvc(vendor::FORK.into(), [1, 0, 0]);
-    assert_eq!(answer.cast_signed(), status::SUCCESS, "the fork");
+    gic::enable(INTID_VIRTUAL_TIMER);
     let measure =
         |metric, touch, which| faults(metric, touch, PAGES, empty, region(which), region(which + 1));
-    if place == 1 {
-        measure("fault.shared_read", Touch::Read, 0);
-        measure("fault.cow", Touch::Write, 2);
-    } else {
-        gic::enable(INTID_VIRTUAL_TIMER);
-        let end = timer::now() + milliseconds(CHILD_MS);
-        timer::arm(end);
-        while timer::now() < end {
-            instruction!("wfi");
+    let place = if machine.flag("survive") {
+        if fork() == 1 {
+            power::off();
         }
-    }
+        sleep();
+        measure("fault.write_protect", Touch::Write, 0);
+        let place = fork();
+        if place == 0 {
+            println!("bench: the parent goes");
+            power::off();
+        }
+        sleep();
+        measure("fault.cow_last_ref", Touch::Write, 2);
+        place
+    } else {
+        let place = fork();
+        if place == 1 {
+            measure("fault.shared_read", Touch::Read, 0);
+            measure("fault.cow", Touch::Write, 2);
+        } else {
+            sleep();
+        }
+        place
+    };
     println!("bench: place {place} waits");
     console::read();
+}
+
+/// Which of the two this is: 0 in the parent, 1 in the child.
+fn fork() -> u64 {
+    let [answer, place, ..] = hvc(vendor::FORK.into(), [1, 0, 0]);
+    assert_eq!(answer.cast_signed(), status::SUCCESS, "the fork");
+    place
+}
+
+fn sleep() {
+    let end = timer::now() + milliseconds(ASLEEP_MS);
+    timer::arm(end);
+    while timer::now() < end {
+        instruction!("wfi");
+    }
 }
