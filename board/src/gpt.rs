@@ -14,7 +14,13 @@ pub const MAX_NAME: usize = 108;
 /// Entries that a table may have; the usual number is 128.
 pub const MAX_ENTRIES: u32 = 1024;
 
+/// The type of a partition to swap to, as stored: 0657FD6D-A4AB-43C4-84E5-0933C84B4F4F.
+pub const LINUX_SWAP: [u8; 16] =
+    [0x6d, 0xfd, 0x57, 0x06, 0xab, 0xa4, 0xc4, 0x43, 0x84, 0xe5, 0x09, 0x33, 0xc8, 0x4b, 0x4f, 0x4f];
+
 const SIGNATURE: &[u8; 8] = b"EFI PART";
+/// What the first sector of a disk with a table ends with, whatever its kind; a GPT's protective one too (UEFI 2.10, 5.2).
+const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 const HEADER_BYTES: usize = 92;
 const ENTRY_BYTES: usize = 128;
 /// [`SECTOR`], as the length of a buffer.
@@ -44,6 +50,9 @@ pub enum GptError {
     Missing,
     /// There is one, and no copy of it is whole.
     Damaged,
+    /// There is none, but something else that begins as a disk with a table does: one of another kind, or for blocks of
+    /// another size, or what is left of one.
+    Foreign,
 }
 
 /// Where a table's entries are.
@@ -83,6 +92,13 @@ fn read_from(
             // A missing copy does not make a damaged one look missing.
             Err(GptError::Missing) => {}
             Err(error) => outcome = error,
+        }
+    }
+    if outcome == GptError::Missing {
+        let mut buffer = [0; BUFFER];
+        read(0, &mut buffer).map_err(GptError::Disk)?;
+        if buffer.ends_with(&BOOT_SIGNATURE) {
+            return Err(GptError::Foreign);
         }
     }
     Err(outcome)
@@ -266,6 +282,17 @@ mod tests {
     fn a_partition_that_leaves_the_disk_is_refused() {
         let disk = disk(&[("a", 64, 256)], 512);
         assert_eq!(partitions(&disk, 512).unwrap_err(), GptError::Damaged);
+    }
+
+    #[test]
+    fn what_begins_as_a_disk_with_a_table_and_has_none_of_ours_is_foreign() {
+        let mut old = vec![0; 64 * 512];
+        old[510..512].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(partitions(&old, 512).unwrap_err(), GptError::Foreign);
+        // Made for blocks of 4096 bytes, and seen with blocks of 512.
+        let mut other = disk(&[("a", 16, 32)], 4096);
+        other[510..512].copy_from_slice(&[0x55, 0xaa]);
+        assert_eq!(partitions(&other, 512).unwrap_err(), GptError::Foreign);
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Pl011 {
         self.uart.set_interrupt_masks(masks);
     }
 
-    /// Clears the receive interrupts; call before reading the FIFO empty, so that none is lost.
+    /// Clears the receive interrupts. Bytes that are in the FIFO then raise none: read it empty afterwards.
     pub fn acknowledge(&mut self) {
         self.uart.clear_interrupts(Interrupts::RXI | Interrupts::RTI | Interrupts::OEI);
     }

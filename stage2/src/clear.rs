@@ -29,7 +29,7 @@ struct Step<'a> {
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
-    /// Settles about `budget` leaves more, and one at least; a block counts as its pages, since it speaks for each.
+    /// Settles about `budget` leaves more, and one at least; a block counts as a table, since it speaks for as many.
     /// True when only the root is left.
     pub(crate) fn clear_step(&mut self, budget: u32, sink: Sink<'_>) -> bool {
         self.park_roots();
@@ -83,8 +83,9 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             if level == self.geometry.start() {
                 step.batch.page(at);
             }
+            self.blocks -= u32::from(level < LAST);
             harvest(at, old, Descriptor::NOTHING, Spot::pages_of(level), step.sink);
-            step.left = step.left.saturating_sub(Spot::pages_of(level));
+            step.left = step.left.saturating_sub(if level < LAST { TABLE } else { 1 });
         }
         true
     }

@@ -8,7 +8,7 @@
 
 use crate::descriptor::Descriptor;
 use crate::geometry::{Geometry, LAST};
-use crate::table::{ENTRIES, TableSource};
+use crate::table::TableSource;
 use crate::tlb::{Batch, TlbOps};
 use crate::tree::{Slot, Stage2, harvest};
 use crate::walk::Spot;
@@ -20,6 +20,8 @@ struct Loose {
     batch: Batch,
     /// Unlinked tables, linked through their first entries: a walker that is still in one finds it invalid.
     dead: Option<Pfn>,
+    /// Blocks that were taken away.
+    blocks: u32,
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
@@ -84,7 +86,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         let Some(range) = self.geometry.everything().and_then(|all| all.intersection(range)) else {
             return;
         };
-        let mut loose = Loose { batch: Batch::new(), dead: None };
+        let mut loose = Loose { batch: Batch::new(), dead: None, blocks: 0 };
         let level = self.geometry.start();
         let mut at = range.start();
         while at < range.end() {
@@ -93,7 +95,39 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             at = next;
         }
         self.flush(loose.batch);
+        self.blocks -= loose.blocks;
         self.free_dead(loose.dead);
+    }
+
+    /// Takes away the leaves of single pages. A block that has one is broken.
+    pub(crate) fn unmap_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>) {
+        let mut batch = Batch::new();
+        // The table that the last page was in, and whether it is parked: the next page's, most likely.
+        let mut known: Option<(Ipa, Slot, bool)> = None;
+        for at in pages {
+            if known.is_none_or(|(chunk, ..)| chunk != at.chunk()) {
+                known = self.table_of(at, &mut *sink).map(|(first, parked)| (at.chunk(), first, parked));
+            }
+            let Some((_, first, parked)) = known else { continue };
+            let old = self.swap(first.beside(Geometry::index(at, LAST)), Descriptor::NOTHING);
+            if old.is_valid() {
+                if !parked {
+                    batch.page(at);
+                }
+                harvest(at, old, Descriptor::NOTHING, 1, &mut *sink);
+            }
+        }
+        self.flush(batch);
+    }
+
+    /// A slot of the last level's table for an address, if there is one, and whether it is parked. A block is broken.
+    fn table_of(&mut self, at: Ipa, sink: Sink<'_>) -> Option<(Slot, bool)> {
+        let spot = self.find(at)?;
+        if spot.level == LAST {
+            return Some((spot.slot, spot.parked));
+        }
+        self.trim(IpaRange::page_of(at)?, sink);
+        self.find(at).map(|spot| (spot.slot, spot.parked))
     }
 
     /// The same for a part of one table.
@@ -128,6 +162,7 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
                 if !parked {
                     loose.batch.page(first);
                 }
+                loose.blocks += u32::from(level < LAST);
                 harvest(first, old, Descriptor::NOTHING, Spot::pages_of(level), &mut *sink);
             }
             at = next.min(end);
@@ -139,13 +174,6 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         while let Some(table) = dead {
             dead = self.swap(Slot::new(table, 0), Descriptor::NOTHING).linked();
             self.free_table(table);
-        }
-    }
-
-    /// Fills a table that no walker reaches.
-    pub(crate) fn fill(&self, table: Pfn, with: impl Fn(u32) -> Descriptor) {
-        for (index, page) in (0..ENTRIES).zip(0_u32..) {
-            self.swap(Slot::new(table, index), with(page));
         }
     }
 }

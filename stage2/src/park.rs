@@ -9,10 +9,10 @@
 //! nobody touches is never looked at. `walk` sees through all this.
 
 use crate::descriptor::Descriptor;
-use crate::geometry::{BLOCK, Geometry, LAST};
+use crate::geometry::{Geometry, LAST};
 use crate::table::TableSource;
 use crate::tlb::{Batch, TlbOps};
-use crate::tree::{Slot, Stage2};
+use crate::tree::{Entry, Slot, Stage2};
 use vmobject::addr::{Ipa, Pfn};
 use vmobject::pmap::OutOfTables;
 
@@ -51,11 +51,13 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     /// Makes a parked entry of `level` valid again, its table's entries parked or write-protected.
     #[cold]
     fn lower(&self, slot: Slot, level: u32, table: Pfn) {
-        let entries = self.entries_from(Slot::new(table, 0));
-        if level + 1 == LAST {
-            entries.for_each(|leaf| leaf.protect());
-        } else {
-            entries.for_each(|entry| entry.park());
+        for entries in self.octets(table) {
+            if level + 1 == LAST {
+                entries.iter().for_each(Entry::protect);
+            } else if entries.iter().any(Entry::is_used) {
+                // Few are, so high up.
+                entries.iter().for_each(Entry::park);
+            }
         }
         self.tlb.dsb_ishst();
         self.swap(slot, Descriptor::table(table));
@@ -94,14 +96,5 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         self.tlb.dsb_ishst(); // its zeros first
         self.swap(slot, Descriptor::table(table));
         Ok(table)
-    }
-
-    /// The same for the last level: a block in the way is broken.
-    #[inline]
-    pub(crate) fn page_table(&mut self, at: Ipa) -> Result<Pfn, OutOfTables> {
-        match self.way_to(at, LAST)? {
-            Way::Clear(table) => Ok(table),
-            Way::Block(slot) => self.break_block(slot, Geometry::entry(at, BLOCK), false),
-        }
     }
 }

@@ -24,7 +24,7 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         let table = match self.way_to(at, LAST)? {
             Way::Clear(table) => table,
             Way::Block(_) if self.block_serves(at, frame, prot) => return Ok(()),
-            Way::Block(_) => self.page_table(at)?,
+            Way::Block(slot) => self.make_way(slot, at, &mut *sink)?,
         };
         let slot = Slot::new(table, Geometry::index(at, LAST));
         self.put(slot, LAST, at.page(), self.style.page(frame, prot), sink);
@@ -52,6 +52,10 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         Ok(mapped)
     }
 
+    fn is_bare(&self, at: Ipa) -> bool {
+        self.geometry.reaches(at) && self.is_bare_above(at)
+    }
+
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
         debug_assert!(at.is_chunk_aligned() && first.is_chunk_aligned(), "a block is aligned");
         assert!(self.geometry.reaches(at), "{at} is beyond the tables' reach");
@@ -67,6 +71,10 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {
         self.trim(range, &mut *sink);
         self.unmap(range, sink);
+    }
+
+    fn remove_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>) {
+        self.unmap_pages(pages, sink);
     }
 
     fn clear(&mut self, budget: u32, sink: Sink<'_>) -> bool {
@@ -107,6 +115,10 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
 
     fn tables(&self) -> u32 {
         self.table_count()
+    }
+
+    fn blocks(&self) -> u32 {
+        self.block_count()
     }
 }
 

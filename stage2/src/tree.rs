@@ -30,9 +30,14 @@ pub struct Stage2<S: TableSource, T: TlbOps> {
     /// Its name in the caches; zero until it is first loaded, and then nothing of it can be cached.
     vmid: u16,
     tables: u32,
+    /// Blocks that are mapped, parked ones too.
+    pub(crate) blocks: u32,
     /// Leaves are read and then written, and what the hardware sets in between is lost: a defect.
     #[cfg(feature = "testing")]
     careless: bool,
+    /// No cache is told of a block that is broken: a defect.
+    #[cfg(feature = "testing")]
+    silent: bool,
 }
 
 /// The place of one descriptor.
@@ -46,6 +51,11 @@ impl Slot {
     /// Entry `index` of a table, modulo its length.
     pub(crate) const fn new(table: Pfn, index: usize) -> Self {
         Self { table, index }
+    }
+
+    /// Another entry of the same table.
+    pub(crate) const fn beside(self, index: usize) -> Self {
+        Self::new(self.table, index)
     }
 }
 
@@ -69,6 +79,18 @@ impl Entry<'_> {
             let (old, wide) = (now.bits(), wide.bits());
             self.0.compare_exchange(old, wide, Ordering::Release, Ordering::Relaxed).is_ok()
         })
+    }
+
+    /// Something is there.
+    #[inline]
+    pub(crate) fn is_used(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != Descriptor::NOTHING.bits()
+    }
+
+    /// Puts `new` there. No walker comes here yet, and no cache holds it.
+    #[inline]
+    pub(crate) fn store(&self, new: Descriptor) {
+        self.0.store(new.bits(), Ordering::Relaxed);
     }
 
     /// Write-protects a leaf, or does nothing to an entry without one, below a parked entry: no walker comes here and
@@ -105,8 +127,11 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             used: 0,
             vmid: 0,
             tables,
+            blocks: 0,
             #[cfg(feature = "testing")]
             careless: false,
+            #[cfg(feature = "testing")]
+            silent: false,
         })
     }
 
@@ -129,6 +154,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     #[cfg(feature = "testing")]
     pub const fn set_careless(&mut self, careless: bool) {
         self.careless = careless;
+    }
+
+    /// From now on no cache is told of a block that is broken, to see that this is found.
+    #[cfg(feature = "testing")]
+    pub const fn set_silent(&mut self, silent: bool) {
+        self.silent = silent;
     }
 
     /// True if the leaf that maps an address says that it was written through.
@@ -200,6 +231,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         self.source.table(slot.table)[slot.index % ENTRIES..].iter().map(Entry)
     }
 
+    /// The entries of a table, eight at a time: whoever goes by all of them counts instructions.
+    #[inline]
+    pub(crate) fn octets(&self, table: Pfn) -> impl Iterator<Item = [Entry<'_>; 8]> {
+        self.source.table(table).as_chunks::<8>().0.iter().map(|entries| entries.each_ref().map(Entry))
+    }
+
     /// What is there.
     #[inline]
     pub(crate) fn read(&self, slot: Slot) -> Descriptor {
@@ -236,11 +273,25 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         }
     }
 
+    /// Blocks that are mapped now.
+    pub(crate) const fn block_count(&self) -> u32 {
+        self.blocks
+    }
+
     /// Tells the caches.
     pub(crate) fn flush(&self, batch: Batch) {
         if self.vmid != 0 {
             batch.flush(&self.tlb, self.vttbr(), self.geometry.features());
         }
+    }
+
+    /// Tells the caches of a block that is broken.
+    pub(crate) fn flush_block(&self, batch: Batch) {
+        #[cfg(feature = "testing")]
+        if self.silent {
+            return;
+        }
+        self.flush(batch);
     }
 
     /// Tells this CPU's caches.
@@ -251,19 +302,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
     }
 }
 
-/// Tells the sink what a leaf remembered that was `old` and is `new` now, for each page it maps.
+/// Tells the sink what a leaf remembered that was `old` and is `new` now, for all the pages it maps.
 pub(crate) fn harvest(at: Ipa, old: Descriptor, new: Descriptor, pages: u32, sink: Sink<'_>) {
     let accessed = old.is_accessed() && !new.is_accessed();
     let dirty = old.is_dirty();
-    if new.is_valid() && !accessed && !dirty {
-        return;
-    }
-    for page in 0..pages {
-        // A block's pages lie inside the address space.
-        let Some(at) = at.checked_add(u64::from(page) << vmobject::addr::PAGE_SHIFT) else {
-            return;
-        };
-        sink(Harvest { at, frame: old.frame_in_block(page), accessed, dirty });
+    if !new.is_valid() || accessed || dirty {
+        sink(Harvest { at, frame: old.frame(), pages, accessed, dirty });
     }
 }
 

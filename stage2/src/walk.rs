@@ -74,6 +74,19 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         }
     }
 
+    /// True if the entry that a block of an address within reach would be in is nothing, or has no table above it.
+    pub(crate) fn is_bare_above(&self, at: Ipa) -> bool {
+        let mut table = self.root_table(at);
+        for level in self.geometry.start()..LAST {
+            let entry = self.read(Slot::new(table, Geometry::index(at, level)));
+            if !entry.is_table() && !entry.is_parked() {
+                return !entry.is_valid();
+            }
+            table = entry.frame();
+        }
+        false
+    }
+
     /// Shows every valid leaf that maps part of a range, in order; a block that sticks out too.
     pub(crate) fn visit(&self, range: IpaRange, mut show: impl FnMut(Spot)) {
         let all: ControlFlow<()> = self.visit_until(range, |spot| {

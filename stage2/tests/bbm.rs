@@ -70,6 +70,30 @@ fn a_leaf_that_is_removed_or_protected_is_taken_from_every_cpu_by_both_halves() 
 }
 
 #[test]
+fn pages_here_and_there_are_removed_with_one_invalidate_for_all_and_those_beside_them_stay() {
+    for features in [CORTEX_A53, NEOVERSE_N1, CORTEX_A710] {
+        for count in [3, 100] {
+            let mut guest = with_a_page(features);
+            for (page, frame) in pages(0, 2 * count).iter_pages().zip(FRAME.number()..) {
+                guest.enter(page, Pfn::new(frame), Prot::ALL).expect("the model holds").expect("tables");
+            }
+            guest.mmu.take_trace();
+            let every_other: Vec<Ipa> = pages(0, 2 * count).iter_pages().step_by(2).collect();
+            guest.remove_pages(&every_other).expect("the model holds");
+            let trace = guest.mmu.take_trace();
+            assert_eq!(trace.iter().filter(|op| matches!(op, Op::Vmalle1is | Op::Vmalls12e1is)).count(), 1);
+            assert_eq!(guest.harvest.len(), count as usize);
+            for page in pages(0, 2 * count).iter_pages() {
+                let gone = every_other.contains(&page);
+                assert_eq!(guest.mmu.access(0, page, Access::Read).is_err(), gone, "{page}");
+            }
+            guest.remove_pages(&every_other).expect("the model holds");
+            assert_eq!(guest.mmu.take_trace(), [], "there was nothing any more");
+        }
+    }
+}
+
+#[test]
 fn an_edit_of_a_guest_that_is_not_loaded_loads_its_vmid_and_then_the_old_one() {
     let mut guest = with_a_page(NEOVERSE_N1);
     guest.mmu.run(0, 2 << 48);

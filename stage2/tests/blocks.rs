@@ -118,6 +118,21 @@ fn a_block_over_pages_gives_their_table_back_and_tells_what_they_remember() {
 }
 
 #[test]
+fn a_page_that_is_taken_out_of_a_block_leaves_the_others_mapped() {
+    for parked in [false, true] {
+        let mut guest = guest(NEOVERSE_N1);
+        if parked {
+            guest.park().expect("the model holds");
+        }
+        guest.remove_pages(&[page(3), page(5)]).expect("the model holds");
+        for n in 0..CHUNK_PAGES {
+            let leaf = guest.tables.lookup(page(n.into()));
+            assert_eq!(leaf.is_none(), n == 3 || n == 5, "page {n}");
+        }
+    }
+}
+
+#[test]
 fn a_fault_that_a_block_serves_leaves_it_whole() {
     let mut guest = guest(CORTEX_A53);
     guest.age(range(0, CHUNK_PAGES)).expect("the model holds");
@@ -165,4 +180,23 @@ fn a_page_that_is_written_while_its_block_is_broken_stays_dirty() -> Result<(), 
         assert!(written > 0, "it was never written in time");
     }
     Ok(())
+}
+
+#[test]
+fn a_page_that_takes_the_place_of_a_blocks_costs_one_invalidate_and_is_told_alone() {
+    for (features, barriers) in [(CORTEX_A53, [0, 3]), (NEOVERSE_N1, [0, 3]), (CORTEX_A710, [1, 1])] {
+        let mut guest = guest(features);
+        guest.access(1, page(7), Access::Write).expect("the model holds");
+        guest.mmu.take_trace();
+        let other = Pfn::new(0x77);
+        guest.enter(page(7), other, Prot::ALL).expect("the model holds").expect("there are tables");
+        let mut sequence = vec![Op::DsbIshst; barriers[0]];
+        sequence.extend([Op::DsbIshst, Op::Ipas2e1is, Op::DsbIsh, Op::Vmalle1is, Op::DsbIsh, Op::Isb]);
+        sequence.extend([Op::DsbIshst].repeat(barriers[1]));
+        assert_eq!(guest.mmu.take_trace(), sequence);
+        assert_eq!(guest.harvest.iter().map(|h| (h.at, h.dirty)).collect::<Vec<_>>(), [(page(7), true)]);
+        assert_eq!(guest.access(0, page(7), Access::Write), Ok(Some(other)));
+        assert_eq!(guest.access(0, page(8), Access::Write), Ok(FIRST.checked_add(8)));
+        assert_eq!(guest.tables.blocks(), 0);
+    }
 }

@@ -128,6 +128,7 @@ impl World {
         self.mmu.on(cpu);
         let number = self.random.index(GUESTS);
         let (page, range, prot, frame) = (self.page(), self.range(), self.prot(), self.frame());
+        let scattered: Vec<Ipa> = (0..self.random.below(24)).map(|_| self.page().page()).collect();
         let hot = [page, range.start(), self.page(), self.page()];
         self.mmu.touch(&hot);
         let what = self.random.below(100);
@@ -161,7 +162,8 @@ impl World {
                 let first = Pfn::new(frame.number() & !(CHUNK_PAGES - 1));
                 let _ = guest.enter_block(page.chunk(), first, prot)?;
             }
-            31..39 => guest.remove(range)?,
+            31..36 => guest.remove(range)?,
+            36..39 => guest.remove_pages(&scattered)?,
             39..46 => {
                 guest.protect(range, [Prot::READ_EXECUTE, Prot::READ, Prot::NONE][what as usize % 3])?
             }

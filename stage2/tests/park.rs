@@ -53,6 +53,19 @@ fn parking_tells_the_caches_once_however_much_is_mapped() {
 }
 
 #[test]
+fn to_remove_pages_that_are_parked_tells_nobody() {
+    let mut guest = guest(NEOVERSE_N1, 3);
+    guest.park().expect("the model holds");
+    guest.mmu.take_trace();
+    guest.remove_pages(&[page(0, 0), page(2, 1)]).expect("the model holds");
+    assert_eq!(guest.mmu.take_trace(), []);
+    assert_eq!(
+        guest.harvest.iter().map(|h| (h.at, h.dirty)).collect::<Vec<_>>(),
+        [(page(0, 0), true), (page(2, 1), false)]
+    );
+}
+
+#[test]
 fn parking_what_is_parked_or_empty_costs_nothing() {
     let mut guest = guest(NEOVERSE_N1, 3);
     guest.park().expect("the model holds");

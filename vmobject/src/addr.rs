@@ -50,6 +50,11 @@ impl Ipa {
     pub const fn chunk(self) -> Self {
         Self(self.0 & !(CHUNK_SIZE - 1))
     }
+    /// Which page of its chunk this lies in.
+    pub const fn page_in_chunk(self) -> u32 {
+        // Less than CHUNK_PAGES, so it fits.
+        ((self.0 & (CHUNK_SIZE - 1)) >> PAGE_SHIFT) as u32
+    }
     /// Bytes from the start of the page to here.
     pub const fn offset_in_page(self) -> usize {
         // Less than PAGE_SIZE, so it fits any usize.

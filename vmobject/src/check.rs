@@ -163,8 +163,9 @@ impl<M: Machine> Vm<M> {
     ) -> Result<(), Violation> {
         let info = self.swap_info(held);
         let mut owned = Vec::new();
-        if owned.try_reserve_exact(info.slots.div_ceil(u64::BITS) as usize).is_ok() {
-            owned.resize(info.slots.div_ceil(u64::BITS) as usize, 0u64);
+        let words = self.swap.numbers(held).div_ceil(u64::BITS) as usize;
+        if owned.try_reserve_exact(words).is_ok() {
+            owned.resize(words, 0u64);
         } // Without memory for that only the sum is looked at.
         for number in 0..self.objects.used(held) {
             let Some(object) = self.objects.at(number) else { continue };
@@ -205,8 +206,8 @@ impl<M: Machine> Vm<M> {
         for entry in entries.iter() {
             audit.entries += 1;
             let start = entry.range.start();
-            if entry.range.is_empty() || start < end {
-                return broken("M1", "entries overlap or are empty", start.bits(), 0u32);
+            if entry.range.is_empty() || start < end || !entry.most.allows(entry.prot) {
+                return broken("M1", "entries overlap, are empty, or allow too much", start.bits(), 0u32);
             }
             end = entry.range.end();
             let (pages, pager) = {
@@ -223,15 +224,18 @@ impl<M: Machine> Vm<M> {
                 let known = links.mapping(entry.link);
                 known.map(|(m, object)| (object, m.at, m.first, u64::from(m.pages), m.writes))
             };
-            let writes = entry.prot.allows(Prot::WRITE) && !entry.needs_copy;
+            let writes = entry.most.allows(Prot::WRITE) && !entry.needs_copy;
             if known != Some((entry.object.number(), start, entry.first, entry.range.pages(), writes)) {
                 return broken("R2", "the reverse map has another entry", start.bits(), 0u32);
             }
             if u64::from(entry.first.number()) + entry.range.pages() > u64::from(pages) {
                 return broken("M2", "the entry is longer than its object", start.bits(), pages);
             }
-            if !entry.needs_copy && entry.prot.allows(Prot::WRITE) && matches!(pager, Pager::Image(_)) {
+            if !entry.needs_copy && entry.most.allows(Prot::WRITE) && matches!(pager, Pager::Image(_)) {
                 return broken("M3", "an image is mapped writable", start.bits(), entry.object.number());
+            }
+            if entry.device != matches!(pager, Pager::Device(_)) || (entry.device && entry.needs_copy) {
+                return broken("M4", "a device is to be copied", start.bits(), entry.object.number());
             }
             let copy = self.newest_copy(entry.object, &mut held);
             let mut rest = Some(entry.range);
@@ -241,7 +245,19 @@ impl<M: Machine> Vm<M> {
                 rest = at.checked_add(PAGE_SIZE).and_then(|after| IpaRange::new(after, range.end()));
                 audit.leaves += 1;
                 let sight = self.survey(entry, at, &mut held);
-                Self::check_leaf(entry, at, leaf, sight.slot, sight.shared)?;
+                // Who has a device shares it on purpose.
+                Self::check_leaf(entry, at, leaf, sight.slot, sight.shared && !entry.device)?;
+                if entry.device {
+                    if self.owner(leaf.frame) != Owner::Absent {
+                        return broken(
+                            "I1",
+                            "a device has a frame of the VM's",
+                            at.bits(),
+                            leaf.frame.number(),
+                        );
+                    }
+                    continue;
+                }
                 let page = self.frames.page(leaf.frame);
                 if let (Some(copy), Some(index), false) = (copy, entry.page_at(at), entry.needs_copy)
                     && leaf.prot.allows(Prot::WRITE)
@@ -275,27 +291,35 @@ impl<M: Machine> Vm<M> {
             let (state, _held) = self.objects.get(copy).read(held);
             state.page_above(below).filter(|&ours| state.slots.get(ours) == Slot::Absent)
         };
-        let Some(ours) = ours else { return false };
-        if self.is_used(copy.number(), held) {
+        ours.is_some_and(|ours| self.is_seen(copy.number(), ours, held))
+    }
+
+    /// True if anybody sees a page of an object, be it absent: not if all that shadow it hide it.
+    fn is_seen<const OUTER: u8>(&self, number: u32, ours: PageIndex, held: &mut Held<'_, OUTER>) -> bool {
+        if self.is_used(number, ours, held) {
             return true;
         }
         // Half of a collapse may be done: what has left the copy may have gone up by more than one object.
-        let (mut here, mut page, mut open) = (copy.number(), ours, true);
+        let (mut here, mut page, mut open) = (number, ours, true);
         loop {
-            let next = self.links.read(held).0.next_in_walk(copy.number(), here, page, open);
+            let next = self.links.read(held).0.next_in_walk(number, here, page, open);
             let Some((child, theirs)) = next else { return false };
             let Some(object) = self.objects.at(child) else { return false };
             open = object.read(held).0.slots.get(theirs) == Slot::Absent;
-            if open && self.is_used(child, held) {
+            if open && self.is_used(child, theirs, held) {
                 return true;
             }
             (here, page) = (child, theirs);
         }
     }
 
-    /// True if something else refers to an object than what shadows it, be it dead already.
-    fn is_used<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> bool {
-        let (children, mappings) = self.links.read(held).0.counts(number);
+    /// True if something else sees a page of an object than what shadows it, be it dead already.
+    fn is_used<const OUTER: u8>(&self, number: u32, page: PageIndex, held: &mut Held<'_, OUTER>) -> bool {
+        let (children, mappings, mapped) = {
+            let (links, _held) = self.links.read(held);
+            let (children, mappings) = links.counts(number);
+            (children, mappings, links.next_mapping(number, None, page).is_some())
+        };
         let Some(object) = self.objects.at(number) else { return false };
         let refs = object.read(held).0.refs;
         let others = (0..self.objects.used(held)).filter_map(|other| self.objects.at(other));
@@ -304,7 +328,7 @@ impl<M: Machine> Vm<M> {
             state.life == Life::Dying && state.shadow.is_some_and(|below| below.object.number() == number)
         });
         let dead = dead.count();
-        mappings > 0 || u32::try_from(dead).is_ok_and(|dead| refs > children + dead)
+        mapped || u32::try_from(dead).is_ok_and(|dead| refs > children + mappings + dead)
     }
 
     /// The object that receives what changes in another one.

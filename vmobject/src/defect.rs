@@ -17,6 +17,15 @@ macro_rules! defects {
         impl Defect {
             /// All of them.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Those for which another CPU has to come in between: `interleavings` finds them.
+            pub const RACES: &[Self] =
+                &[Self::SeesWhatFills, Self::HopsBlindly, Self::FindsTheDead, Self::ParksUnlocked,
+                    Self::PrunesWhatCameDown, Self::ReadsPastAPush];
+
+            /// Those for which two steps have to meet at one page out of many, as they hardly ever do by chance: a test in
+            /// `pageout` has them meet.
+            pub const MEETINGS: &[Self] = &[Self::EvictionMissesMoved];
         }
     };
 }
@@ -42,12 +51,20 @@ defects! {
     DiscardIgnoresNeedsCopy;
     /// A reset empties the top object and keeps it, whatever it shadows by now.
     ResetEmptiesTop;
+    /// A reset looks for leaves that would be wrong only among what the top object has.
+    ResetSeesTop;
     /// A trail stays in use after a page came to be where it says there is none.
     StaleTrail;
     /// Half of a clone: the source's leaves stay writable.
     CopyLeavesWritable;
-    /// D3: what an object overwrites is not pushed to its copy.
+    /// D3: who passes over an object has its copy forgotten, whatever copy that is, and what is overwritten is lost to it.
+    BypassForgetsCopy;
+    /// D3 at its worst: what an object overwrites is never pushed to its copy.
     NothingIsPushed;
+    /// When something that held up an object's shadows is gone, the first few are asked and the others are not.
+    AsksFewShadows;
+    /// When a referrer goes, nobody looks for pages that all others hide.
+    KeepsTheHidden;
     /// A swap slot is given back when its page has been written there.
     SlotFreedTooEarly;
     /// A slot that is taken is given to somebody else as well.
@@ -58,6 +75,22 @@ defects! {
     EvictedThoughUsed;
     /// A page of zeros is dropped, and what is below shows.
     ZeroShowsBelow;
+    /// A whole chunk is mapped from below over pages that the top object has there.
+    BlockOverOwn;
+    /// A whole chunk is mapped as the entry allows, to be written by whoever shares it.
+    BlockWritable;
+    /// A page is used while a transfer is still bringing it.
+    SeesWhatFills;
+    /// Where a trail led is looked at although a page may have gone up past it meanwhile.
+    HopsBlindly;
+    /// An object is found by its store, and nobody looks again whether it is the same when it is locked.
+    FindsTheDead;
+    /// A copy lets the map go before the leaves are write-protected.
+    ParksUnlocked;
+    /// A page that was found hidden is freed, although the one that hid it has come down into its place meanwhile.
+    PrunesWhatCameDown;
+    /// Who looks through a copy-object does not see that its source gained the page behind him.
+    ReadsPastAPush;
 }
 
 /// Which defect there is, if any.

@@ -22,6 +22,8 @@ pub struct ObjectInfo {
     pub pages: u32,
     /// References.
     pub refs: u32,
+    /// True when it is kept although nobody refers to it.
+    pub cached: bool,
     /// Its pages, by where they are.
     pub counts: SlotCounts,
     /// What it shadows.
@@ -66,28 +68,34 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
         mut each: impl FnMut(ObjectInfo),
     ) {
-        for number in 0..self.objects.used(held) {
-            let Some(object) = self.objects.at(number) else { continue };
-            let info = {
-                let (state, _held) = object.read(held);
-                if state.life == Life::Vacant {
-                    continue;
-                }
-                ObjectInfo {
-                    id: state.id(),
-                    pages: state.pages,
-                    refs: state.refs,
-                    counts: state.slots.counts(),
-                    shadow: state.shadow,
-                    role: state.role,
-                    copy: state.copy,
-                    pager: state.pager,
-                    paging: state.paging,
-                    index_bytes: state.slots.bytes(),
-                }
-            };
-            each(info);
+        for number in 0..self.object_places(held) {
+            if let Some(info) = self.object(number, held) {
+                each(info);
+            }
         }
+    }
+
+    /// Every live object has a number below this.
+    pub fn object_places<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.objects.used(held)
+    }
+
+    /// The live object with a number.
+    pub fn object<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> Option<ObjectInfo> {
+        let (state, _held) = self.objects.at(number)?.read(held);
+        (state.life != Life::Vacant).then(|| ObjectInfo {
+            id: state.id(),
+            pages: state.pages,
+            refs: state.refs,
+            cached: state.life == Life::Live && state.refs == 0,
+            counts: state.slots.counts(),
+            shadow: state.shadow,
+            role: state.role,
+            copy: state.copy,
+            pager: state.pager,
+            paging: state.paging,
+            index_bytes: state.slots.bytes(),
+        })
     }
 
     /// Shows each entry of a map to `each`, in order.
@@ -180,6 +188,16 @@ impl<M: Machine> Vm<M> {
         self.frames.find(frame).is_some_and(crate::page::VmPage::is_dirty)
     }
 
+    /// The swap slot that holds what a frame holds, if one does.
+    pub fn clean_slot(&self, frame: crate::addr::Pfn) -> Option<u32> {
+        self.frames.find(frame)?.clean_slot()
+    }
+
+    /// How many aligned 2 MiB of frames are free whole. Walks their list.
+    pub fn whole_runs<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.frames.whole_runs(held)
+    }
+
     /// Whose a frame is.
     pub fn owner(&self, frame: crate::addr::Pfn) -> Owner {
         self.frames.find(frame).map_or(Owner::Absent, crate::page::VmPage::owner)
@@ -194,6 +212,7 @@ fn line(out: &mut dyn Write, info: &ObjectInfo) -> fmt::Result {
         Pager::None => write!(out, "{:<10}", "-")?,
         Pager::Image(store) => write!(out, "image {:<4}", store.0)?,
         Pager::Disk(store) => write!(out, "disk {:<5}", store.0)?,
+        Pager::Device(first) => write!(out, "at {first:<7}")?,
     }
     match info.shadow {
         None => writeln!(out, "-"),

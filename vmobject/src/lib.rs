@@ -7,7 +7,7 @@
 //! `&self`; the locks are inside, and a [`Held`] proves that they are taken in order.
 //!
 //! Modules, each using only those before it (a method of `Vm` lives in the module of its subject):
-//! `limits` `addr` `prot` `lock` `pmap` `store` `stats` `defect` `page` `rmap` `object` `pager` `charge` `map` `fault`
+//! `limits` `addr` `prot` `point` `lock` `pmap` `store` `stats` `defect` `page` `rmap` `object` `pager` `charge` `map` `fault`
 //! `pageout` `describe` `check` `testing`.
 //!
 //! # The seed, row by row
@@ -28,7 +28,7 @@
 //! | vm_object_shutdown | [`Vm::shutdown_step`] | `disk::a_shutdown_cleans_what_is_in_use_releases_and_proves_that_nothing_is_left_d25` |
 //! | vm_object_pmap_copy | [`pmap::Pmap::park`] for a map, [`pmap::Pmap::protect`] for a range (`object/pages.rs`) | `disk::only_what_is_being_written_is_protected_d24`, `defects::d15_a_copy_costs_the_maps_entries_and_not_its_pages` |
 //! | vm_object_pmap_remove | [`pmap::Pmap::remove`] for a range (`object/pages.rs`), and for a page (`pageout/sweep.rs`) | `defects::d8_no_frame_is_free_while_a_leaf_reaches_it` |
-//! | vm_object_copy, symmetric | [`Vm::copy_map`], [`Vm::snapshot`], [`Vm::map_snapshot`], [`Vm::reset_map`] | `clone`, `model` and `exhaustive`, all |
+//! | vm_object_copy, symmetric | [`Vm::copy_map`], [`Vm::snapshot`], [`Vm::map_snapshot`], [`Vm::reset_map`] | `clone`, `reset`, `model` and `exhaustive`, all |
 //! | vm_object_copy, asymmetric | [`Vm::freeze`], [`Vm::read_snapshot`], [`object::Role`] | `copy`, all |
 //! | a copy of part of an object | [`Vm::insert`] with [`Share::Copy`] and a first page | `coalesce::a_part_of_an_image_is_copied_with_its_offset_and_shows_nothing_around_it` |
 //! | vm_object_shadow | the first write to an entry that is to be copied (`map/insert.rs`), [`object::Shadow`] | `fault::a_sole_reference_to_anonymous_memory_gets_no_layer_d16` |
@@ -37,20 +37,20 @@
 //! | vm_object_page_remove | [`Vm::discard`] | `discard`, all |
 //! | vm_object_coalesce | [`Vm::insert`] of new memory behind memory | `coalesce::memory_that_is_put_behind_memory_becomes_part_of_it_and_is_used_like_it` |
 //! | vm_object_print | [`Vm::describe_objects`], [`Vm::for_each_object`] | `fault::the_books_can_be_printed` |
+//! | vm_map_copyin, copyout: part of a map | [`Vm::copy_in`], [`Vm::copy_out`] | `range::a_copy_of_a_range_has_what_was_there_and_sees_nothing_that_is_written_later`; `range`, all |
+//! | vm_map_protect, clipping | [`Vm::protect`] (`map/part.rs`) | `range::a_range_that_may_not_be_written_is_read_and_not_written_until_it_may`; `exhaustive` and the simulator |
 //! | vm_map, `needs_copy` | [`map::Map`], [`map::Entry::needs_copy`] | `fault::entries_that_overlap_or_lie_outside_their_object_are_refused_and_leave_nothing_behind` |
 //! | vm_fault | [`Vm::fault`], [`Vm::read`], [`Vm::write`], [`Vm::wire`] | `fault`, all; `cost::generations_that_hold_nothing_of_a_chunk_are_passed_once_and_then_cost_what_one_costs` |
 //! | vm_page, the queues | [`page::Frames`], [`page::Queue`] | `pageout::a_page_that_is_used_stays_and_one_that_is_not_goes` |
 //! | vm_pageout | [`Vm::pageout`] | `pageout`, all |
 //! | vm_pager | [`store::PageStore`], [`Vm::complete`] | `swap` and `disk`, all |
+//! | the device pager | [`Vm::device`] (`fault/device.rs`); `hv` gives guests none yet | `device`, all |
 //! | pmap | [`pmap::Pmap`] | `stage2`'s own, and its simulator |
 //!
 //! What of the seed is not here, and why:
 //!
-//! * vm_map_copy of part of a map: a guest is cloned whole, with its disks, or its devices would not be those of its
-//!   memory. A part of an *object* can be copied.
-//! * vm_map_protect, vm_map_inherit, clipping of entries: nothing that a guest can ask for changes what the machine
-//!   lets it do with a range. An entry's protection is that of its region for good. Leaves lose permissions all the
-//!   time, by parking, cleaning and eviction, and `exhaustive` takes them away at every turn.
+//! * vm_map_inherit, vm_map_simplify: a clone has what its parent has; entries that were cut stay cut, which costs a
+//!   place of [`limits::MAX_ENTRIES`] and nothing else.
 //! * Coalescing over objects that shadow, are shadowed, or have a pager: their size is in others' books, and no
 //!   loader lays such side by side. They stay two entries.
 //!
@@ -77,6 +77,7 @@ pub mod page;
 pub mod pageout;
 pub mod pager;
 pub mod pmap;
+pub mod point;
 pub mod prot;
 pub mod rmap;
 pub mod stats;
@@ -92,7 +93,7 @@ use addr::{Ipa, Pfn};
 use charge::Charges;
 use defect::Seeded;
 use lock::{Held, LINKS, REGISTRY, Ranked, RankedRw};
-use map::Map;
+use map::{Limited, Map};
 use object::{ObjectId, Objects, Pager};
 use page::Frames;
 use pageout::Pageout;
@@ -111,7 +112,7 @@ pub enum VmError {
     NoMemory,
     /// There are no frames at all.
     NoFrames,
-    /// The range is empty, too large, or lies outside the object.
+    /// The range is empty, too large, lies outside the object, or has a hole.
     Range,
     /// The range ends above what the guest's tables can translate: a fault there could never be served.
     Reach {
@@ -122,7 +123,9 @@ pub enum VmError {
     },
     /// Something is mapped there already.
     Overlap,
-    /// The object's pager takes no writes.
+    /// A device's memory cannot be copied.
+    Device,
+    /// The object's pager takes no writes, or the range was never to be used so.
     ReadOnly,
     /// There is no room for the promise of so many pages, only for so many.
     Overcommit {
@@ -156,6 +159,7 @@ pub struct Vm<M: Machine> {
     charges: Charges,
     pageout: Pageout,
     maps: Ranked<REGISTRY, Maps<M>>,
+    limited: Limited<M>,
     stats: Stats,
     seeded: Seeded,
 }
@@ -174,6 +178,7 @@ impl<M: Machine> Vm<M> {
             swap: Swap::new(),
             charges: Charges::new(),
             maps: Ranked::new(Maps { list: Vec::new(), next: 0, ending: VecDeque::new() }),
+            limited: Limited::new(),
             stats: Stats::new(),
             seeded: Seeded::default(),
         })
@@ -228,6 +233,21 @@ impl<M: Machine> Vm<M> {
             return Err(VmError::Range);
         }
         self.make_object(pages, Pager::None, None, held)
+    }
+
+    /// A new object of frames that are none of the VM's, with one reference: the caller's. Every map that has it, and
+    /// every clone's, reaches the same frames; nothing in them is copied, kept or paged, and EL2 does not touch them for
+    /// a guest. The caller sees to it that they stay what they are while the object lives.
+    pub fn device<const OUTER: u8>(
+        &self,
+        frames: Range<Pfn>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<ObjectId, VmError> {
+        let pages = frames.end.number().saturating_sub(frames.start.number());
+        if pages == 0 || self.frames.has_any(&frames) {
+            return Err(VmError::Range);
+        }
+        self.make_object(pages, Pager::Device(frames.start), None, held)
     }
 
     /// Gives a reference back.

@@ -13,8 +13,12 @@ pub const MAX_FRAME: u32 = 1 << 30;
 pub const MAX_ENTRIES: usize = 4096;
 /// Objects of one stretch of a trail, and objects that a look passes before it wants a trail.
 pub const TRAIL_STRIDE: u32 = 4;
+/// Objects that a fault looks at for a trail before its vCPU is sent back to try its instruction once more.
+pub const TRAIL_PART: u32 = 12;
 /// Trails of one object; each is for 2 MiB.
-pub const MAX_TRAILS: u32 = 128;
+pub const CHUNK_TRAILS: u32 = 128;
+/// Trails of all objects; each takes 1.3 KiB, and a few more where many generations have pages of its chunk.
+pub const MAX_TRAILS: usize = 2048;
 /// Pages of one transfer.
 pub const CLUSTER_PAGES: u32 = 16;
 /// Neighbours that are looked at when a fault is served from a page that is there already.
@@ -23,8 +27,12 @@ pub const AROUND_PAGES: u32 = 64;
 pub const MAX_IO: u32 = 256;
 /// Transfers out in flight.
 pub const MAX_PUTS: u32 = 32;
-/// Pages of a swap store that are used: 64 GiB.
+/// Pages of all swap stores that are used: 64 GiB.
 pub const MAX_SWAP: u32 = 1 << 24;
+/// Swap stores.
+pub const MAX_SWAP_STORES: usize = 8;
+/// Writes that a swap store fails in a row before it gets no more of them.
+pub const MAX_FAILED_PUTS: u32 = 64;
 /// How often one fault starts again before its vCPU is sent back to try its instruction once more.
 pub const MAX_RESTARTS: u32 = 64;
 /// Free frames that guests' pages leave to tables and pagers: a 256th of memory, within these bounds.
@@ -37,5 +45,9 @@ pub const NEED_PAGES: usize = 18;
 pub const MAX_SIBLINGS: u32 = 8;
 /// Copied pages that are remembered to see whether they were the last.
 pub const MAX_COPIED: usize = 256;
+/// Objects that a reset passes on the way to where a guest and its snapshot meet.
+pub const MAX_WAY: usize = 8;
+/// Pages whose leaves are taken away in one step; one that does not follow the last counts for four.
+pub const UNMAP_PAGES: u32 = 48;
 /// How often the walk to a page's leaves begins again before the page is left alone.
 pub const MAX_SWEEPS: u32 = 4;

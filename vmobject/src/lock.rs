@@ -8,6 +8,8 @@
 //! have one rank, and a shadow comes before what it shadows, so there is an order although the type
 //! does not show it. `RankedRw::write_below` is the same for a single step.
 //!
+//! What does not build (D18, D19): a lock taken against the order, two of one rank, what a lock guards without it.
+//!
 //! ```compile_fail
 //! use vmobject::lock::{self, Held, Ranked};
 //! let queues = Ranked::<{ lock::QUEUES }, u32>::new(0);
@@ -26,8 +28,16 @@
 //! let (_b, _hb) = b.lock(&mut root); // the first proof is still borrowed
 //! drop((_a, _ha));
 //! ```
+//!
+//! ```compile_fail
+//! use vmobject::lock::{self, Held, Ranked};
+//! let map = Ranked::<{ lock::MAP }, u32>::new(0);
+//! let read: u32 = map.0; // without the lock
+//! ```
 
 use core::marker::PhantomData;
+
+use crate::point;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
 use spin::rwlock::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -99,7 +109,7 @@ impl<const RANK: u8, T> Ranked<RANK, T> {
         _outer: &'h mut Held<'_, OUTER>,
     ) -> (Guard<'h, T>, Held<'h, RANK>) {
         const { assert!(OUTER < RANK, "lock taken against the order in lock.rs") };
-        (self.0.lock(), Held(PhantomData))
+        (point::take(|| self.0.try_lock(), || self.0.lock()), Held(PhantomData))
     }
 
     /// The value, without locking: nobody else can have it.
@@ -120,6 +130,7 @@ impl<T> Alone<T> {
 
     /// The value, unless somebody has it.
     pub fn enter(&self) -> Option<Guard<'_, T>> {
+        point::here();
         self.0.try_lock()
     }
 }
@@ -138,13 +149,21 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         Self(RwLock::new(value))
     }
 
+    fn reading(&self) -> Reading<'_, T> {
+        point::take(|| self.0.try_read(), || self.0.read())
+    }
+
+    fn writing(&self) -> Writing<'_, T> {
+        point::take(|| self.0.try_write(), || self.0.write())
+    }
+
     /// Locks for reading, beside other readers.
     pub fn read<'h, const OUTER: u8>(
         &'h self,
         _outer: &'h mut Held<'_, OUTER>,
     ) -> (Reading<'h, T>, Held<'h, RANK>) {
         const { assert!(OUTER < RANK, "lock taken against the order in lock.rs") };
-        (self.0.read(), Held(PhantomData))
+        (self.reading(), Held(PhantomData))
     }
 
     /// Locks for writing, alone.
@@ -153,7 +172,7 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         _outer: &'h mut Held<'_, OUTER>,
     ) -> (Writing<'h, T>, Held<'h, RANK>) {
         const { assert!(OUTER < RANK, "lock taken against the order in lock.rs") };
-        (self.0.write(), Held(PhantomData))
+        (self.writing(), Held(PhantomData))
     }
 
     /// Starts down a chain at this object, read-locked; `OUTER` may be the object's own rank when the
@@ -163,7 +182,7 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         _outer: &'h mut Held<'_, OUTER>,
     ) -> Descent<'h, RANK, T> {
         const { assert!(OUTER <= RANK, "lock taken against the order in lock.rs") };
-        Descent { guard: self.0.read(), held: Held(PhantomData) }
+        Descent { guard: self.reading(), held: Held(PhantomData) }
     }
 
     /// Locks for reading a lock of the same rank beside one that is held, unless somebody has it: who
@@ -177,7 +196,7 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         &'h self,
         _outer: &'h mut Held<'_, RANK>,
     ) -> (Writing<'h, T>, Held<'h, RANK>) {
-        (self.0.write(), Held(PhantomData))
+        (self.writing(), Held(PhantomData))
     }
 }
 
@@ -190,7 +209,7 @@ pub(crate) struct Descent<'h, const RANK: u8, T> {
 impl<'h, const RANK: u8, T> Descent<'h, RANK, T> {
     /// One step down, to what the present object shadows.
     pub(crate) fn step(&mut self, next: &'h RankedRw<RANK, T>) {
-        self.guard = next.0.read();
+        self.guard = next.reading();
     }
 
     /// The object where we are.

@@ -18,6 +18,8 @@ pub struct Harvest {
     pub at: Ipa,
     /// The frame that was mapped.
     pub frame: Pfn,
+    /// How many pages this is about, from these on: a block speaks for all of its own at once.
+    pub pages: u32,
     /// The page was used since the last look.
     pub accessed: bool,
     /// The page was written through this leaf since the last look.
@@ -57,12 +59,19 @@ pub trait Pmap: Send {
         prot: Prot,
     ) -> Result<u32, OutOfTables>;
 
-    /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there.
+    /// True if neither a leaf nor a table is there for the chunk of an address.
+    fn is_bare(&self, at: Ipa) -> bool;
+
+    /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there. Whatever later is to be
+    /// done to a part of it breaks it into pages first.
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
 
     /// Unmaps a range. On return no CPU can reach what was mapped there. Takes time in proportion to what is
     /// mapped in the range, so a caller bounds the range (I6); for everything there is [`Pmap::clear`].
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>);
+
+    /// Unmaps pages here and there, with one invalidate for all of them. Their number is the caller's to bound (I6).
+    fn remove_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>);
 
     /// Unmaps everything, in steps (I6): each looks at about `budget` entries, a whole table at least, and
     /// says whether it was the last. What a step has not come to yet stays as if parked: no guest can reach it.
@@ -91,4 +100,7 @@ pub trait Pmap: Send {
 
     /// Frames used for tables now, the root included.
     fn tables(&self) -> u32;
+
+    /// Blocks mapped now.
+    fn blocks(&self) -> u32;
 }

@@ -80,6 +80,20 @@ impl<H> Mapping<H> {
     }
 }
 
+/// What shows a page of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Looker {
+    /// A mapping, and where its part of the object ends.
+    Map {
+        /// The first page behind it.
+        end: PageIndex,
+    },
+    /// A shadow, if it has not the page itself.
+    Shadow(u32),
+    /// Nothing.
+    Nobody,
+}
+
 /// Who shadows and who maps each object.
 pub struct Links<H> {
     nodes: Vec<Node>,
@@ -173,6 +187,35 @@ impl<H> Links<H> {
         (node.children == 1 && node.mappings == 0).then_some(node.first_child)
     }
 
+    /// The parts of an object that its mappings show.
+    fn mapped(&self, object: u32) -> impl Iterator<Item = Range<u32>> + '_ {
+        let at = |place: u32| self.mappings.get(place as usize).and_then(Option::as_ref);
+        let first = self.nodes.get(object as usize).and_then(|node| at(node.first_mapping));
+        core::iter::successors(first, move |mapping| at(mapping.next)).map(|mapping| {
+            let first = mapping.first.number();
+            first..first.saturating_add(mapping.pages)
+        })
+    }
+
+    /// True if one mapping shows all of an object of so many pages.
+    pub fn is_mapped_whole(&self, object: u32, pages: u32) -> bool {
+        self.mapped(object).any(|window| window.start == 0 && window.end >= pages)
+    }
+
+    /// One that shows a page of an object: a mapping before a shadow.
+    pub fn looker(&self, object: u32, page: PageIndex) -> Looker {
+        if let Some(window) = self.mapped(object).find(|window| window.contains(&page.number())) {
+            return Looker::Map { end: PageIndex::new(window.end) };
+        }
+        let first = self.nodes.get(object as usize).map_or(NIL, |node| node.first_child);
+        self.first_in(first, page.number()).map_or(Looker::Nobody, |(child, _)| Looker::Shadow(child))
+    }
+
+    /// The shadow of the same object after this one that shows a page of it.
+    pub fn next_looker(&self, child: u32, page: PageIndex) -> Option<u32> {
+        self.first_in(self.node(child).next, page.number()).map(|(sibling, _)| sibling)
+    }
+
     /// The shadows of an object.
     pub fn children(&self, object: u32) -> impl Iterator<Item = u32> + '_ {
         let first = self.nodes.get(object as usize).map_or(NIL, |node| node.first_child);
@@ -191,7 +234,7 @@ impl<H> Links<H> {
     }
 
     /// Changes whenever a walk that is under way could miss something: when an object gains or loses a
-    /// shadow, or loses a mapping. A mapping that is new has no leaves yet.
+    /// shadow, or loses a mapping or a part of one. A mapping that is new has no leaves yet.
     pub const fn stamp(&self) -> (u64, u64) {
         (self.version, self.unhung)
     }
@@ -255,6 +298,21 @@ impl<H> Links<H> {
         Ok(MappingId(place))
     }
 
+    /// An entry is cut after so many pages: what is behind them has a mapping of its own.
+    pub fn cut(&mut self, id: MappingId, pages: u32) -> Result<MappingId, VmError>
+    where
+        H: Clone,
+    {
+        let Mapping { holder, at, first, pages: all, writes, object, .. } = self.mapping_mut(id.0).clone();
+        let rest = all.checked_sub(pages).ok_or(VmError::Range)?;
+        let (at, first) = (at.checked_add(PageIndex::new(pages).byte_offset()), first.checked_add(pages));
+        let (at, first) = at.zip(first).ok_or(VmError::Range)?;
+        let behind = self.attach(holder, object, at, first, rest, writes)?;
+        self.mapping_mut(id.0).pages = pages;
+        self.unhung += 1; // a walk may be past where the leaves are known now
+        Ok(behind)
+    }
+
     /// An entry and its object reach further by so many pages.
     pub fn grow(&mut self, mapping: MappingId, pages: u32) {
         self.mapping_mut(mapping.0).pages += pages;
@@ -305,12 +363,16 @@ impl<H> Links<H> {
         self.mapping_mut(id.0).writes = writes;
     }
 
-    /// True if an object may be changed through another entry than this one.
-    pub fn is_written(&self, object: u32, besides: Option<MappingId>) -> bool {
+    /// True if pages of an object may be changed through another entry than this one.
+    pub fn is_written(&self, object: u32, besides: Option<MappingId>, pages: Range<u32>) -> bool {
         let at = |place: u32| self.mappings.get(place as usize)?.as_ref().map(|mapping| (place, mapping));
         let first = self.nodes.get(object as usize).and_then(|node| at(node.first_mapping));
         let mut all = core::iter::successors(first, |(_, mapping)| at(mapping.next));
-        all.any(|(place, mapping)| mapping.writes && besides != Some(MappingId(place)))
+        let shows = |mapping: &Mapping<H>| {
+            let first = mapping.first.number();
+            first < pages.end && pages.start < first.saturating_add(mapping.pages)
+        };
+        all.any(|(place, mapping)| mapping.writes && besides != Some(MappingId(place)) && shows(mapping))
     }
 
     /// The entry is gone.

@@ -39,6 +39,8 @@ events! {
     FaultResident fault_resident;
     /// Faults served by a page of an object below, shared and read-only.
     FaultShared fault_shared;
+    /// Faults served by a device's frame.
+    FaultDevice fault_device;
     /// Faults that copied a page into the top object.
     FaultCopy fault_copy;
     /// Faults that moved the last reference to a page into the top object.
@@ -49,6 +51,8 @@ events! {
     TrailLaid trail_laid;
     /// Faults that ended in a wait.
     FaultWait fault_wait;
+    /// Faults that waited because their guest had as many frames as it may.
+    FaultHeld fault_held;
     /// Faults where nothing is mapped.
     FaultHole fault_hole;
     /// Faults that the entry does not allow.
@@ -57,12 +61,20 @@ events! {
     FaultLost fault_lost;
     /// Neighbours that were mapped along.
     Around around;
+    /// Blocks that were mapped: 512 pages by one fault.
+    BlockMapped block_mapped;
+    /// Blocks that pageout took away, to see which of their pages are used.
+    BlockTaken block_taken;
     /// Shadows made.
     ShadowMade shadow_made;
     /// Shadows not made, because the memory was nobody else's.
     ShadowSpared shadow_spared;
     /// Maps copied: clones and snapshots.
     MapCopied map_copied;
+    /// Maps that got the memory of a snapshot again.
+    MapReset map_reset;
+    /// Those of them that were unmapped whole.
+    MapCleared map_cleared;
     /// Top-level entries of tables that a copy of their map parked.
     EntryParked entry_parked;
     /// Copy-objects made.
@@ -89,6 +101,8 @@ events! {
     Pruned pruned;
     /// Transfers started to bring pages in.
     PageIn page_in;
+    /// Pages that came from their store.
+    PageRead page_read;
     /// Transfers that failed.
     PageInFailed page_in_failed;
     /// Pages that came in as something else than was written.

@@ -1,5 +1,7 @@
 //! The machine below the VM: the bytes of frames, and stores that start I/O and never wait.
 
+use core::fmt;
+
 use crate::addr::Pfn;
 
 /// The bytes behind frame numbers; the only door to them.
@@ -43,6 +45,18 @@ pub trait PhysMemory: Sync {
         let [a, b] = [sum >> 32, sum & 0xffff_ffff].map(|half| u32::try_from(half).unwrap_or(0));
         a ^ b
     }
+
+    /// The same for what goes to a store and comes back in one run: whatever this CPU computes fastest. What another
+    /// program compares is [`Self::sum`].
+    fn seal(&self, frame: Pfn, key: u64) -> u32 {
+        self.sum(frame, key)
+    }
+
+    /// [`Self::publish`] and [`Self::seal`] in one: a page that comes back is looked through anyway.
+    fn publish_sealed(&self, frame: Pfn, key: u64) -> u32 {
+        self.publish(frame);
+        self.seal(frame, key)
+    }
 }
 
 /// Names one backing store: a partition of a disk.
@@ -67,6 +81,29 @@ pub enum StoreError {
     Gone,
     /// What came back is not what was written.
     Corrupt,
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Busy => "its queue is full",
+            Self::Io => "the device says that it failed",
+            Self::Refused => "it takes no such request",
+            Self::Gone => "the device is gone",
+            Self::Corrupt => "what came back is not what was written",
+        })
+    }
+}
+
+/// A page that a store did not give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LostPage {
+    /// The store.
+    pub store: StoreId,
+    /// Which of its pages.
+    pub page: u32,
+    /// Why.
+    pub error: StoreError,
 }
 
 /// Which way a transfer goes.
@@ -116,6 +153,9 @@ pub trait PageStore: Sync {
 
     /// Pages in the store; a last part of a page counts, and reads as zero behind its end.
     fn pages(&self, store: StoreId) -> u64;
+
+    /// Pages that are there whole: what is written to one comes back.
+    fn whole_pages(&self, store: StoreId) -> u64;
 
     /// What is known of a page of a store that is only read.
     fn expects(&self, _store: StoreId, _page: u64) -> Expected {

@@ -77,7 +77,7 @@ fn snapshots_are_charged_and_a_reset_costs_nothing_more() {
     assert_eq!(committed(&rig), 2 * 904);
     rig.check();
     rig.store(&guest, at(0, 0), 1).unwrap();
-    rig.vm.reset_map(&guest, &snapshot, held).unwrap();
+    rig.vm.reset_map(&guest, &snapshot, &|_| {}, held).unwrap();
     assert_eq!(rig.load(&guest, at(0, 0)), Ok(0), "there was room for no third promise, nor need");
     rig.check();
     rig.vm.delete_snapshot(snapshot, held);

@@ -206,7 +206,7 @@ impl World {
                 self.join(from, to, Holder::Guest(map));
             }
             Reset(member, to) => {
-                vm.reset_map(self.guest(member), self.snapshot(to), held).unwrap();
+                vm.reset_map(self.guest(member), self.snapshot(to), &|_| {}, held).unwrap();
                 let bytes = self.members[&to].1;
                 self.members.get_mut(&member).unwrap().1 = bytes;
                 self.family.end(member);

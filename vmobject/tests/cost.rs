@@ -6,7 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail")]
 
 use vmobject::addr::CHUNK_PAGES;
-use vmobject::limits::TRAIL_STRIDE;
+use vmobject::limits::{TRAIL_PART, TRAIL_STRIDE};
 use vmobject::lock::Held;
 use vmobject::map::{Entry, Share, Snapshot};
 use vmobject::prot::Prot;
@@ -32,6 +32,44 @@ fn history(depth: u32, page: impl Fn(u32) -> u32) -> (Rig, TestMap, Vec<Snapshot
     let guest = rig.vm.map_snapshot(kept.last().unwrap(), FakePmap::default(), &mut Held::root()).unwrap();
     rig.store(&guest, at(4 * CHUNK_PAGES - 1, 0), 1).unwrap();
     (rig, guest, kept)
+}
+
+#[test]
+fn trails_lead_to_the_right_pages_wherever_in_a_chunk_an_object_begins() {
+    const DEPTH: u32 = 200;
+    for before in [1, 64, 300, 511] {
+        let rig = Rig::new(8192);
+        let guest = rig.map();
+        let (object, pages) = (rig.anonymous(3 * CHUNK_PAGES), 3 * CHUNK_PAGES);
+        rig.put(&guest, before, pages, object, 0, Prot::ALL, Share::Shared).unwrap();
+        // Pages of the object at both of its ends, on both sides of borders of chunks, and in between.
+        let written: Vec<u32> = (0..DEPTH)
+            .map(|generation| match generation % 5 {
+                0 => generation % 2,
+                1 => pages - 1 - generation % 2,
+                2 => CHUNK_PAGES - before - generation % 2,
+                3 => 2 * CHUNK_PAGES - before - generation % 2,
+                _ => (generation * 211) % pages,
+            })
+            .map(|page| page.min(pages - 1))
+            .collect();
+        let mut kept = Vec::new();
+        let mut wanted = std::collections::BTreeMap::new();
+        for (byte, page) in (1..).zip(&written) {
+            rig.store(&guest, at(before + page, 0), byte).unwrap();
+            wanted.insert(page, byte);
+            kept.push(rig.vm.snapshot(&guest, &mut Held::root()).unwrap());
+        }
+        rig.destroy(guest);
+        // A guest that has mapped nothing yet.
+        let guest =
+            rig.vm.map_snapshot(kept.last().unwrap(), FakePmap::default(), &mut Held::root()).unwrap();
+        for page in 0..pages {
+            let byte = wanted.get(&page).copied().unwrap_or(0);
+            assert_eq!(rig.load(&guest, at(before + page, 0)), Ok(byte), "page {page} after {before}");
+        }
+        rig.check();
+    }
 }
 
 fn visited(rig: &Rig, what: impl FnOnce()) -> u64 {
@@ -77,6 +115,43 @@ fn where_each_generation_holds_another_page_of_the_chunk_what_a_fault_comes_by_d
         println!("depth {depth}: {first} objects for the first fault in a chunk, then {worst} at worst");
         rig.check();
     }
+}
+
+#[test]
+fn in_a_history_of_sparse_writes_a_fault_comes_by_no_more_objects_the_longer_it_is() {
+    const CHUNKS: u32 = 8;
+    let rig = Rig::new(16384);
+    let guest = rig.guest(CHUNKS * CHUNK_PAGES);
+    let mut kept = Vec::new();
+    for generations in [200, 400, 800, 1600] {
+        let before = rig.vm.stats();
+        while kept.len() < generations {
+            for write in 0..4 {
+                let step = u32::try_from(4 * kept.len() + write).unwrap().wrapping_mul(2_654_435_761);
+                rig.store(&guest, at((step >> 8) % (CHUNKS * CHUNK_PAGES), 0), 1).unwrap();
+            }
+            kept.push(rig.vm.snapshot(&guest, &mut Held::root()).unwrap());
+        }
+        let after = rig.vm.stats();
+        let visited = after.chain_visited - before.chain_visited;
+        let faults = 4 * u64::try_from(generations).unwrap() / 2;
+        costs(&format!("objects a fault of the generations up to {generations}"), visited / faults, 12);
+    }
+    rig.check();
+}
+
+#[test]
+fn a_fault_comes_by_few_objects_before_interrupts_have_their_turn() {
+    let (rig, guest, _kept) = history(2314, |generation| generation % (CHUNK_PAGES - 1));
+    let page = at(2 * CHUNK_PAGES - 1, 0);
+    let mut parts = 0;
+    while guest.with_pmap(&mut Held::root(), |pmap| pmap.access(page, Prot::READ)).is_none() {
+        let part = visited(&rig, || rig.fault(&guest, page, Prot::READ).unwrap());
+        parts += 1;
+        assert!(part <= u64::from(TRAIL_PART + TRAIL_STRIDE + 1), "part {parts}: {part} objects");
+    }
+    println!("{parts} parts");
+    assert!(parts > 2314 / TRAIL_PART && parts < 2 * 2314 / TRAIL_PART);
 }
 
 #[test]

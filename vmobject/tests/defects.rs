@@ -2,7 +2,8 @@
 //!
 //! D2 and D4 `swap::a_chain_of_swapped_generations_becomes_one_without_io_d2_d4`, D3 and D28 `copy`, D10 and D12
 //! `discard`, D11 `swap`, D13 `swap` and `disk`, D14, D20, D24, D25, D26 and D27 `disk`, D16 and D17 `fault`,
-//! D18 and D19 the types of `vmobject::lock` and its two examples that must not build, D21 `charge`,
+//! D18 and D19 the types of `vmobject::lock` and its examples that must not build, D18 also
+//! `object::shadow::tests::a_reference_too_many_is_refused_and_changes_nothing_d18`, D21 `charge`,
 //! D22 `pageout`, D23 `discard` and `disk`.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail")]

@@ -158,7 +158,7 @@ fn a_discard_in_a_reset_guest_is_gone_with_the_reset() {
     rig.discard(&guest, 0, 4).unwrap();
     let clone = rig.vm.copy_map(&guest, FakePmap::default(), &mut Held::root()).unwrap();
     assert_eq!((rig.load(&guest, at(0, 0)), rig.load(&clone, at(0, 0))), (Ok(0), Ok(0)));
-    rig.vm.reset_map(&guest, &kept, &mut Held::root()).unwrap();
+    rig.vm.reset_map(&guest, &kept, &|_| {}, &mut Held::root()).unwrap();
     assert_eq!((rig.load(&guest, at(0, 0)), rig.load(&clone, at(0, 0))), (Ok(6), Ok(0)));
     rig.vm.delete_snapshot(kept, &mut Held::root());
     rig.check();
@@ -177,4 +177,33 @@ fn discarding_a_mebibyte_of_64_gib_visits_what_lies_in_that_mebibyte_d10() {
     assert_eq!(rig.discard(&guest, 1 << 23, 256), Ok(256));
     assert_eq!((rig.vm.stats().discarded, rig.vm.stats().slot_visited), (256, 256));
     assert_eq!(counts(&rig), [slots(255, 0, 0)]);
+}
+
+#[test]
+fn a_range_of_64_pages_of_a_guest_is_marked_as_one_wherever_its_memory_begins() {
+    let rig = Rig::new(512);
+    // Nothing here starts where 64 pages do, and the second is a clone's shadow.
+    let map = rig.map();
+    let object = rig.anonymous(200);
+    rig.put(&map, 37, 200, object, 0, Prot::ALL, Share::Shared).unwrap();
+    for page in 37..237 {
+        rig.store(&map, at(page, 0), 7).unwrap();
+    }
+    let child = rig.clone(&map);
+    rig.store(&child, at(40, 0), 9).unwrap();
+    let before = index_bytes(&rig);
+    for first in [64, 128] {
+        assert_eq!(rig.discard(&child, first, 64), Ok(0));
+    }
+    assert_eq!(index_bytes(&rig), before, "two marks in what the shadow has anyway, and no slots");
+    for page in 64..192 {
+        assert_eq!((rig.load(&child, at(page, 0)), rig.load(&map, at(page, 0))), (Ok(0), Ok(7)));
+    }
+    rig.check();
+}
+
+fn index_bytes(rig: &Rig) -> usize {
+    let mut bytes = 0;
+    rig.vm.for_each_object(&mut Held::root(), |object| bytes += object.index_bytes);
+    bytes
 }

@@ -285,6 +285,26 @@ fn the_next_guest_of_an_image_needs_no_disk_while_the_cache_keeps_it() {
 }
 
 #[test]
+fn an_image_that_nobody_uses_any_more_can_be_written_and_keeps_its_pages() {
+    let rig = rig(32);
+    rig.vm.set_cache_limit(100, &mut Held::root());
+    let (reader, image) = (rig.map(), rig.vm.image(DISK, &mut Held::root()).unwrap());
+    rig.put(&reader, 0, 32, image, 0, Prot::READ, Share::Copy).unwrap();
+    assert_eq!(rig.load(&reader, at(3, 7)), Ok(0x11));
+    assert_eq!(rig.vm.disk(DISK, &mut Held::root()), Err(VmError::ReadOnly), "somebody relies on it");
+    rig.destroy(reader);
+    let before = rig.vm.machine().store.started.load(std::sync::atomic::Ordering::Relaxed);
+    let (writer, _) = open(&rig, 32);
+    assert_eq!(rig.load(&writer, at(3, 7)), Ok(0x11));
+    assert_eq!(rig.vm.machine().store.started.load(std::sync::atomic::Ordering::Relaxed), before);
+    rig.store(&writer, at(3, 7), 0x55).unwrap();
+    rig.destroy(writer);
+    rig.deliver_all();
+    assert_eq!(stored(&rig, 3), 0x55);
+    rig.check();
+}
+
+#[test]
 fn the_cache_is_bounded_in_frames_and_the_longest_unused_goes_first_d20() {
     let rig = rig(32);
     rig.vm.set_cache_limit(40, &mut Held::root());

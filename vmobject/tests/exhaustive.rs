@@ -161,7 +161,13 @@ fn what_is_done_wrong_is_found_in_the_smallest_world_in_which_it_can_be() {
         Defect::DirtyKeepsItsSlot,
         Defect::ZeroShowsBelow,
     ];
-    let in_three = [Defect::PutNeverFails, Defect::ResetEmptiesTop, Defect::EvictedThoughUsed];
+    let in_three = [
+        Defect::PutNeverFails,
+        Defect::ResetEmptiesTop,
+        Defect::ResetSeesTop,
+        Defect::EvictedThoughUsed,
+        Defect::KeepsTheHidden,
+    ];
     let all = in_one.map(|defect| (ONE, defect)).into_iter();
     for (scope, defect) in all.chain(in_three.map(|defect| (THREE, defect))) {
         println!("{defect:?}:");

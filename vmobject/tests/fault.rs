@@ -12,7 +12,7 @@ use vmobject::lock::Held;
 use vmobject::map::Share;
 use vmobject::pmap::Pmap as _;
 use vmobject::prot::Prot;
-use vmobject::store::{IoToken, StoreError, StoreId};
+use vmobject::store::{IoToken, LostPage, StoreError, StoreId};
 use vmobject::testing::{FakeMachine, RAM, Refused, Rig, TestMap, at};
 use vmobject::{Vm, VmError};
 
@@ -275,7 +275,8 @@ fn a_failed_page_in_is_told_once_and_tried_again_after() {
         rig.check();
         assert_eq!(rig.free(), before, "the frames came back");
     }
-    assert_eq!(rig.vm.fault(&guest, at(1, 0), Prot::READ, held), Err(FaultError::Lost(StoreError::Io)));
+    let lost = Err(FaultError::Lost(LostPage { store: IMAGE, page: 1, error: StoreError::Io }));
+    assert_eq!(rig.vm.fault(&guest, at(1, 0), Prot::READ, held), lost);
     assert_eq!(rig.load(&guest, at(1, 0)), Ok(image_byte(1, 0)));
     assert_eq!(rig.vm.stats().page_in_failed, 2);
 }
@@ -288,7 +289,7 @@ fn a_store_that_takes_nothing_now_makes_the_guest_wait_and_one_that_never_will_l
     *rig.vm.machine().store.refuse_next.lock() = Some(StoreError::Busy);
     assert_eq!(rig.vm.fault(&guest, at(0, 0), Prot::READ, held), Ok(Faulted::Wait(WaitFor::Memory)));
     *rig.vm.machine().store.refuse_next.lock() = Some(StoreError::Gone);
-    let lost = Err(FaultError::Lost(StoreError::Gone));
+    let lost = Err(FaultError::Lost(LostPage { store: IMAGE, page: 0, error: StoreError::Gone }));
     assert_eq!(rig.vm.fault(&guest, at(0, 0), Prot::READ, held), lost);
     assert_eq!(rig.free(), before);
     rig.check();

@@ -9,7 +9,7 @@ use vmobject::fault::{Copied, FaultError};
 use vmobject::lock::Held;
 use vmobject::map::Share;
 use vmobject::prot::Prot;
-use vmobject::store::{Expected, StoreError, StoreId};
+use vmobject::store::{Expected, LostPage, StoreError, StoreId};
 use vmobject::testing::{FakeMachine, Rig, TestMap, at};
 
 const IMAGE: StoreId = StoreId(7);
@@ -66,7 +66,7 @@ fn pages_that_are_zeros_are_never_read_and_the_others_are_compared_with_their_su
 #[test]
 fn a_page_that_is_not_what_was_stored_is_lost_to_whoever_wants_it_and_its_neighbours_are_not() {
     let (rig, map) = rig();
-    let lost = Err(FaultError::Lost(StoreError::Corrupt));
+    let lost = Err(FaultError::Lost(LostPage { store: IMAGE, page: 20, error: StoreError::Corrupt }));
     for _ in 0..3 {
         let mut out = [0];
         let read = loop {

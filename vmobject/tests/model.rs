@@ -19,7 +19,7 @@ use vmobject::lock::Held;
 use vmobject::map::{Discarded, NotDiscarded, Share, Snapshot};
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
-use vmobject::store::{StoreError, StoreId};
+use vmobject::store::{LostPage, StoreError, StoreId};
 use vmobject::testing::{FakeMachine, FakePmap, Rig, TestMap, at};
 
 const IMAGE: StoreId = StoreId(0);
@@ -261,7 +261,10 @@ impl World {
         let from = self.random.below(self.kept.len() as u32) as usize;
         let (snapshot, oracle) = &self.kept[from];
         let guest = &mut self.guests[which];
-        self.rig.vm.reset_map(&guest.map, snapshot, &mut Held::root()).unwrap();
+        let rest = |held: &mut Held<'_, 0>| {
+            self.rig.vm.step(1, held);
+        };
+        self.rig.vm.reset_map(&guest.map, snapshot, &rest, &mut Held::root()).unwrap();
         guest.oracle = oracle.clone();
     }
 
@@ -360,7 +363,7 @@ impl World {
                     }
                 }
                 // What a copy had to see first could not be read; told once, then it is tried again.
-                Err(NotDiscarded::Lost(StoreError::Io)) => self.met.lost += 1,
+                Err(NotDiscarded::Lost(LostPage { error: StoreError::Io, .. })) => self.met.lost += 1,
                 Err(other) => panic!("{other:?}"),
             }
         }
@@ -390,11 +393,15 @@ impl World {
                 self.met.short += 1;
                 return self.relieve();
             }
-            Err(FaultError::Lost(StoreError::Io)) => {
+            Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) => {
                 self.met.lost += 1;
                 return;
             }
             Err(other) => panic!("{address:?}: {other:?}"),
+        }
+        // Of a long way down a fault does a part: then the instruction faults again, now or later.
+        if guest.map.with_pmap(held, |pmap| pmap.access(address, access)).is_none() {
+            return;
         }
         guest.oracle.frames.insert(page);
         match (write, el2) {

@@ -1,5 +1,7 @@
 //! Pageout, one sentence at a time: who goes, who stays, who is asked, and what it costs.
 
+use vmobject::check::Violation;
+use vmobject::defect::Defect;
 use vmobject::fault::{Faulted, WaitFor, Wiring};
 use vmobject::lock::Held;
 use vmobject::map::Share;
@@ -337,10 +339,11 @@ fn without_swap_a_guests_pages_are_left_alone() {
     rig.check();
 }
 
-#[test]
-fn a_page_that_a_collapse_moves_while_its_leaves_are_looked_for_is_found_where_it_is_now() {
+/// A collapse goes through the pages that an eviction goes through, and is the faster one; what an audit says of it.
+fn collapse_meets_eviction(defect: Option<Defect>) -> Result<(), Violation> {
     for apart in 1..=6 {
         let rig = Rig::with_swap(1536, 1536);
+        rig.vm.seed(defect);
         let guest = rig.guest(1200);
         rig.fill(&guest, 0..600);
         let clone = rig.clone(&guest);
@@ -353,12 +356,23 @@ fn a_page_that_a_collapse_moves_while_its_leaves_are_looked_for_is_found_where_i
             rig.deliver_all();
         }
         rig.vm.destroy_map(clone, &mut Held::root());
-        // The two go through the same pages, and the collapse is the faster one.
         while rig.vm.step(3 + apart, &mut Held::root()) {
             rig.vm.pageout(1, &mut Held::root());
-            rig.check();
+            rig.vm.check(&mut Held::root())?;
             rig.deliver_all();
         }
         assert!(rig.vm.stats().collapse_moved >= 600, "{:?}", rig.vm.stats());
     }
+    Ok(())
+}
+
+#[test]
+fn a_page_that_a_collapse_moves_while_its_leaves_are_looked_for_is_found_where_it_is_now() {
+    assert_eq!(collapse_meets_eviction(None), Ok(()));
+}
+
+#[test]
+fn an_eviction_that_misses_a_page_which_a_collapse_moved_is_seen() {
+    let found = collapse_meets_eviction(Some(Defect::EvictionMissesMoved));
+    assert_eq!(found.map_err(|violation| violation.invariant), Err("P4"));
 }

@@ -1,12 +1,11 @@
 //! Swap, one sentence at a time: what goes out comes back, slots come and go, stores fail.
 
-use vmobject::addr::PAGE_SIZE;
 use vmobject::fault::{FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::Share;
 use vmobject::pager::swap::SwapInfo;
 use vmobject::prot::Prot;
-use vmobject::store::StoreError;
+use vmobject::store::{LostPage, StoreError};
 use vmobject::testing::{Refused, Rig, SWAP, TestMap, at, byte_of};
 
 fn verify(rig: &Rig, guest: &TestMap, pages: core::ops::Range<u32>) {
@@ -67,6 +66,24 @@ fn a_page_of_zeros_is_never_written_and_reads_as_zero_again() {
     assert_eq!((written, info(&rig).in_use, resident_and_swapped(&rig)), (0, 0, (0, 0)));
     assert_eq!(rig.vm.stats().evicted_zero, 32);
     assert_eq!(rig.load(&guest, at(9, 0)), Ok(0));
+}
+
+#[test]
+fn a_page_of_zeros_does_not_go_along_with_its_neighbours() {
+    let rig = Rig::with_swap(128, 64);
+    let guest = rig.guest(16);
+    for page in 0..16 {
+        rig.load(&guest, at(page, 0)).unwrap();
+    }
+    for page in [0, 1, 5] {
+        rig.store(&guest, at(page, 77), 1).unwrap();
+    }
+    rig.page_out_all();
+    let count = rig.vm.stats();
+    assert_eq!((count.page_written, count.evicted_zero), (3, 13));
+    assert_eq!(rig.vm.swap_info(&mut Held::root()).in_use, 3);
+    assert_eq!((rig.load(&guest, at(1, 77)), rig.load(&guest, at(2, 77))), (Ok(1), Ok(0)));
+    rig.check();
 }
 
 #[test]
@@ -287,7 +304,7 @@ fn a_page_that_cannot_be_read_back_is_felt_by_whoever_needs_it_and_by_nobody_els
         rig.check();
     }
     let lost = rig.vm.fault(&guest, at(3, 0), Prot::READ, held);
-    assert_eq!(lost, Err(FaultError::Lost(StoreError::Io)));
+    assert_eq!(lost, Err(FaultError::Lost(LostPage { store: SWAP, page: 3, error: StoreError::Io })));
     assert_eq!((info(&rig).in_use, resident_and_swapped(&rig)), (16, (0, 16)), "the evidence is kept");
     verify(&rig, &guest, 0..16);
 }
@@ -301,7 +318,8 @@ fn what_the_store_gives_back_wrong_is_not_shown_to_the_guest() {
     let store = &rig.vm.machine().store;
     let (good, other) = (store.page(SWAP, 5), store.page(SWAP, 6));
     store.set_page(SWAP, 5, &other);
-    let lost = Err(Refused::Fault(FaultError::Lost(StoreError::Corrupt)));
+    let lost =
+        Err(Refused::Fault(FaultError::Lost(LostPage { store: SWAP, page: 5, error: StoreError::Corrupt })));
     assert_eq!(rig.load(&guest, at(5, 77)), lost);
     rig.check();
     verify(&rig, &guest, 0..5);
@@ -325,10 +343,57 @@ fn a_slot_that_still_has_what_was_written_to_it_before_is_found_out() {
     rig.store(&guest, at(0, 77), 2).unwrap();
     rig.page_out_all();
     rig.vm.machine().store.set_page(SWAP, 0, &stale);
-    let lost = Err(Refused::Fault(FaultError::Lost(StoreError::Corrupt)));
+    let lost =
+        Err(Refused::Fault(FaultError::Lost(LostPage { store: SWAP, page: 0, error: StoreError::Corrupt })));
     assert_eq!(rig.load(&guest, at(0, 77)), lost);
     let counts = rig.vm.stats();
     assert_eq!((counts.page_in_failed, counts.page_in_corrupt), (0, 1), "the disk did not fail, it lied");
+}
+
+#[test]
+fn two_vcpus_that_fail_in_turn_are_both_told() {
+    let rig = Rig::with_swap(256, 128);
+    let guest = rig.guest(64);
+    rig.fill(&guest, 0..64);
+    rig.page_out_all();
+    let held = &mut Held::root();
+    let pages = [5, 25, 45];
+    for size in [16, 1] {
+        for page in pages {
+            let waits = rig.vm.fault(&guest, at(page, 77), Prot::READ, held);
+            assert!(matches!(waits, Ok(Faulted::Wait(WaitFor::Io(_)))), "{waits:?}");
+        }
+        for _ in pages {
+            assert_eq!(rig.vm.machine().store.requests()[0].frames.len(), size);
+            rig.deliver(0, Err(StoreError::Io));
+        }
+    }
+    for page in pages {
+        let told = rig.vm.fault(&guest, at(page, 77), Prot::READ, held);
+        assert!(
+            matches!(told, Err(FaultError::Lost(LostPage { store: SWAP, error: StoreError::Io, .. }))),
+            "page {page}: {told:?}"
+        );
+    }
+    rig.check();
+    verify(&rig, &guest, 0..64);
+}
+
+#[test]
+fn a_failure_that_nobody_was_told_of_is_not_that_of_what_is_there_later() {
+    let rig = Rig::with_swap(256, 1);
+    let guest = rig.guest(1);
+    let held = &mut Held::root();
+    rig.fill(&guest, 0..1);
+    rig.page_out_all();
+    assert!(matches!(rig.vm.fault(&guest, at(0, 77), Prot::READ, held), Ok(Faulted::Wait(_))));
+    rig.deliver(0, Err(StoreError::Io));
+    // Who wanted it is gone; another guest's page takes the slot.
+    rig.destroy(guest);
+    let other = rig.guest(1);
+    rig.fill(&other, 0..1);
+    rig.page_out_all();
+    assert_eq!(rig.load(&other, at(0, 77)), Ok(byte_of(0)));
 }
 
 #[test]
@@ -392,12 +457,4 @@ fn an_object_that_dies_while_its_pages_are_written_is_freed_when_they_are() {
     rig.deliver_all();
     rig.settle();
     assert_eq!((rig.objects(), rig.free(), info(&rig).in_use), (0, before, 0));
-}
-
-#[test]
-fn a_store_is_the_only_one_and_has_pages() {
-    let rig = Rig::with_swap(256, 8);
-    rig.vm.machine().store.add(vmobject::store::StoreId(9), vec![0; PAGE_SIZE.try_into().unwrap()]);
-    let second = rig.vm.add_swap(vmobject::store::StoreId(9), &mut Held::root());
-    assert_eq!(second, Err(vmobject::VmError::Limit("swap stores")));
 }

@@ -5,7 +5,12 @@
 //! then both CPUs' work is the figure. Where the instructions of a figure go is `trace`'s. Read `run` first, then
 //! the two types.
 
+mod collapse;
+mod depth;
 mod machine;
+mod resets;
+mod session;
+mod swap;
 mod trace;
 
 use crate::run::Run;
@@ -42,14 +47,21 @@ pub(crate) struct Bench {
 
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Figure {
-    metric: String,
-    value: u64,
-    unit: String,
-    params: BTreeMap<String, Value>,
-    min: u64,
-    max: u64,
-    n: u64,
+pub(crate) struct Figure {
+    /// What is measured; the `@word` is part of the name.
+    pub(crate) metric: String,
+    /// The median.
+    pub(crate) value: u64,
+    /// Of what.
+    pub(crate) unit: String,
+    /// Under which circumstances.
+    pub(crate) params: BTreeMap<String, Value>,
+    /// The least.
+    pub(crate) min: u64,
+    /// The most.
+    pub(crate) max: u64,
+    /// Of how many.
+    pub(crate) n: u64,
 }
 
 impl Figure {
@@ -77,18 +89,32 @@ impl Figure {
     }
 
     /// Metric and parameters: what names a figure.
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let shown = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
         let params: Vec<String> = self.params.iter().map(|(k, v)| format!("{k}={}", shown(v))).collect();
         format!("{} {}", self.metric, params.join(" ")).trim().to_owned()
     }
 
-    /// The most that is not worse than this baseline: counts on one CPU repeat to a thousandth, the interleaving of
+    /// True where a baseline is better.
+    fn is_worse_than(&self, old: &Self) -> bool {
+        if self.unit == "percent" { self.value < old.bound() } else { self.value > old.bound() }
+    }
+
+    /// The most, or of a share the least, that is not worse than this baseline: counts on one CPU repeat to a thousandth, the interleaving of
     /// two CPUs does not; and a figure of a hundred moves by a few when the compiler moves a register. What is counted
     /// one by one does not move; what a Linux does in ten seconds of idling does.
     fn bound(&self) -> u64 {
+        let first = self.params.get("part").and_then(Value::as_str) == Some("first");
         match (self.metric.as_str(), self.unit.as_str()) {
+            // Of a few faults some find the way laid already; which is the middle one is chance.
+            ("fault.cow@depth", _) if first => self.max + self.max / 10,
+            // What is asked for over the monitor meets whatever else there is to do just then.
+            ("evict@clones" | "el2.longest" | "snapshot.delete" | "collapse.page" | "reset.dirty", _) => {
+                self.value + (self.value / 10).max(8)
+            }
             (_, "invalidates" | "entries") => self.value,
+            // More is better, and it is of wall time.
+            (_, "percent") => self.value - self.value / 10,
             ("clone.private", _) => self.value + self.value / 4,
             _ if self.two_cpus() => self.value + (self.value / 10).max(8),
             _ => self.value + (self.value * 3 / 100).max(8),
@@ -107,8 +133,9 @@ impl Figure {
     }
 }
 
-/// The figure that only a run followed instruction by instruction gives.
+/// The figures that only a run followed instruction by instruction gives.
 const LONGEST: &str = "el2.longest";
+const TOTAL: &str = "clone.total";
 
 /// One run of the measuring guest.
 struct Setting {
@@ -123,12 +150,19 @@ const SETTINGS: [Setting; 2] =
 type Measure = fn(&Toolchain, &Path) -> Result<Vec<Figure>>;
 
 /// Figures that the hypervisor tells of itself, by the beginnings of their names.
-const MACHINE: [(&[&str], Measure); 5] = [
+const MACHINE: [(&[&str], Measure); 12] = [
     (&["memory"], machine::books),
     (&["clone.pause", "clone.call"], machine::clones),
     (&["clone.tlbi", "clone.stores"], machine::edits),
     (&["clone.private"], machine::private),
+    (&["reset"], resets::resets),
     (&["fault"], machine::after_fork),
+    (&["fault.cow@depth"], depth::faults),
+    (&["snapshot.delete", "collapse.page"], collapse::deletions),
+    (&["fault.swap_in"], swap::back),
+    (&["evict"], swap::shared),
+    (&["swap"], swap::rates),
+    (&["overcommit"], swap::overcommit),
 ];
 
 fn baseline() -> PathBuf {
@@ -147,7 +181,7 @@ impl Bench {
         let hypervisor = build::hypervisor(&toolchain)?;
         let mut figures = Vec::new();
         let mut longest = None;
-        for setting in &SETTINGS {
+        for setting in SETTINGS.iter().filter(|_| self.asks_for_guests_own()) {
             let dir = dir.join(format!("on-{}", setting.cpus));
             let mut options = setting.options(&image)?;
             let mut follower = None;
@@ -167,19 +201,32 @@ impl Bench {
             }
             figures.extend(found.into_iter().filter(|f| (setting.wanted)(f) && self.asks_for(f)));
         }
-        if let Some(counter) = longest {
-            let forks = machine::follow_clones(&toolchain, &hypervisor, &dir)?;
+        let forks = match longest.is_some() || self.asks_for_metric(TOTAL) {
+            true => Some(machine::follow_clones(&toolchain, &hypervisor, &dir)?),
+            false => None,
+        };
+        if let Some(forks) = &forks
+            && self.asks_for_metric(TOTAL)
+        {
+            figures.push(machine::first_exits(forks)?);
+        }
+        if let (Some(counter), Some(forks)) = (longest.filter(|_| self.asks_for_metric(LONGEST)), forks) {
             let survivors = machine::follow_survivors(&toolchain, &hypervisor, &dir)?;
+            let session = session::follow_monitor(&toolchain, &hypervisor, &dir)?;
             let longer =
                 |one: Counter, other: Counter| if other.longest() > one.longest() { other } else { one };
-            let counter = longer(longer(counter, forks), survivors);
+            let counter = longer(longer(counter, forks), longer(survivors, session));
             let figure = Figure::longest(&counter);
-            if self.asks_for(&figure) {
-                if self.profile {
-                    let table = counter.longest_operation().table(&Symbols::open(&hypervisor)?);
-                    println!("{}: {}\n{table}", figure.name(), figure.value);
-                }
-                figures.push(figure);
+            if self.profile {
+                let table = counter.longest_operation().table(&Symbols::open(&hypervisor)?);
+                println!("{}: {}\n{table}", figure.name(), figure.value);
+            }
+            figures.push(figure);
+        }
+        if self.profile && self.asks_for_metric(swap::SWAP_IN) {
+            let counter = swap::follow_back(&toolchain, &hypervisor, &dir)?;
+            for (operations, mode) in counter.figures().iter().zip(["single", "sequential"]) {
+                println!("{} mode={mode}\n{}", swap::SWAP_IN, operations.table(&Symbols::open(&hypervisor)?));
             }
         }
         for (stems, measure) in MACHINE {
@@ -196,6 +243,7 @@ impl Bench {
             Err(_) => Vec::new(),
         };
         show(&figures, &old);
+        leave(&figures, self.names.is_empty())?;
         if let Some(file) = &self.json {
             write(file, &figures)?;
         }
@@ -219,6 +267,15 @@ impl Bench {
 
     fn asks_for_metric(&self, metric: &str) -> bool {
         self.names.is_empty() || self.names.iter().any(|n| metric.starts_with(n.as_str()))
+    }
+
+    /// True unless all that is asked for is measured by runs of its own.
+    fn asks_for_guests_own(&self) -> bool {
+        let apart = |name: &String| {
+            let mut stems = MACHINE.iter().flat_map(|(stems, _)| *stems).filter(|stem| **stem != "fault");
+            stems.any(|stem| name.starts_with(stem))
+        };
+        self.names.is_empty() || !self.names.iter().all(apart)
     }
 
     /// Following the run changes no figure, but takes a minute or two: only where somebody wants what it gives,
@@ -283,8 +340,8 @@ fn compare(figures: &[Figure], baseline: &[Figure]) -> Vec<String> {
         let name = old.name();
         match figures.iter().find(|f| f.name() == name) {
             None => worse.push(format!("{name}: not measured any more")),
-            Some(new) if new.value > old.bound() => {
-                worse.push(format!("{name}: {}, was {} (at most {})", new.value, old.value, old.bound()));
+            Some(new) if new.is_worse_than(old) => {
+                worse.push(format!("{name}: {}, was {} (bound {})", new.value, old.value, old.bound()));
             }
             Some(_) => {}
         }
@@ -301,6 +358,28 @@ fn show(figures: &[Figure], old: &[Figure]) {
         let Figure { value, min, max, n, unit, .. } = figure;
         println!("{name:<42} {value:>8} {min:>8} {max:>8} {n:>6} {was:>9} {unit}");
     }
+}
+
+/// Where the last figures are, for `report`.
+fn last() -> PathBuf {
+    crate::root().join("target/bench/figures.json")
+}
+
+/// What the last full run found, and later ones of single figures.
+pub(crate) fn left() -> Result<Vec<Figure>> {
+    if last().is_file() { read(&last()) } else { Ok(Vec::new()) }
+}
+
+/// Leaves figures for `report`: all there are, or some in the place of older ones.
+fn leave(figures: &[Figure], all: bool) -> Result<()> {
+    let mut kept = if all { Vec::new() } else { left()? };
+    for figure in figures {
+        match kept.iter_mut().find(|old| old.name() == figure.name()) {
+            Some(old) => old.clone_from(figure),
+            None => kept.push(figure.clone()),
+        }
+    }
+    write(&last(), &kept)
 }
 
 fn read(file: &Path) -> Result<Vec<Figure>> {
@@ -343,5 +422,9 @@ mod tests {
         assert!(compare(&[with(721)], old).is_empty());
         assert_eq!(compare(&[with(722)], old).len(), 1);
         assert_eq!(compare(&[], old).len(), 1);
+        let share = Figure { unit: "percent".to_owned(), ..with(90) };
+        let shares = std::slice::from_ref(&share);
+        assert!(compare(&[Figure { value: 99, ..share.clone() }], shares).is_empty());
+        assert_eq!(compare(&[Figure { value: 80, ..share.clone() }], shares).len(), 1);
     }
 }

@@ -1,6 +1,6 @@
 //! `cargo xtask ctl`: one monitor command to a running hypervisor.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use hv_abi::manifest::CONTROL_LIMIT;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -13,30 +13,50 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(620);
 
 /// Sends one command, returns the answer, which may take as long as `patience`.
 pub(crate) fn ask(socket: &Path, command: &str, patience: Duration) -> Result<Value> {
+    ask_all(socket, &[command], patience)?.pop().context("no answer")
+}
+
+/// Sends commands without waiting in between; their answers, in the same order. The monitor begins each after the one
+/// before, and does not wait for those that wait.
+pub(crate) fn ask_all(socket: &Path, commands: &[impl AsRef<str>], patience: Duration) -> Result<Vec<Value>> {
     // The port does not tell its clients apart: what an earlier one left behind, half a question or an answer,
     // is passed over. A line of our own begins afresh, and the answer repeats our mark.
     let mark = format!("{}-{:?}", std::process::id(), Instant::now());
-    let question = json!({"id": mark, "command": command, "text": true}).to_string();
-    ensure!(
-        question.len() <= CONTROL_LIMIT,
-        "a line of {} bytes for the monitor; it takes {CONTROL_LIMIT}",
-        question.len()
-    );
+    let mut questions = String::from("\n");
+    for (number, command) in commands.iter().enumerate() {
+        let command = command.as_ref();
+        let question = json!({"id": [mark, number], "command": command, "text": true}).to_string();
+        ensure!(
+            question.len() <= CONTROL_LIMIT,
+            "a line of {} bytes for the monitor; it takes {CONTROL_LIMIT}",
+            question.len()
+        );
+        questions.push_str(&question);
+        questions.push('\n');
+    }
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!("connecting to {}; is `cargo xtask run` running, with this --socket?", socket.display())
     })?;
     stream.set_read_timeout(Some(patience))?;
-    writeln!(stream, "\n{question}")?;
-    let mut lines = BufReader::new(stream);
-    loop {
+    // The monitor takes more lines when it has answered some: somebody has to read meanwhile.
+    let mut out = stream.try_clone()?;
+    let writer = std::thread::spawn(move || out.write_all(questions.as_bytes()));
+    let mut answers = vec![None; commands.len()];
+    let mut lines = BufReader::new(&mut stream);
+    while answers.iter().any(Option::is_none) {
         let mut line = String::new();
         let read = lines.read_line(&mut line).context("the hypervisor did not answer in time")?;
         ensure!(read > 0, "the hypervisor ended before it answered");
-        match serde_json::from_str::<Value>(&line) {
-            Ok(answer) if answer.get("id").and_then(Value::as_str) == Some(&mark) => return Ok(answer),
-            Ok(_) | Err(_) => {}
+        let Ok(answer) = serde_json::from_str::<Value>(&line) else { continue };
+        let ours = answer.pointer("/id/0").and_then(Value::as_str) == Some(&mark);
+        let number = answer.pointer("/id/1").and_then(Value::as_u64).filter(|_| ours);
+        let number = number.and_then(|number| usize::try_from(number).ok());
+        if let Some(place) = number.and_then(|number| answers.get_mut(number)) {
+            *place = Some(answer);
         }
     }
+    writer.join().map_err(|_| anyhow!("asking failed"))?.context("asking")?;
+    Ok(answers.into_iter().flatten().collect())
 }
 
 /// An answer for a person.

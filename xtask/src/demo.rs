@@ -1,15 +1,18 @@
 //! `cargo xtask demo`: narrated demonstrations on real Linux guests. Each ends with a table, and fails if a claim does
-//! not hold.
+//! not hold. What it found it leaves for `report`.
 
+pub(crate) mod found;
 mod snapshot;
+mod swap;
 mod thousand;
 mod tree;
 
-use crate::monitored::{Monitored, number, rows};
+use crate::monitored::{Monitored, introduction, number};
 use crate::progress::step;
 use crate::run::Run;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use found::Found;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -40,6 +43,8 @@ enum Name {
     ForkTree,
     /// A guest written to a disk while it works, its machine killed, and gone on with in another
     Snapshot,
+    /// Linux guests with four times the memory of their host
+    Swap,
     /// A thousand Linux guests on a host with 4 GiB
     Thousand,
 }
@@ -51,6 +56,7 @@ impl Demo {
             Name::Clone => self.clones(self.children.unwrap_or(32)),
             Name::ForkTree => tree::show(&self.cpu),
             Name::Snapshot => snapshot::show(&self.cpu),
+            Name::Swap => swap::show(&self.cpu),
             Name::Thousand => thousand::show(&self.cpu, self.children.unwrap_or(1000)),
         }
     }
@@ -75,7 +81,7 @@ impl Demo {
             "Every child found the parent's working set whole, and told its own number and random bytes."
         );
         machine.check()?;
-        table(&mut machine, before, count)?;
+        let found = self.table(&mut machine, before, count)?;
         step("killing them in no order", || -> Result<()> {
             for child in shuffled(&children) {
                 machine.ask(&format!("kill {child}"))?;
@@ -92,7 +98,32 @@ impl Demo {
             after / PAGES
         );
         ensure!(after < before + before / 8, "memory did not come back");
-        machine.shutdown()
+        machine.shutdown()?;
+        found.leave()
+    }
+
+    /// Who holds what; fails if the children hold copies of what they share.
+    fn table(&self, machine: &mut Monitored, before: u64, count: usize) -> Result<Found> {
+        let mut found = Found::new("clone", &self.cpu);
+        found.guests(&machine.ask("guests")?)?;
+        println!("\n{:<12} {:>12} {:>12}", "guest", "private KiB", "shared KiB");
+        for guest in &found.guests {
+            println!("{:<12} {:>12} {:>12}", guest.name, guest.private_kib, guest.shared_kib);
+        }
+        let memory = machine.ask("memory")?;
+        let resident = number(&memory, "/owners/guests_resident")?;
+        let each = (resident - before) / count as u64;
+        found.fact("Linux guests alive, each of which answered", found.guests.len() as u64);
+        found.fact("MiB resident", resident / PAGES);
+        found.fact("MiB of these that are some guest's own", found.private_kib() / 1024);
+        found.fact("MiB if each had a copy", number(&memory, "/owners/if_nothing_were_shared")? / PAGES);
+        found.fact("KiB that a child cost, its own work included", each * 4);
+        found.show();
+        ensure!(
+            each < SET_MIB * PAGES / 2,
+            "a child holds {each} pages of its own: the working set is not shared"
+        );
+        Ok(found)
     }
 }
 
@@ -116,59 +147,19 @@ fn last_fork() -> Result<String> {
     Ok(told.trim_start_matches("hv: ").to_owned())
 }
 
-/// Who holds what; fails if the children hold copies of what they share.
-fn table(machine: &mut Monitored, before: u64, count: usize) -> Result<()> {
-    let guests = machine.ask("guests")?;
-    println!("\n{:<12} {:>12} {:>12}", "guest", "private KiB", "shared KiB");
-    let mut private = 0;
-    for row in rows(&guests)? {
-        let kib = |column: &str| number(row, column).map(|pages| pages * 4);
-        println!(
-            "{:<12} {:>12} {:>12}",
-            row["name"].as_str().unwrap_or_default(),
-            kib("/private_pages")?,
-            kib("/shared_pages")?
-        );
-        private += kib("/private_pages")?;
-    }
-    let memory = machine.ask("memory")?;
-    let resident = number(&memory, "/owners/guests_resident")?;
-    let copies = number(&memory, "/owners/if_nothing_were_shared")?;
-    println!(
-        "\n{} guests: {} MiB resident, of which {} MiB private; {} MiB if each had a copy ({:.1} times as much).",
-        rows(&guests)?.len(),
-        resident / PAGES,
-        private / 1024,
-        copies / PAGES,
-        copies as f64 / resident as f64
-    );
-    let each = (resident - before) / count as u64;
-    println!("A child cost {} KiB on average, its own work included.\n", each * 4);
-    ensure!(
-        each < SET_MIB * PAGES / 2,
-        "a child holds {each} pages of its own: the working set is not shared"
-    );
-    Ok(())
-}
-
-/// Each child checks the working set, takes a name, and draws random bytes, which come back.
+/// Each child checks the working set, takes a name after its number, and draws random bytes, which come back.
 fn work(machine: &mut Monitored, children: &[u64]) -> Result<BTreeSet<String>> {
     // All begin before any is waited for.
     for child in children {
-        let line = format!(
-            "hostname clone-{child}; md5sum -c /sum; echo I-am-$(hostname) $(head -c 8 /dev/urandom | od -An -tx1); echo done-{child}-$((6*7))"
-        );
-        machine.ask(&format!("send {child} \"{line}\""))?;
+        machine.ask(&format!("send {child} \"md5sum -c /sum; {}\"", introduction()))?;
     }
-    let mut answers = BTreeSet::new();
-    for child in children {
-        machine.ask(&format!("wait {child} \"/set: OK\""))?;
-        machine.ask(&format!("wait {child} \"done-{child}-42\""))?;
-        let line = machine.last_line(*child, &format!("I-am-clone-{child} "))?;
-        let (_, bytes) = line.split_once(' ').context("no random bytes")?;
-        answers.insert(bytes.to_owned());
-    }
-    Ok(answers)
+    children
+        .iter()
+        .map(|&child| {
+            machine.ask(&format!("wait {child} \"/set: OK\""))?;
+            machine.introduced(child)
+        })
+        .collect()
 }
 
 /// The same, in an order that is always the same and looks like none.

@@ -1,5 +1,6 @@
 //! The image disk: a GPT with one named partition per image, and the manifest that says what to boot.
 
+use crate::options::{SwapOn, SwapPlace};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -34,8 +35,8 @@ pub(crate) struct Guest {
 #[derive(Default)]
 pub(crate) struct Disk {
     images: Vec<(String, Vec<u8>)>,
-    /// Bytes of a partition to swap to.
-    pub(crate) swap: u64,
+    /// Where pages are swapped to.
+    pub(crate) swap: Vec<SwapPlace>,
     /// How much memory may be promised, in hundredths of what there is.
     pub(crate) overcommit: Option<u32>,
     /// Disks for stored guests by their names, and whether the guest there goes on.
@@ -95,6 +96,7 @@ impl Disk {
             .collect();
         let mut manifest = json!({
             "version": 1, "batch": !self.stays, "images": images, "stored": stored, "guests": guests,
+            "swap": self.places_to_swap(),
         });
         if let Some(percent) = self.overcommit {
             manifest["overcommit_percent"] = json!(percent);
@@ -102,15 +104,42 @@ impl Disk {
         manifest.to_string()
     }
 
+    fn places_to_swap(&self) -> Vec<Value> {
+        let (mut own, mut files) = (0, 0);
+        let mut list = Vec::new();
+        for place in &self.swap {
+            let mut value = match place.on {
+                SwapOn::Own(_) => {
+                    own += 1;
+                    json!({"partition": swap_partition(own - 1)})
+                }
+                SwapOn::File(_) => {
+                    files += 1;
+                    json!({"disk": files - 1})
+                }
+            };
+            if let Some(priority) = place.priority {
+                value["priority"] = json!(priority);
+            }
+            list.push(value);
+        }
+        list
+    }
+
     /// Writes the disk. Where on it there is room to swap: first byte and bytes.
     pub(crate) fn write(&self, path: &Path) -> Result<Option<(u64, u64)>> {
         let manifest = self.manifest().into_bytes();
-        let swap = (self.swap > 0).then_some((hv_abi::manifest::SWAP_PARTITION, [].as_slice(), self.swap));
+        let sizes = self.swap.iter().filter_map(|place| match place.on {
+            SwapOn::Own(mib) => Some(mib << 20),
+            SwapOn::File(_) => None,
+        });
+        let swap: Vec<(String, u64)> =
+            sizes.enumerate().map(|(number, size)| (swap_partition(number), size)).collect();
         let parts: Vec<(&str, &[u8], u64)> =
             std::iter::once((hv_abi::manifest::PARTITION, manifest.as_slice()))
                 .chain(self.images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())))
                 .map(|(name, bytes)| (name, bytes, (bytes.len() as u64).next_multiple_of(4096).max(4096)))
-                .chain(swap)
+                .chain(swap.iter().map(|(name, size)| (name.as_str(), [].as_slice(), *size)))
                 .collect();
         let room: u64 = parts.iter().map(|(_, _, size)| size.next_multiple_of(ALIGN) + ALIGN).sum();
         let size = room + 4 * ALIGN;
@@ -141,14 +170,21 @@ impl Disk {
             places.push((start.context("a partition just made is not there")?, bytes));
         }
         let mut file = table.write()?;
-        // The last of them, if there is any.
-        let place = swap.and_then(|(_, _, size)| Some((places.last()?.0, size)));
+        // The first of them, if there is any.
+        let first = places.len() - swap.len();
+        let place = swap.first().and_then(|(_, size)| Some((places.get(first)?.0, *size)));
         for (start, bytes) in places {
             file.seek(SeekFrom::Start(start))?;
             file.write_all(bytes)?;
         }
         Ok(place)
     }
+}
+
+/// What a partition to swap to is called.
+fn swap_partition(number: usize) -> String {
+    let stem = hv_abi::manifest::SWAP_PARTITION;
+    if number == 0 { stem.to_owned() } else { format!("{stem}-{number}") }
 }
 
 /// Partitions start at whole MiB.

@@ -21,7 +21,7 @@ fn cache() -> PathBuf {
 /// True where the kernels and the initramfs of every test are here already.
 pub(crate) fn are_cached() -> bool {
     let kernels = KERNELS.iter().map(|version| format!("Image-{version}"));
-    kernels.chain(["busybox".to_owned()]).all(|name| cache().join(name).is_file())
+    kernels.chain(["busybox", "e2fsck"].map(str::to_owned)).all(|name| cache().join(name).is_file())
 }
 
 /// A Debian cloud kernel of a version, as a plain arm64 Image.
@@ -40,11 +40,12 @@ pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// The drivers of a disk that a Debian kernel of a version has apart from itself: an archive that goes behind an
+/// The drivers of virtio devices that a Debian kernel of a version has apart from itself: an archive that goes behind an
 /// initramfs, whose first program loads them in the order of their names.
 pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
-    const IN_ORDER: [&str; 4] = ["virtio_ring.ko", "virtio.ko", "virtio_mmio.ko", "virtio_blk.ko"];
-    let image = cache().join(format!("drivers-{version}.cpio"));
+    const IN_ORDER: [&str; 5] =
+        ["virtio_ring.ko", "virtio.ko", "virtio_balloon.ko", "virtio_blk.ko", "virtio_mmio.ko"];
+    let image = cache().join(format!("virtio-{version}.cpio"));
     if !image.is_file() {
         let unpacked = unpacked(version)?.join("lib/modules");
         let release = fs::read_dir(&unpacked).with_context(|| format!("reading {}", unpacked.display()))?;
@@ -88,6 +89,19 @@ pub(crate) fn u_boot() -> Result<PathBuf> {
         write_whole(&image, &fs::read(into.join("usr/lib/u-boot/qemu_arm64/u-boot.bin"))?)?;
     }
     Ok(image)
+}
+
+/// A program that checks ext4 file systems: an archive that goes behind an initramfs.
+pub(crate) fn e2fsck() -> Result<Vec<u8>> {
+    let program = cache().join("e2fsck");
+    if !program.is_file() {
+        let into = cache().join("unpacked/e2fsck-static");
+        Arm64::open()?.unpack("e2fsck-static", &into)?;
+        write_whole(&program, &fs::read(into.join("sbin/e2fsck.static"))?)?;
+    }
+    let mut cpio = Cpio::default();
+    cpio.add("bin/e2fsck", 0o100_755, &fs::read(&program)?);
+    Ok(cpio.finish())
 }
 
 /// The initramfs: busybox, what we have for a guest, and a script that says when its shell is up.

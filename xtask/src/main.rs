@@ -4,10 +4,11 @@
 //!
 //! * `progress` - what takes longer than a moment says so.
 //! * `apt`, `toolchain`, `qemu` - each sees that what it stands for is there, or provides it.
+//! * `options` - what options mean that are more than a number or a word.
 //! * `build`, `images`, `disk`, `errors` - what the machine runs, the disk that brings it there, and how that fails.
 //! * `symbols`, `ending` - names for the addresses that a run leaves; leaving well.
 //! * `stored` - disks for stored guests.
-//! * `options`, `ctl`, `session`, `script`, `run`, `monitored`, `test`, `sim`, `demo`, `bench`, `doctor` - the commands.
+//! * `ctl`, `session`, `script`, `run`, `monitored`, `test`, `sim`, `demo`, `bench`, `report`, `doctor` - the commands.
 
 mod apt;
 mod bench;
@@ -23,6 +24,7 @@ mod monitored;
 mod options;
 mod progress;
 mod qemu;
+mod report;
 mod run;
 mod script;
 mod session;
@@ -62,6 +64,8 @@ enum Cli {
     Demo(demo::Demo),
     /// What the way through EL2 costs, in instructions
     Bench(bench::Bench),
+    /// The last bench and demonstrations as one page: target/report.html
+    Report,
     /// `run` under gdb, symbols loaded
     Debug(run::Run),
     /// What guest is stored in a file, and whether it is whole
@@ -128,6 +132,7 @@ fn main() -> ExitCode {
         Cli::Bench(options) => options.run(),
         Cli::Sim(options) => options.run(),
         Cli::Demo(options) => options.run(),
+        Cli::Report => report::run(),
         Cli::Debug(options) => debug(options),
         Cli::Image { file } => stored::show(&file),
         Cli::Doctor => {

@@ -4,7 +4,9 @@ use crate::ctl;
 use crate::run::Run;
 use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
+use hv_abi::{forkpage, machine};
 use serde_json::Value;
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -42,9 +44,15 @@ impl Monitored {
 
     /// The value that the monitor answers; a refusal is an error.
     pub(crate) fn ask(&mut self, command: &str) -> Result<Value> {
-        let reply = self.reply(command)?;
-        ensure!(ctl::is_ok(&reply), "{command}: {}", ctl::shown(&reply));
-        reply.get("reply").cloned().with_context(|| format!("{command}: no reply in {reply}"))
+        value(&self.reply(command)?, command)
+    }
+
+    /// The values that the monitor answers to commands that do not wait for each other; a refusal is an error.
+    pub(crate) fn ask_all(&mut self, commands: &[String]) -> Result<Vec<Value>> {
+        let left = self.left(format_args!("{commands:?}"))?;
+        let replies = ctl::ask_all(&self.socket, commands, left)
+            .with_context(|| format!("asking {commands:?}\n{}", self.console.tail()))?;
+        replies.iter().zip(commands).map(|(reply, command)| value(reply, command)).collect()
     }
 
     /// The words with which the monitor refuses; anything else is an error.
@@ -55,10 +63,15 @@ impl Monitored {
     }
 
     fn reply(&mut self, command: &str) -> Result<Value> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        ensure!(!left.is_zero(), "no time left for {command}");
+        let left = self.left(command)?;
         ctl::ask(&self.socket, command, left)
             .with_context(|| format!("asking \"{command}\"\n{}", self.console.tail()))
+    }
+
+    fn left(&self, what: impl Display) -> Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), "no time left for {what}");
+        Ok(left)
     }
 
     /// Asks until the answer is as it should be; the last one.
@@ -90,6 +103,17 @@ impl Monitored {
     pub(crate) fn talk(&mut self, guest: u64, line: &str, answer: &str) -> Result<()> {
         self.ask(&format!("send {guest} \"{line}\""))?;
         self.ask(&format!("wait {guest} \"{answer}\"")).map(|_| ())
+    }
+
+    /// Waits for a Linux guest that was sent its [`introduction`]: the random bytes that it drew. Its number and name must be
+    /// its own.
+    pub(crate) fn introduced(&mut self, guest: u64) -> Result<String> {
+        self.ask(&format!("wait {guest} \" that-is-me-42\""))?;
+        let line = self.last_line(guest, " that-is-me-42")?;
+        let bytes = line.strip_prefix(&format!("I-am {guest} clone-{guest} "));
+        let bytes = bytes.and_then(|rest| rest.split_once(" that")).map(|(bytes, _)| bytes);
+        let whole = bytes.filter(|bytes| bytes.len() == "00 11 22 33 44 55 66 77".len());
+        Ok(whole.with_context(|| format!("guest {guest} says {line}"))?.to_owned())
     }
 
     /// Forks a guest; its children's numbers.
@@ -131,8 +155,8 @@ impl Monitored {
             let private = total(&guests, "private_pages")?;
             if number(&memory, "/owners/guests_private")? == private {
                 let count = |place| number(&memory, place);
-                let known =
-                    count("/frames/free")? + count("/frames/tables")? + count("/owners/guests_resident")?;
+                let places = ["/frames/free", "/frames/tables", "/owners/guests_resident", "/owners/cached"];
+                let known = places.into_iter().map(count).sum::<Result<u64>>()?;
                 ensure!(known == count("/frames/total")?, "frames are missing: {memory}");
                 return Ok(memory);
             }
@@ -140,11 +164,20 @@ impl Monitored {
         }
     }
 
-    /// Kills everybody; the machine must end well.
+    /// Kills everybody; the machine must end well, and nobody have a slot of swap then.
     pub(crate) fn shutdown(mut self) -> Result<()> {
         self.ask("shutdown")?;
-        self.console.finish()
+        self.console.finish()?;
+        let left = self.console.logged("swap slots in use: ");
+        ensure!(left.as_deref() == Some("0"), "slots of swap that somebody has still: {left:?}");
+        Ok(())
     }
+}
+
+/// The value in an answer.
+fn value(reply: &Value, command: &str) -> Result<Value> {
+    ensure!(ctl::is_ok(reply), "{command}: {}", ctl::shown(reply));
+    reply.get("reply").cloned().with_context(|| format!("{command}: no reply in {reply}"))
 }
 
 impl Drop for Monitored {
@@ -152,6 +185,16 @@ impl Drop for Monitored {
         // QEMU may have taken it away itself.
         let _ = fs::remove_file(&self.socket);
     }
+}
+
+/// A line for the shell of a Linux guest: it asks its machine for its own number, takes a name after that, and says both,
+/// with random bytes.
+pub(crate) fn introduction() -> String {
+    let number = machine::FORK_PAGE.base + forkpage::GUEST;
+    format!(
+        "N=$(($(devmem {number:#x} 32))); hostname clone-$N; \
+         echo I-am $N $(hostname) $(head -c 8 /dev/urandom | od -An -tx1) that-is-me-$((6*7))"
+    )
 }
 
 /// The rows of a table.

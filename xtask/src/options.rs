@@ -4,8 +4,11 @@
 //! refused by name, never dropped.
 
 use anyhow::{Result, ensure};
-use hv_abi::manifest::{DISKS_LIMIT, NAME_LIMIT, PARTITION, SWAP_PARTITION, mebibytes};
+use hv_abi::manifest::{
+    DISKS_LIMIT, NAME_LIMIT, PARTITION, PRIORITY_MOST, SWAP_LIMIT, SWAP_PARTITION, mebibytes,
+};
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
 
 /// `256M`, `1G`, or a plain number of MiB; in MiB.
@@ -34,7 +37,7 @@ pub(crate) fn file(text: &str) -> Result<PathBuf, String> {
 /// `NAME=FILE`, a partition's name and a file that is there.
 pub(crate) fn named_image(text: &str) -> Result<(String, PathBuf), String> {
     let (name, path) = text.split_once('=').ok_or("another image is written NAME=FILE")?;
-    if name.is_empty() || name.len() > NAME_LIMIT || [PARTITION, SWAP_PARTITION].contains(&name) {
+    if name.is_empty() || name.len() > NAME_LIMIT || name == PARTITION || name.starts_with(SWAP_PARTITION) {
         return Err(format!("no image can be called '{name}'"));
     }
     Ok((name.to_owned(), file(path)?))
@@ -48,6 +51,77 @@ pub(crate) fn socket(text: &str) -> Result<PathBuf, String> {
         1..=MOST => Ok(text.into()),
         more => Err(format!("a socket's name has at most {MOST} bytes, this one {more}")),
     }
+}
+
+/// `--swap SIZE|FILE[,priority=N]`: where pages are swapped to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SwapPlace {
+    /// Where.
+    pub(crate) on: SwapOn,
+    /// Higher ones are used first, equal ones in turn; those that have none come last, in their order.
+    pub(crate) priority: Option<u16>,
+}
+
+/// Where there is room to swap to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SwapOn {
+    /// So many MiB of the run's own disk.
+    Own(u64),
+    /// A file as a disk: all of it, or the swap partitions of its table.
+    File(PathBuf),
+}
+
+/// What the slots of all places together are numbered for, in MiB.
+const MOST_SWAP_MIB: u64 = 64 << 10;
+
+/// Reads a size or a file that is there, and a priority behind it.
+pub(crate) fn swap(text: &str) -> Result<SwapPlace, String> {
+    let (name, priority) = match text.rsplit_once(",priority=") {
+        None => (text, None),
+        Some((name, number)) => {
+            let known = number.parse::<u16>().ok().filter(|number| u64::from(*number) <= PRIORITY_MOST);
+            (name, Some(known.ok_or_else(|| format!("a priority is a number from 0 to {PRIORITY_MOST}"))?))
+        }
+    };
+    if let Ok(mib) = size_mib(name) {
+        if mib > MOST_SWAP_MIB {
+            return Err(format!("there are slots for {MOST_SWAP_MIB}M in all"));
+        }
+        return Ok(SwapPlace { on: SwapOn::Own(mib), priority });
+    }
+    let path = file(name).map_err(|why| format!("{why}; it is a size such as 1G, or a file"))?;
+    let bytes = std::fs::metadata(&path).map_err(|why| why.to_string())?.len();
+    if bytes == 0 || bytes % 512 != 0 {
+        return Err(format!("a disk is some sectors of 512 bytes, not {bytes}"));
+    }
+    if bytes < 4096 {
+        return Err(format!("{bytes} bytes have no room for a page of 4096"));
+    }
+    let mut start = [0; 1024];
+    let read = std::fs::File::open(&path).and_then(|mut file| file.read_exact(&mut start));
+    read.map_err(|why| why.to_string())?;
+    // As the hypervisor sees it, which then leaves it alone. (A table of which only the copy at the end is left, it finds.)
+    if start[510..512] == [0x55, 0xaa] && !start[512..].starts_with(b"EFI PART") {
+        return Err("it has a partition table, or a boot sector, that is no GPT with sectors of 512 bytes; nothing is swapped there, \
+                    so that nothing is lost. Wipe it (wipefs -a) if nothing on it is needed"
+            .to_owned());
+    }
+    Ok(SwapPlace { on: SwapOn::File(path), priority })
+}
+
+/// Refuses more places to swap to than there can be, and one that is given twice.
+pub(crate) fn check_swap(places: &[SwapPlace]) -> Result<()> {
+    ensure!(places.len() <= SWAP_LIMIT, "--swap: {} places; there are at most {SWAP_LIMIT}", places.len());
+    let files = |place: &SwapPlace| match &place.on {
+        SwapOn::File(file) => Some(file.canonicalize().unwrap_or_else(|_| file.clone())),
+        SwapOn::Own(_) => None,
+    };
+    let mut known = Vec::new();
+    for file in places.iter().filter_map(files) {
+        ensure!(!known.contains(&file), "--swap {}: it is given twice", file.display());
+        known.push(file);
+    }
+    Ok(())
 }
 
 /// What becomes of a guest's writes to a disk.
@@ -182,6 +256,41 @@ mod tests {
     }
 
     #[test]
+    fn a_place_to_swap_to_is_a_size_or_a_file_that_is_there_and_perhaps_a_priority() {
+        let own = |mib, priority| Ok(SwapPlace { on: SwapOn::Own(mib), priority });
+        assert_eq!(swap("1G"), own(1024, None));
+        assert_eq!(swap("256M,priority=32767"), own(256, Some(32767)));
+        let name = std::env::temp_dir().join(format!("xtask-swap-{}", std::process::id()));
+        std::fs::write(&name, [0; 8192]).unwrap();
+        let on = SwapOn::File(name.clone());
+        assert_eq!(swap(&format!("{},priority=0", name.display())), Ok(SwapPlace { on, priority: Some(0) }));
+        std::fs::write(&name, [0; 1000]).unwrap();
+        assert!(swap(&name.display().to_string()).is_err_and(|why| why.contains("not 1000")));
+        std::fs::write(&name, [0; 3584]).unwrap();
+        assert!(swap(&name.display().to_string()).is_err_and(|why| why.contains("no room for a page")));
+        let mut disk = [0; 8192];
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        std::fs::write(&name, disk).unwrap();
+        assert!(swap(&name.display().to_string()).is_err_and(|why| why.contains("partition table")));
+        disk[512..520].copy_from_slice(b"EFI PART");
+        std::fs::write(&name, disk).unwrap();
+        assert!(swap(&name.display().to_string()).is_ok());
+        std::fs::remove_file(&name).unwrap();
+        for wrong in [
+            "0",
+            "",
+            "/nowhere",
+            "65G",
+            "17592186044480M",
+            "1G,priority=32768",
+            "1G,priority=-1",
+            "1G,priority=",
+        ] {
+            assert!(swap(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_disk_is_a_file_that_is_there_and_perhaps_what_becomes_of_writes() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert_eq!(disk(file).map(|d| d.writes), Ok(Writes::Persist));
@@ -215,7 +324,7 @@ mod tests {
     fn another_image_is_a_name_that_a_partition_can_have_and_a_file_that_is_there() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert_eq!(named_image(&format!("tiny={file}")), Ok(("tiny".to_owned(), file.into())));
-        for wrong in ["", "manifest", "swap", &"n".repeat(37)] {
+        for wrong in ["", "manifest", "swap", "swap-1", &"n".repeat(37)] {
             assert!(named_image(&format!("{wrong}={file}")).is_err(), "{wrong}");
         }
         for wrong in [file, "tiny=/nowhere", "tiny="] {

@@ -2,7 +2,7 @@
 
 use crate::apt;
 use crate::on_path;
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -31,10 +31,14 @@ pub(crate) struct Machine {
     pub(crate) socket: Option<PathBuf>,
     /// Disks for guests, by their numbers.
     pub(crate) disks: Vec<Drive>,
+    /// Disks to swap to, by their numbers.
+    pub(crate) swap: Vec<Drive>,
     /// Disks for stored guests, by their numbers.
     pub(crate) images: Vec<Drive>,
     /// Errors that the image disk is to make.
     pub(crate) errors: Option<Errors>,
+    /// How many MiB a second the image disk does at most.
+    pub(crate) rate: Option<u64>,
     /// Wait for gdb on this port.
     pub(crate) gdb: Option<u16>,
     /// Tell every instruction in some ranges of addresses.
@@ -50,6 +54,8 @@ pub(crate) struct Drive {
     pub(crate) read_only: bool,
     /// Where everything that is written to it is logged.
     pub(crate) log: Option<PathBuf>,
+    /// It takes one write, and the next not for an hour.
+    pub(crate) stalls: bool,
 }
 
 /// A disk that fails where it is told to, and a log of what it answered.
@@ -102,6 +108,25 @@ pub(crate) fn provide_tools() -> Result<()> {
     }
 }
 
+/// Reads or writes a file in order, through the brake that a [`Machine::rate`] is.
+pub(crate) fn run_on_slow_disk(file: &Path, mib: u64, requests: u64, bytes: u64, write: bool) -> Result<()> {
+    // One after the other: to wait for several, the tool lets them pass the brake.
+    let what = if write { "write" } else { "read" };
+    let mut command = Command::new("qemu-io");
+    command.args(["--object", &format!("throttle-group,id=brake,x-bps-total={}", mib << 20)]);
+    command.args(["-t", "writeback", "--image-opts"]);
+    for number in 0..requests {
+        command.args(["-c", &format!("{what} -q {} {bytes}", number * bytes)]);
+    }
+    command.args(["-c", "aio_flush"]).arg(format!(
+        "driver=throttle,throttle-group=brake,file.driver=file,file.filename={}",
+        file.display()
+    ));
+    let output = command.output().context("running qemu-io")?;
+    ensure!(output.status.success(), "qemu-io: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 /// QEMU's major version, if it is here.
 fn version() -> Option<u32> {
     on_path(PROGRAM)?;
@@ -139,15 +164,20 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
             )
         }
     };
-    command.args(["-drive", &format!("if=none,id=images,format=raw,{images}")]);
+    let rate = machine.rate.map_or_else(String::new, |mib| format!(",throttling.bps-total={}", mib << 20));
+    command.args(["-drive", &format!("if=none,id=images,format=raw{rate},{images}")]);
     // Merged requests fail together; errors are counted one by one.
     let merging = if machine.errors.is_some() { "off" } else { "on" };
     command.args(["-device", &format!("virtio-blk-device,drive=images,request-merging={merging}")]);
     let numbered = |stem: &'static str, drives: &[Drive]| -> Vec<(String, Drive)> {
         drives.iter().enumerate().map(|(number, drive)| (format!("{stem}{number}"), drive.clone())).collect()
     };
-    let disks = numbered(hv_abi::manifest::DISK_ID, &machine.disks);
-    for (id, drive) in disks.into_iter().chain(numbered(hv_abi::manifest::IMAGE_DISK_ID, &machine.images)) {
+    let all = [
+        numbered(hv_abi::manifest::DISK_ID, &machine.disks),
+        numbered(hv_abi::manifest::SWAP_DISK_ID, &machine.swap),
+        numbered(hv_abi::manifest::IMAGE_DISK_ID, &machine.images),
+    ];
+    for (id, drive) in all.into_iter().flatten() {
         let file = name(&drive.file);
         let what = match &drive.log {
             Some(log) => format!(
@@ -156,6 +186,7 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
                 name(log)
             ),
             None if drive.read_only => format!("format=raw,readonly=on,file={file}"),
+            None if drive.stalls => format!("format=raw,throttling.bps-write=1,file={file}"),
             None => format!("format=raw,file={file}"),
         };
         command

@@ -3,7 +3,7 @@
 use crate::disk::{Disk, Guest};
 use crate::ending::{Kept, Terminal};
 use crate::errors::Places;
-use crate::options::{self, Writes};
+use crate::options::{self, SwapOn, Writes};
 use crate::qemu::{self, Drive, Errors, Machine};
 use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
@@ -56,12 +56,16 @@ pub(crate) struct Run {
     /// A disk of the guest, any number of them; writes go to the file, are refused (ro) or end with it (private)
     #[arg(long = "disk", value_name = "FILE[,ro|private]", value_parser = options::disk)]
     pub(crate) disks: Vec<options::DiskFile>,
-    /// Room to swap guests' pages to
-    #[arg(long, value_name = "SIZE", value_parser = options::size_mib)]
-    pub(crate) swap: Option<u64>,
+    /// Room to swap guests' pages to: of the run's own disk, or a file (all of it, or the swap partitions on it), which is
+    /// overwritten; may be repeated; higher priorities are used first, equal ones in turn
+    #[arg(long, value_name = "SIZE|FILE[,priority=N]", value_parser = options::swap)]
+    pub(crate) swap: Vec<options::SwapPlace>,
     /// At how many places of the swap room the disk fails, for tests: READ,WRITE once and READ,WRITE for ever
     #[arg(long, hide = true, requires = "swap", value_parser = Places::parse)]
     pub(crate) swap_errors: Option<Places>,
+    /// How many MiB a second the disk with the swap room does, for tests
+    #[arg(long, hide = true, value_parser = value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) swap_rate: Option<u64>,
     /// How much memory guests may be promised: what is there, so many times that, or any
     #[arg(long, value_name = "strict|RATIO|none", value_parser = options::overcommit)]
     pub(crate) overcommit: Option<options::Overcommit>,
@@ -75,6 +79,9 @@ pub(crate) struct Run {
     /// Where everything that is written to the first of them is logged, for tests
     #[arg(long, hide = true, requires = "images")]
     pub(crate) image_log: Option<PathBuf>,
+    /// They take one write and no more, for tests
+    #[arg(long, hide = true, requires = "images")]
+    pub(crate) images_stall: bool,
     /// CPU model
     #[arg(long, default_value = "neoverse-n1", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) cpu: String,
@@ -138,17 +145,22 @@ struct Words {
     run: Run,
 }
 
+/// A time limit that a program wrote down is for a calm machine; a busy one gets so many times that.
+const PATIENCE: u64 = 4;
+
 impl Run {
-    /// The options that a person would have typed as these words.
+    /// The options that a person would have typed as these words, for a program; its `--timeout` is stretched.
     pub(crate) fn from_words(words: &[&str]) -> Result<Self> {
-        Ok(Words::try_parse_from(std::iter::once("run").chain(words.iter().copied()))?.run)
+        let mut run = Words::try_parse_from(std::iter::once("run").chain(words.iter().copied()))?.run;
+        run.timeout = run.timeout.saturating_mul(PATIENCE).min(u64::from(u32::MAX));
+        Ok(run)
     }
 
     /// The disk that these options describe.
     pub(crate) fn disk(&self, toolchain: &Toolchain) -> Result<Disk> {
         let mut disk = Disk::default();
         disk.stays = self.stays();
-        disk.swap = self.swap.unwrap_or(0) << 20;
+        disk.swap.clone_from(&self.swap);
         disk.overcommit = self.overcommit.and_then(options::Overcommit::percent);
         disk.stored = self.images.iter().map(|image| (image.name.clone(), image.resumes())).collect();
         if self.images.iter().any(stored::ImageDisk::resumes) {
@@ -185,7 +197,7 @@ impl Run {
             initrd = Some(disk.add("initrd", read(file)?));
         } else if linux {
             let mut root = std::fs::read(images::initramfs(toolchain)?)?;
-            if let (Some(version), false) = (version, self.disks.is_empty()) {
+            if let Some(version) = version {
                 root.extend(images::drivers(&version)?);
             }
             initrd = Some(disk.add("initrd", root));
@@ -239,6 +251,17 @@ impl Run {
                     file: disk.file.clone(),
                     read_only: disk.writes != Writes::Persist,
                     log: None,
+                    stalls: false,
+                })
+                .collect(),
+            swap: self
+                .swap
+                .iter()
+                .filter_map(|place| match &place.on {
+                    SwapOn::File(file) => {
+                        Some(Drive { file: file.clone(), read_only: false, log: None, stalls: false })
+                    }
+                    SwapOn::Own(_) => None,
                 })
                 .collect(),
             images: self
@@ -249,12 +272,14 @@ impl Run {
                     file: image.file.clone(),
                     read_only: image.how == stored::Use::ResumeOnly,
                     log: self.image_log.clone().filter(|_| number == 0),
+                    stalls: self.images_stall,
                 })
                 .collect(),
             errors: self
                 .swap_errors
                 .is_some()
                 .then(|| Errors { rules: dir.join("errors.conf"), log: dir.join("requests.log") }),
+            rate: self.swap_rate,
             gdb: self.gdb,
             trace: self.trace.clone(),
         }
@@ -264,6 +289,7 @@ impl Run {
     fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
         stored::check_images(&self.images)?;
         options::check_disks(&self.disks, self.guests)?;
+        options::check_swap(&self.swap)?;
         let lock = reserve(dir)?;
         // A log that is there belongs to this run.
         let _ = std::fs::remove_file(&machine.log);

@@ -191,6 +191,11 @@ impl Session {
         let _ = self.child.wait();
     }
 
+    /// What follows these words in the last line of the hypervisor's log that has them.
+    pub(crate) fn logged(&self, words: &str) -> Option<String> {
+        self.log.last(words)
+    }
+
     /// What the hypervisor's log says of a panic.
     pub(crate) fn panic(&self) -> Option<String> {
         self.log.panic()

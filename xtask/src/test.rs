@@ -3,10 +3,13 @@
 //! Tidy tests look at the source, host tests run each package's own, boot tests start the machine. A failing boot
 //! test leaves its console and the hypervisor's log under `target/test-logs`.
 
+mod balloon;
 mod boot;
 mod clones;
 mod cuts;
 mod disks;
+mod filesystem;
+mod generations;
 mod guests;
 mod loaded;
 mod machine;
@@ -14,6 +17,7 @@ mod modules;
 mod monitor;
 mod stored;
 mod swap;
+mod swap_places;
 mod terminal;
 mod tidy;
 
@@ -32,7 +36,8 @@ pub(crate) struct Test {
     /// Boot tests only
     #[arg(long)]
     boot: bool,
-    /// What takes hours instead: Linux on every model and number of CPUs, a loaded guest cloned a hundred times
+    /// What takes hours instead: Linux on every model and number of CPUs, 256 clones alive at once, a loaded guest
+    /// cloned a hundred times
     #[arg(long, conflicts_with_all = ["host", "boot"])]
     matrix: bool,
     /// Name them, run nothing
@@ -85,17 +90,23 @@ pub(crate) fn run(options: &Test) -> ExitCode {
     if both || options.boot {
         trials.extend(boot::trials());
         trials.extend(clones::trials());
+        trials.extend(generations::trials());
         trials.extend(loaded::trials());
         trials.extend(disks::trials());
+        trials.extend(filesystem::trials());
         trials.extend(monitor::trials());
         trials.extend(stored::trials());
         trials.extend(cuts::trials());
         trials.extend(swap::trials());
+        trials.extend(swap_places::trials());
+        trials.extend(balloon::trials());
         trials.extend(guests::trials());
     }
     if options.matrix {
         trials.extend(boot::matrix());
+        trials.extend(clones::matrix());
         trials.extend(loaded::matrix());
+        trials.extend(swap::matrix());
     }
     let arguments = Arguments {
         list: options.list,

@@ -23,11 +23,22 @@
 //! A disk for a stored guest ([`crate::image`]) calls itself [`IMAGE_DISK_ID`] and a number. `"stored": [{"disk": 0,
 //! "name": "golden", "resume": true}]` gives it a name, by which the monitor's `save` and `create` know it; with
 //! `resume` (false) the guest stored there goes on at once.
+//!
+//! Pages are swapped to partitions of the boot disk, and to disks that call themselves [`SWAP_DISK_ID`] and a number:
+//! all of such a disk, or if it has a table its partitions for swap. `"swap": [{"partition": "swap", "priority": 5},
+//! {"disk": 0}]` gives each a priority, from 0 to [`PRIORITY_MOST`], higher ones first; those without one come after all that have
+//! one, in the order of the list. Without a list it is the partition [`SWAP_PARTITION`], if there is one.
 
 /// The partition that holds the manifest.
 pub const PARTITION: &str = "manifest";
 /// The partition that pages are swapped to.
 pub const SWAP_PARTITION: &str = "swap";
+/// What a disk to swap to calls itself, before its number.
+pub const SWAP_DISK_ID: &str = "swap-disk-";
+/// Places to swap to at most.
+pub const SWAP_LIMIT: usize = 8;
+/// The highest priority of one.
+pub const PRIORITY_MOST: u64 = 32767;
 /// What a disk for guests calls itself (VIRTIO_BLK_T_GET_ID), before its number.
 pub const DISK_ID: &str = "guest-disk-";
 /// What a disk for a stored guest calls itself, before its number.
@@ -53,6 +64,14 @@ pub const FORK_LIMIT: u32 = 1024;
 
 /// Bytes of a line at the control port at most, where a running hypervisor is told more.
 pub const CONTROL_LIMIT: usize = 2048;
+
+/// Reads a size as people write it, with `K` as well; in KiB.
+pub fn kibibytes(text: &str) -> Option<u64> {
+    match text.strip_suffix(['K', 'k']) {
+        Some(digits) => digits.parse().ok(),
+        None => mebibytes(text)?.checked_mul(1024),
+    }
+}
 
 /// Reads a size as people write it, `256M`, `1G` or a plain number of MiB; in MiB.
 pub fn mebibytes(text: &str) -> Option<u64> {

@@ -3,19 +3,20 @@
 //!
 //! Each figure is a line `bench METRIC VALUE KEY=VALUE...`: the median, less what measuring costs, with
 //! its spread. Options: `zero_mib=8` (RAM touched for each of the two orders); with `fork` it measures what a fork makes
-//! dearer, and nothing else, or with `fork survive` what it does when a relative is dead.
+//! dearer, and nothing else, or with `fork survive` what it does when a relative is dead; with `depth` what a long
+//! history does; with `swap` what comes back from there, and with `evict children=1` it makes others measure.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use hv_abi::call::{self, status};
 use hv_abi::machine::{GICD, INTID_VIRTUAL_TIMER, PL011, RAM_BASE};
-use hv_abi::mark;
 
 use crate::runtime::{Machine, start_vcpu};
 use crate::timer::{self, frequency, wait_until};
 use crate::{gic, mmu, trap};
 
 const SAMPLES: usize = 200;
+const COLD: usize = 8;
 const SGI: u32 = 1;
 static STOP: AtomicBool = AtomicBool::new(false);
 static READY: AtomicBool = AtomicBool::new(false);
@@ -33,15 +34,9 @@ macro_rules! ticks {
     }};
 }
 
-/// Leaves a mark in a log of the run, of which the guest knows nothing.
-macro_rules! mark {
-    ($which:ident) => {
-        // SAFETY: a hint without a meaning.
-        unsafe { core::arch::asm!("hint #{}", const mark::$which, options(nostack)) }
-    };
-}
-
+mod depth;
 mod forked;
+mod swapped;
 
 /// Figures of one metric.
 struct Samples {
@@ -51,17 +46,26 @@ struct Samples {
 
 impl Samples {
     fn take(mut sample: impl FnMut(usize) -> u64) -> Self {
-        let mut samples = Self { values: [0; SAMPLES], taken: 0 };
-        // The first few meet cold paths: they are not kept.
-        for index in 0..SAMPLES + 8 {
-            if index < 8 {
-                sample(index);
-                continue;
+        Self::unmarked(|index| {
+            // The first few meet cold paths: they are not kept.
+            if index < COLD {
+                return sample(index);
             }
             mark!(BEGIN);
             let value = sample(index);
             mark!(END);
-            samples.add(value);
+            value
+        })
+    }
+
+    /// The same of what no figure tells: who follows the run would take it for the next one's.
+    fn unmarked(mut sample: impl FnMut(usize) -> u64) -> Self {
+        let mut samples = Self { values: [0; SAMPLES], taken: 0 };
+        for index in 0..SAMPLES + COLD {
+            let value = sample(index);
+            if index >= COLD {
+                samples.add(value);
+            }
         }
         samples
     }
@@ -98,10 +102,19 @@ pub fn run(machine: &Machine) {
     gic::init_distributor();
     gic::init_cpu();
     gic::enable(INTID_VIRTUAL_TIMER);
-    let [empty, ..] = Samples::take(|_| ticks!("")).summary();
+    let [empty, ..] = Samples::unmarked(|_| ticks!("")).summary();
     println!("bench measuring {} unit=insn", instructions(empty));
     if machine.flag("fork") {
         return forked::run(machine, empty);
+    }
+    if machine.flag("depth") {
+        return depth::run(machine, empty);
+    }
+    if machine.flag("swap") {
+        return swapped::run(machine, empty);
+    }
+    if machine.flag("evict") {
+        return swapped::shared(machine);
     }
     exits(empty);
     zero_faults(machine, empty);

@@ -3,12 +3,19 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use hv_abi::machine::PL011;
+use hv_abi::machine::{INTID_PL011, PL011};
 
-use crate::mmio::{read32, write8};
+use crate::gic;
+use crate::mmio::{read32, write8, write32};
 
 const UARTDR: u64 = PL011.base;
 const UARTFR: u64 = PL011.base + 0x18;
+const UARTLCR_H: u64 = PL011.base + 0x2c;
+const FIFOS: u32 = 1 << 4;
+const EIGHT_BITS: u32 = 3 << 5;
+const UARTIMSC: u64 = PL011.base + 0x38;
+/// Bytes have come, enough or for long.
+const RECEIVE_INTERRUPTS: u32 = 1 << 4 | 1 << 6;
 const TRANSMIT_FULL: u32 = 1 << 5;
 const RECEIVE_EMPTY: u32 = 1 << 4;
 
@@ -33,6 +40,20 @@ pub fn read() -> u8 {
         instruction!("yield");
     }
     read32(UARTDR).to_le_bytes()[0]
+}
+
+/// The same, asleep meanwhile. The console's interrupt is let through, and masked.
+pub fn asleep_until_typed() -> u8 {
+    write32(UARTLCR_H, FIFOS | EIGHT_BITS);
+    write32(UARTIMSC, RECEIVE_INTERRUPTS);
+    loop {
+        // What comes after this look makes it pending again.
+        gic::unpend(INTID_PL011);
+        if read32(UARTFR) & RECEIVE_EMPTY == 0 {
+            return read();
+        }
+        instruction!("wfi");
+    }
 }
 
 /// Prints a line. A line that is never finished, because a trap came in its middle, holds up the next one

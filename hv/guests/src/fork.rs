@@ -111,7 +111,9 @@ fn pattern(page: u64, value: u64, round: usize) -> u64 {
 }
 
 fn ask(count: u64) -> Result<Place, i64> {
+    mark!(BEGIN);
     let [answer, place, of, _] = hvc(vendor::FORK.into(), [count, 0, 0]);
+    mark!(END);
     match answer.cast_signed() {
         status::SUCCESS => Ok(Place { place, of }),
         error => Err(error),

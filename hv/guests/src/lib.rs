@@ -7,7 +7,7 @@
 //! something is typed.
 //!
 //! The runtime first: `start.S` is the way in, `trap` what happens on an exception, `runtime` the machine
-//! as a guest knows it; `register`, `mmio`, `console`, `power`, `mmu`, `gic`, `timer` are thin. On the host
+//! as a guest knows it; `register`, `mmio`, `console`, `power`, `mmu`, `gic`, `timer`, `virtio` are thin. On the host
 //! there is nothing here: each program is an empty one.
 #![no_std]
 #![cfg_attr(
@@ -38,18 +38,26 @@ pub mod power;
 pub mod runtime;
 #[cfg(target_os = "none")]
 pub mod timer;
+#[cfg(target_os = "none")]
+pub mod virtio;
 
 // The guests.
 #[cfg(target_os = "none")]
 pub mod asid;
 #[cfg(target_os = "none")]
+pub mod balloon;
+#[cfg(target_os = "none")]
 pub mod bench;
 #[cfg(target_os = "none")]
 pub mod devices;
 #[cfg(target_os = "none")]
+pub mod dirty;
+#[cfg(target_os = "none")]
 pub mod fork;
 #[cfg(target_os = "none")]
 pub mod fpstate;
+#[cfg(target_os = "none")]
+pub mod generations;
 #[cfg(target_os = "none")]
 pub mod gicfuzz;
 #[cfg(target_os = "none")]

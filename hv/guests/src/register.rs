@@ -33,3 +33,11 @@ macro_rules! instruction {
 pub(crate) fn cpu() -> usize {
     index_of(read_register!("mpidr_el1") & 0x00ff_ffff).unwrap_or(MAX_VCPUS - 1)
 }
+
+/// Leaves a mark in a log of the run, of which the guest knows nothing.
+macro_rules! mark {
+    ($which:ident) => {
+        // SAFETY: a hint without a meaning.
+        unsafe { core::arch::asm!("hint #{}", const hv_abi::mark::$which, options(nostack)) }
+    };
+}

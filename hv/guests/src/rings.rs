@@ -14,6 +14,7 @@ use crate::memory::{peek, poke};
 use crate::mmio::{read8, read16, read32, write8, write16, write32};
 use crate::mmu;
 use crate::runtime::{Machine, Random, start_vcpu};
+use crate::virtio::{NEEDS_RESET, STATUS, describe, low};
 use crate::{power, trap};
 
 /// The end of RAM: what the device may be told to write to.
@@ -30,8 +31,6 @@ const BEYOND: u64 = RAM_BASE + RAM_LIMIT;
 const SECTOR: u64 = 40;
 
 const NOTIFY: u64 = 0x50;
-const STATUS: u64 = 0x70;
-const NEEDS_RESET: u32 = 64;
 
 /// Where the arena is, for the other vCPU, and when it is to stop.
 static BASE: AtomicU64 = AtomicU64::new(0);
@@ -49,16 +48,6 @@ fn set(offset: u64, value: u32) {
 
 fn get(offset: u64) -> u32 {
     read32(VIRTIO_BASE + offset)
-}
-
-fn low(value: u64) -> u32 {
-    u32::try_from(value & 0xffff_ffff).unwrap_or(0)
-}
-
-/// A descriptor, as two words.
-fn describe(at: u64, place: u64, bytes: u32, flags: u16, next: u16) {
-    poke(at, place);
-    poke(at + 8, u64::from(bytes) | u64::from(flags) << 32 | u64::from(next) << 48);
 }
 
 impl Driver {

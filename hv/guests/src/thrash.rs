@@ -2,7 +2,8 @@
 //! hosts that have less memory than this, whose disks may fail. A page that answers with an external abort is given up, and
 //! counted: it cannot be read, which is allowed. A word that reads as what was not written is not.
 //!
-//! Options: `rounds=3`, `seed=1`.
+//! Options: `rounds=3`, `seed=1`; `words=512` of each page; `stride=1`, where an odd number of pages lies between one
+//! and the next, so that with few words every instruction needs another page.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -24,18 +25,21 @@ pub fn run(machine: &Machine) {
     mmu::enable();
     let (start, end) = machine.image();
     assert!(machine.memory <= PAGES * PAGE, "more than {PAGES} pages");
+    let (all, stride) = (machine.memory / PAGE, machine.option("stride", 1));
+    assert!(stride % 2 == 1 && (stride == 1 || all.is_power_of_two()), "pages would be left out");
     let pages = || {
-        let all = (RAM_BASE + TREE_ROOM..machine.end()).step_by(4096);
-        all.filter(move |page| !(start - start % PAGE..end).contains(page))
+        let all = (0..all).map(move |number| RAM_BASE + number * stride % all * PAGE);
+        all.filter(move |page| *page >= RAM_BASE + TREE_ROOM && !(start - start % PAGE..end).contains(page))
     };
+    let words = machine.option("words", PAGE / 8);
     let seed = machine.option("seed", 1);
     let rounds = machine.option("rounds", 3);
     for round in 1..=rounds {
         let key = seed << 32 | round;
-        pages().for_each(|page| each_word(page, |at| write(at, value(at, key))));
+        pages().for_each(|page| each_word(page, words, |at| write(at, value(at, key))));
         println!("thrash: round {round} is written");
         pages().for_each(|page| {
-            each_word(page, |at| {
+            each_word(page, words, |at| {
                 let read = read(at)?;
                 assert_eq!(read, value(at, key), "at {at:#x} in round {round}");
                 Ok(())
@@ -52,15 +56,15 @@ const fn value(at: u64, key: u64) -> u64 {
     (at ^ key.rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ key
 }
 
-/// Does something to every word of a page, unless the page has been given up or is now.
-fn each_word(page: u64, mut what: impl FnMut(u64) -> Result<(), Fault>) {
+/// Does something to the first words of a page, unless the page has been given up or is now.
+fn each_word(page: u64, words: u64, mut what: impl FnMut(u64) -> Result<(), Fault>) {
     let number = (page - RAM_BASE) / PAGE;
     let bits = &GIVEN_UP[(number / 64) as usize];
     let bit = 1 << (number % 64);
     if bits.load(Relaxed) & bit != 0 {
         return;
     }
-    for at in (page..page + PAGE).step_by(8) {
+    for at in (0..words).map(|word| page + word * 8) {
         if let Err(fault) = what(at) {
             assert!(fault.is_external_abort() && fault.far == at, "at {at:#x}: {fault:x?}");
             bits.fetch_or(bit, Relaxed);

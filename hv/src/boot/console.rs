@@ -39,14 +39,16 @@ fn with<R>(work: impl FnOnce(&mut Pl011) -> R) -> Option<R> {
     }
 }
 
-/// Clears the receive interrupt: before [`read`] until there is nothing.
-pub(super) fn acknowledge() {
-    with(Pl011::acknowledge);
-}
-
-/// A typed byte.
-pub(super) fn read() -> Option<u8> {
-    with(Pl011::read).flatten()
+/// A typed byte. Clears the receive interrupt when there is none.
+pub(super) fn next() -> Option<u8> {
+    with(|port| {
+        port.read().or_else(|| {
+            port.acknowledge();
+            // What came before the interrupt was cleared raises no other.
+            port.read()
+        })
+    })
+    .flatten()
 }
 
 impl Wire for Serial {

@@ -7,9 +7,6 @@ use board::platform::Interrupt;
 use board::virtio::console::Console;
 use spin::Mutex;
 
-/// How much is taken at once.
-pub(super) const CHUNK: usize = 256;
-
 static PORT: Mutex<Option<(Console, Interrupt)>> = Mutex::new(None);
 
 /// Takes a port over; false when there is one already.
@@ -35,7 +32,7 @@ pub(super) fn acknowledge() {
 }
 
 /// Takes what has arrived; 0 when there is nothing.
-pub(super) fn read(into: &mut [u8; CHUNK]) -> usize {
+pub(super) fn read(into: &mut [u8]) -> usize {
     PORT.lock().as_mut().map_or(0, |(console, _)| console.read(into))
 }
 

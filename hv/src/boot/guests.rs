@@ -9,11 +9,11 @@ use crate::guest::family::Birth;
 use crate::guest::snapshot;
 use crate::guest::{self, Guest, create, stored, table};
 use crate::loader::image::HEAD;
-use crate::loader::manifest::{self, Stored};
+use crate::loader::manifest::{self, Stored, SwapPlace};
 use crate::loader::plan::Blob;
 use crate::loader::{GuestConfig, Manifest};
 use crate::mm;
-use crate::monitor::host;
+use crate::monitor::{configure, host};
 use crate::sched;
 use ::log::{error, info, warn};
 use alloc::string::{String, ToString};
@@ -22,6 +22,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use arrayvec::ArrayVec;
 use board::platform::{MAX_SEED, Platform};
+use hv_abi::manifest::SWAP_PARTITION;
 use vmobject::charge::Overcommit;
 use vmobject::lock::Held;
 
@@ -39,7 +40,7 @@ pub(super) fn start(machine: &'static Machine, held: &mut Held<'_, 0>) {
         host::leave_with_the_last_guest();
     }
     if let Some(first) = manifest.guests.first() {
-        host::set_model(first);
+        configure::set_model(first);
     }
     create::set_images(images(&manifest));
     let mut failed = false;
@@ -55,14 +56,31 @@ pub(super) fn start(machine: &'static Machine, held: &mut Held<'_, 0>) {
     }
 }
 
-/// Gives the memory manager its swap partition, and says how much may be promised.
+/// Gives the memory manager its swap, and says how much may be kept of images and how much promised.
 fn swap(manifest: &Manifest, held: &mut Held<'_, 0>) {
-    if let Some(store) = mm::disks().find(hv_abi::manifest::SWAP_PARTITION) {
-        match mm::vm().add_swap(store, held) {
-            Ok(pages) => info!("swap: {} MiB", pages >> 8),
-            Err(error) => warn!("the swap partition cannot be used: {error:?}"),
+    let alone = [SwapPlace { name: SWAP_PARTITION.to_string(), is_disk: false, priority: None }];
+    let given = if manifest.swap.is_empty() { &alone[..] } else { &manifest.swap };
+    // As swapon counts those that are given none.
+    let mut default = -2;
+    for SwapPlace { name, is_disk, priority } in given {
+        let disks = is_disk.then(|| mm::disks().find_swap(name)).into_iter().flatten();
+        let partition = (!is_disk).then(|| mm::disks().find(name)).flatten();
+        let mut stores = disks.chain(partition).peekable();
+        if stores.peek().is_none() && !manifest.swap.is_empty() {
+            warn!("\"{name}\" has no room to swap to");
         }
+        for store in stores {
+            let priority = priority.map_or(default, i32::from);
+            match mm::vm().add_swap_at(store, priority, held) {
+                Ok(pages) => info!("swap: {} MiB on \"{name}\", priority {priority}", pages >> 8),
+                Err(error) => warn!("\"{name}\" cannot be swapped to: {error:?}"),
+            }
+        }
+        default -= i32::from(priority.is_none());
     }
+    // What nobody uses goes before what guests do; half is left for those who come.
+    let frames = mm::vm().memory(held).total;
+    mm::vm().set_cache_limit(frames / 2, held);
     if let Some(percent) = manifest.overcommit {
         mm::vm().set_overcommit(Overcommit::Percent(percent), held);
     }
@@ -164,7 +182,8 @@ fn read() -> Option<Manifest> {
 fn images(manifest: &Manifest) -> Vec<create::Image> {
     let mut images = Vec::new();
     for (store, name) in mm::disks().partitions() {
-        if name == hv_abi::manifest::PARTITION || name == hv_abi::manifest::SWAP_PARTITION {
+        let swapped_to = manifest.swap.iter().any(|place| !place.is_disk && place.name == name);
+        if swapped_to || name == hv_abi::manifest::PARTITION || name == SWAP_PARTITION {
             continue;
         }
         let bytes = manifest.bytes_of(name).unwrap_or_else(|| mm::disks().bytes(store));

@@ -64,7 +64,7 @@ pub(super) fn init(platform: &Platform) -> &'static Machine {
     let machine = MACHINE.call_once(|| machine);
     // A line that rose before its interrupt was enabled does not rise again until it is acknowledged.
     control::acknowledge();
-    machine.listen(&mut Held::root());
+    desk::heard();
     machine
 }
 
@@ -82,29 +82,18 @@ pub(super) fn init_cpu() {
 }
 
 impl Machine {
-    /// Takes typed bytes in: for the monitor, or into the attached guest.
+    /// Takes typed bytes in: for the monitor, or into the attached guest. The port's interrupt stays raised until it was
+    /// seen empty: it is raised by a byte that comes to an empty FIFO, and one that was cleared with bytes left behind
+    /// would never be raised again.
     fn typed<const R: u8>(&self, held: &mut Held<'_, R>) {
         const { assert!(R < rank::GUESTS) };
-        console::acknowledge();
         for _ in 0..MAX_TYPED {
-            let Some(byte) = console::read() else { return };
+            let Some(byte) = console::next() else { return };
             let Some(byte) = desk::typed(byte, &mut console::Serial, held) else { continue };
             let attached = guest::console::attached().and_then(|id| table::get(id, held));
             if let Some(guest) = attached {
                 let kicks = guest.type_in(&[byte], held);
                 sched::wake_many(&guest, kicks, held);
-            }
-        }
-    }
-
-    /// Takes control lines in, as long as the monitor has room for them.
-    fn listen<const R: u8>(&self, held: &mut Held<'_, R>) {
-        const { assert!(R < rank::GUESTS) };
-        let mut bytes = [0; control::CHUNK];
-        while desk::has_room(held) {
-            match control::read(&mut bytes) {
-                0 => return,
-                count => desk::arrived(&bytes[..count], held),
             }
         }
     }
@@ -120,12 +109,17 @@ impl Front for Machine {
         control::write(bytes)
     }
 
-    fn more(&self, held: &mut Held<'_, 0>) {
-        self.listen(held);
+    fn receive(&self, into: &mut [u8]) -> usize {
+        control::read(into)
     }
 
     fn leave(&self) -> ! {
-        let written = write_disks();
+        let mut held = Held::root();
+        while let Some(kept) = guest::snapshot::nth(0, &mut held) {
+            guest::snapshot::forget(&kept.name, &mut held);
+        }
+        // What a disk still has of a job that was given up may be written at any time, or never.
+        let written = write_disks(&mut held) && !sched::jobs::are_stuck();
         // The device takes the last answer in its own time, and the machine's end would be faster.
         let deadline = timer::now().saturating_add(timer::freq().saturating_mul(PATIENCE_S));
         while !control::is_sent() && timer::now() < deadline {
@@ -136,20 +130,21 @@ impl Front for Machine {
     }
 }
 
-/// Brings what guests wrote to their disks there; false when not all of it got there. No guest runs any more.
-fn write_disks() -> bool {
-    let (mut shutdown, mut held) = (Shutdown::default(), Held::root());
+/// Brings what guests wrote to their disks there, and tells how many slots of swap somebody has still: none, unless one was
+/// lost. False when not all got there. No guest runs any more, and nothing is kept of any.
+fn write_disks(held: &mut Held<'_, 0>) -> bool {
+    let mut shutdown = Shutdown::default();
     let deadline = timer::now().saturating_add(timer::freq().saturating_mul(WRITING_S));
     while timer::now() < deadline {
-        match mm::vm().shutdown_step(&mut shutdown, CHORES, &mut held) {
-            Down::Done(left) if left.unwritten == 0 => return true,
+        match mm::vm().shutdown_step(&mut shutdown, CHORES, held) {
             Down::Done(left) => {
-                ::log::error!("{} pages of disks could not be written", left.unwritten);
-                return false;
+                ::log::info!("swap slots in use: {}", left.swap_slots);
+                if left.unwritten > 0 {
+                    ::log::error!("{} pages of disks could not be written", left.unwritten);
+                }
+                return left.unwritten == 0;
             }
-            Down::More | Down::Wait(_) => {
-                complete(&mut held);
-            }
+            Down::More | Down::Wait(_) => complete(held),
         }
     }
     ::log::error!("the disks do not take what was written in {WRITING_S} s");
@@ -178,7 +173,7 @@ impl Outside for Machine {
             self.typed(held);
         } else if is(self.control) {
             control::acknowledge();
-            self.listen(held);
+            desk::heard();
         } else {
             complete(held);
         }
@@ -206,7 +201,10 @@ impl Outside for Machine {
     }
 
     fn look_around(&self, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
-        complete(held);
+        // An interrupt announces what is done; this is for the one that got lost.
+        if mm::disks().is_busy() {
+            complete(held);
+        }
         desk::serve(self, cpu, held);
         if self.deserted.load(Ordering::Relaxed) && self.deserted.swap(false, Ordering::SeqCst) {
             self.show("\r\nthe last guest has ended; 'create' makes another, 'shutdown' leaves\r\n");

@@ -93,42 +93,58 @@ impl Log {
         }
     }
 
-    /// Everything that is kept, oldest first; `None` when there is no memory for a copy.
-    pub fn read<const R: u8>(&self, held: &mut Held<'_, R>) -> Option<Vec<u8>> {
-        self.since(0, held)
-    }
-
-    /// What is kept of what was printed after the first `start` bytes; `None` when there is no memory for a copy.
-    pub fn since<const R: u8>(&self, start: u64, held: &mut Held<'_, R>) -> Option<Vec<u8>> {
+    /// The next bytes that are kept of what was printed after the first `start` bytes, and how many came before them; at
+    /// most so many. `None` when there are none, or no memory for a copy.
+    pub fn next<const R: u8>(
+        &self,
+        start: u64,
+        most: usize,
+        held: &mut Held<'_, R>,
+    ) -> Option<(u64, Vec<u8>)> {
         const { assert!(R < rank::CONSOLE) };
         let (ring, _held) = self.0.lock(held);
-        let kept = ring.bytes.len();
-        let wanted = usize::try_from(ring.total.saturating_sub(start)).unwrap_or(kept).min(kept);
+        let oldest = ring.total - ring.bytes.len() as u64;
+        let start = start.max(oldest);
+        let skip = usize::try_from(start - oldest).ok().filter(|skip| *skip < ring.bytes.len())?;
         let mut out = Vec::new();
-        out.try_reserve_exact(wanted).ok()?;
-        out.extend(ring.iter().skip(kept - wanted));
-        Some(out)
+        out.try_reserve_exact(most.min(ring.bytes.len() - skip)).ok()?;
+        out.extend(ring.iter().skip(skip).take(most));
+        Some((start, out))
     }
 
-    /// True when the text was printed since the mark, which then moves behind it. Bytes before `looked`, counted from
-    /// the first ever printed, are known not to begin it; who asks again with the same value has each looked at once.
-    pub fn seek<const R: u8>(&self, text: &[u8], looked: &mut u64, held: &mut Held<'_, R>) -> bool {
+    /// True when the text was printed since the mark, which then moves behind it; `None` when it was not found where it may
+    /// begin in the next `most` bytes, and there are more. Bytes before `looked`, counted from the first ever printed, are
+    /// known not to begin it; who asks again with the same value has each looked at once.
+    pub fn seek<const R: u8>(
+        &self,
+        text: &[u8],
+        looked: &mut u64,
+        most: usize,
+        held: &mut Held<'_, R>,
+    ) -> Option<bool> {
         const { assert!(R < rank::CONSOLE) };
         let (mut ring, _held) = self.0.lock(held);
-        let oldest = ring.total - ring.bytes.len() as u64;
-        let skip = usize::try_from(ring.mark.max(*looked).saturating_sub(oldest)).unwrap_or(0);
+        let kept = ring.bytes.len();
+        let oldest = ring.total - kept as u64;
+        let skip = usize::try_from(ring.mark.max(*looked).saturating_sub(oldest)).unwrap_or(kept);
+        let length = (most + text.len().saturating_sub(1)).min(kept.saturating_sub(skip));
         let mut fresh = Vec::new();
-        if text.is_empty() || fresh.try_reserve_exact(ring.bytes.len().saturating_sub(skip)).is_err() {
-            return false;
+        if text.is_empty() || fresh.try_reserve_exact(length).is_err() {
+            return Some(false);
         }
-        fresh.extend(ring.iter().skip(skip));
-        let Some(at) = fresh.windows(text.len()).position(|window| window == text) else {
-            // It may have begun in the last bytes.
-            *looked = (ring.total + 1).saturating_sub(text.len() as u64);
-            return false;
-        };
-        ring.mark = oldest + (skip + at + text.len()) as u64;
-        true
+        fresh.extend(ring.iter().skip(skip).take(length));
+        let begins = |window: &[u8]| window.first() == text.first() && window == text;
+        if let Some(at) = fresh.windows(text.len()).position(begins) {
+            ring.mark = oldest + (skip + at + text.len()) as u64;
+            return Some(true);
+        }
+        if skip + length < kept {
+            *looked = oldest + (skip + most) as u64;
+            return None;
+        }
+        // It may have begun in the last bytes.
+        *looked = (ring.total + 1).saturating_sub(text.len() as u64);
+        Some(false)
     }
 
     /// Moves the mark behind everything that was printed.
@@ -179,11 +195,26 @@ mod tests {
         for n in 0..LOG_BYTES + 3 {
             log.put(GuestId(1), u8::try_from(n % 251).unwrap(), &mut held);
         }
-        let kept = log.read(&mut held).unwrap();
+        let mut kept = Vec::new();
+        let mut at = 0;
+        while let Some((start, part)) = log.next(at, 1000, &mut held) {
+            assert_eq!(start, at.max(3));
+            at = start + part.len() as u64;
+            kept.extend(part);
+        }
         assert_eq!(kept.len(), LOG_BYTES);
         assert_eq!(kept[0], 3);
         assert_eq!(usize::from(*kept.last().unwrap()), (LOG_BYTES + 2) % 251);
         assert_eq!(log.total(&mut held), LOG_BYTES as u64 + 3);
+    }
+
+    /// A few bytes at a time.
+    fn seek(log: &Log, text: &[u8], looked: &mut u64, held: &mut Held<'_, 0>) -> bool {
+        loop {
+            if let Some(found) = log.seek(text, looked, 3, held) {
+                return found;
+            }
+        }
     }
 
     #[test]
@@ -193,14 +224,14 @@ mod tests {
         let say =
             |text: &str, held: &mut Held<'_, 0>| text.bytes().for_each(|b| log.put(GuestId(1), b, held));
         say("ready ready", &mut held);
-        assert!(log.seek(b"ready", &mut 0, &mut held));
-        assert!(log.seek(b"ready", &mut 0, &mut held));
-        assert!(!log.seek(b"ready", &mut 0, &mut held));
+        assert!(seek(&log, b"ready", &mut 0, &mut held));
+        assert!(seek(&log, b"ready", &mut 0, &mut held));
+        assert!(!seek(&log, b"ready", &mut 0, &mut held));
         say(" again: rea", &mut held);
         log.mark(&mut held);
         say("dy", &mut held);
-        assert!(!log.seek(b"ready", &mut 0, &mut held), "it began before the mark");
-        assert_eq!(log.since(11, &mut held).unwrap(), b" again: ready");
+        assert!(!seek(&log, b"ready", &mut 0, &mut held), "it began before the mark");
+        assert_eq!(log.next(11, 100, &mut held).unwrap(), (11, b" again: ready".to_vec()));
     }
 
     #[test]
@@ -211,13 +242,13 @@ mod tests {
             |text: &str, held: &mut Held<'_, 0>| text.bytes().for_each(|b| log.put(GuestId(1), b, held));
         let mut looked = 0;
         say("nothing yet, rea", &mut held);
-        assert!(!log.seek(b"ready", &mut looked, &mut held));
+        assert!(!seek(&log, b"ready", &mut looked, &mut held));
         assert_eq!(looked, 12, "all but four bytes, which may begin it");
-        assert!(!log.seek(b"ready", &mut looked, &mut held));
+        assert!(!seek(&log, b"ready", &mut looked, &mut held));
         say("dy", &mut held);
-        assert!(log.seek(b"ready", &mut looked, &mut held));
+        assert!(seek(&log, b"ready", &mut looked, &mut held));
         let mut far = 3;
-        assert!(!log.seek(b"a text longer than all that was printed", &mut far, &mut held));
+        assert!(!seek(&log, b"a text longer than all that was printed", &mut far, &mut held));
         assert_eq!(far, 0);
     }
 }

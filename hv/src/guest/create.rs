@@ -24,7 +24,7 @@ use super::disks::{self, DiskError};
 use super::family::Birth;
 use super::trng::Generator;
 use super::vcpu::Vcpu;
-use super::{Guest, GuestId, genid, rank};
+use super::{Guest, GuestId, balloon, genid, rank};
 use crate::arch::{gich, timer};
 use crate::loader::fdt::{self, Machine, TreeError};
 use crate::loader::plan::{Blob, Input, Plan, PlanError, Source, plan};
@@ -135,7 +135,7 @@ impl fmt::Display for CreateError {
                 f.write_str("the hypervisor's own memory is full")
             }
             Self::Vm(error) => write!(f, "memory: {error:?}"),
-            Self::Fault(error) => write!(f, "cannot fill its memory: {error:?}"),
+            Self::Fault(error) => write!(f, "cannot fill its memory: {}", mm::told(*error)),
             Self::Disk(error) => error.fmt(f),
             Self::Stalled => f.write_str("the disk does not answer"),
         }
@@ -242,10 +242,16 @@ fn tree(config: &GuestConfig, plan: &Plan, random: &mut Generator) -> Result<Vec
         vcpus: config.vcpus,
         append: &config.append,
         initrd: plan.initrd.map(|(start, end)| (start.bits(), end.bits())),
-        virtio: u32::try_from(config.disks.len()).unwrap_or(u32::MAX),
+        virtio: transports(config.disks.len()),
         rng_seed,
         kaslr_seed: random.words()[0],
     })?)
+}
+
+/// The transports that have a device, a bit each: so many disks, and the balloon.
+fn transports(disks: usize) -> u32 {
+    let disks = u32::try_from(disks).unwrap_or(u32::MAX).min(balloon::TRANSPORT);
+    1 << balloon::TRANSPORT | ((1 << disks) - 1)
 }
 
 fn prepare(

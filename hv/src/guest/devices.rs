@@ -10,12 +10,14 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use super::balloon;
 use super::disks::{self, Disk};
 use super::forkpage::Outcome;
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
 use crate::vdev::vgic::SgiRegister;
+use crate::vdev::virtio::balloon::Balloon;
 use crate::vdev::{Vgic, Vpl011, Vrtc, Vtimer};
 use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
 
@@ -46,6 +48,8 @@ pub struct Devices {
     pub rtc: Vrtc,
     /// The disks.
     pub disks: Vec<Disk>,
+    /// What gives RAM back.
+    pub balloon: Balloon,
     /// Each vCPU's EL1 physical timer.
     pub timers: Vec<Vtimer>,
     /// How the last fork through the fork page ended.
@@ -62,6 +66,7 @@ impl Devices {
             uart: Vpl011::new(),
             rtc: Vrtc::new(freq, seconds),
             disks: Vec::new(),
+            balloon: Balloon::new(),
             timers: (0..vcpus).map(|_| Vtimer::new()).collect(),
             outcome: Outcome::default(),
             typed: VecDeque::new(),
@@ -83,6 +88,7 @@ impl Devices {
             && self.timers.len() == vcpus
             && self.typed.len() <= TYPE_AHEAD
             && self.disks.iter().all(Disk::is_sound)
+            && self.balloon.is_sound()
     }
 
     /// Reads a device register of `1 << size` bytes, for the vCPU `reader`, which is on this CPU.
@@ -101,11 +107,23 @@ impl Devices {
                 if stale.is_empty() { (value, 0) } else { self.read_stale(target, size, reader, stale.0) }
             }
             Target::Rtc(offset) => (self.rtc.read(offset, now), 0),
+            Target::Disk(..) | Target::Balloon(_) | Target::Fork(_) => (self.read_virtio(target, size), 0),
+        }
+    }
+
+    #[cold]
+    fn read_virtio(&self, target: Target, size: u8) -> u64 {
+        match target {
             Target::Disk(number, offset) => {
-                (self.disks.get(number).map_or(0, |disk| disk.blk.read(offset, 1 << size)), 0)
+                self.disks.get(number).map_or(0, |disk| disk.blk.read(offset, 1 << size))
             }
-            // Answered by `forkpage`.
-            Target::Fork(_) => (0, 0),
+            Target::Balloon(offset) => self.balloon.read(offset, 1 << size),
+            // The fork page is answered by `forkpage`, and the others above.
+            Target::Fork(_)
+            | Target::Uart(_)
+            | Target::Rtc(_)
+            | Target::Distributor(_)
+            | Target::Redistributor(..) => 0,
         }
     }
 
@@ -115,7 +133,7 @@ impl Devices {
         match target {
             Target::Distributor(offset) => self.vgic.dist_read(offset, bytes),
             Target::Redistributor(vcpu, offset) => self.vgic.redist_read(vcpu, offset, bytes),
-            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) | Target::Fork(_) => 0,
+            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) | Target::Balloon(_) | Target::Fork(_) => 0,
         }
     }
 
@@ -148,6 +166,10 @@ impl Devices {
                 Effect::of(self.vgic.set_spi(INTID_PL031, self.rtc.level()))
             }
             Target::Disk(number, offset) => self.write_disk(number, offset, bytes, value),
+            Target::Balloon(offset) => {
+                let work = self.balloon.write(offset, bytes, value);
+                Effect { work, ..Effect::of(balloon::signal(&self.balloon, &mut self.vgic)) }
+            }
             Target::Fork(_) => Effect::default(),
         }
     }

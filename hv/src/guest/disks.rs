@@ -5,7 +5,7 @@
 //! written through the fault path like any others. What becomes of writes is the entry's doing: a private disk is
 //! copied on write over an image that all share; one written through is the store's own object, whose changes
 //! reach the store when they are cleaned, at the latest at a flush. A copy of such a guest gets a copy-object, and
-//! is private. Nothing here waits: see [`step`]. Called by `create`, `snapshot` and `sched`.
+//! is private. Nothing here waits: see `work`. Called by `create`, `snapshot` and `work`.
 //!
 //! Each store is written through by one guest at most: a second is refused, and so is a writer while others read the
 //! store as something that does not change. Who reads a store that another writes sees it as it was when he opened it.
@@ -13,22 +13,23 @@
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use hv_abi::machine::{INTID_VIRTIO, RAM_BASE, RAM_LIMIT};
 use serde::{Deserialize, Serialize};
 use vmobject::VmError;
 use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex};
-use vmobject::fault::{Copied, FaultError, WaitFor};
+use vmobject::fault::WaitFor;
 use vmobject::lock::Held;
-use vmobject::map::{Discarded, Share};
+use vmobject::map::Share;
 use vmobject::object::ObjectId;
 use vmobject::pager::{Clean, Cleaned};
 use vmobject::prot::Prot;
 
 use super::create::CreateError;
 use super::devices::Devices;
-use super::{Complaint, Guest, GuestId, rank, table};
+use super::dma::{Dma, Reached};
+use super::work::Step;
+use super::{Guest, GuestId, rank, table};
 use crate::loader::{DiskConfig, GuestConfig, Writes};
 use crate::mm::{self, Map};
 use crate::vdev::virtio::blk::{Blk, Did, Medium, SECTOR, SLOTS};
@@ -194,86 +195,24 @@ fn refused(error: VmError, config: &DiskConfig) -> CreateError {
         VmError::NoMemory
         | VmError::NoFrames
         | VmError::Range
+        | VmError::Device
         | VmError::Overlap
         | VmError::Overcommit { .. }
         | VmError::Limit(_) => error.into(),
     }
 }
 
-/// Whether a guest's disks have something to do. Set by whoever knows of something, taken by whoever does it.
-#[derive(Debug, Default)]
-pub struct Work {
-    wanted: AtomicBool,
-    /// What was waited for may have happened.
-    woken: AtomicBool,
-    /// Something is waited for.
-    waits: AtomicBool,
-}
-
-impl Work {
-    /// There may be something.
-    pub fn want(&self) {
-        self.wanted.store(true, Ordering::SeqCst);
-    }
-
-    /// There may be something that waited before.
-    pub fn wake(&self) {
-        self.woken.store(true, Ordering::SeqCst);
-        self.want();
-    }
-
-    /// Takes the wish: whoever does looks until there is nothing, or wishes again.
-    pub fn take(&self) -> bool {
-        self.is_wanted() && self.wanted.swap(false, Ordering::SeqCst)
-    }
-
-    /// True when there may be something to do.
-    pub fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::Relaxed)
-    }
-
-    /// True while something is waited for.
-    pub fn waits(&self) -> bool {
-        self.waits.load(Ordering::Relaxed)
-    }
-}
-
-/// What one step came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Something was done, and these vCPUs have something to look at.
-    Done(u64),
-    /// There is nothing to do.
-    Nothing,
-    /// A request of a disk waits; there may be others.
-    Wait {
-        /// Which disk.
-        disk: usize,
-        /// Which of its requests.
-        slot: usize,
-        /// For what.
-        what: WaitFor,
-    },
-}
-
 /// Does one piece of work of a guest's disks: at most a page is moved.
-pub fn step(guest: &Guest, held: &mut Held<'_, { rank::VCPU }>) -> Step {
-    let (mut devices, mut held) = guest.devices.lock(held);
-    let Devices { disks, vgic, .. } = &mut *devices;
-    if guest.work.woken.swap(false, Ordering::SeqCst) {
-        guest.work.waits.store(false, Ordering::SeqCst);
-        disks.iter_mut().for_each(|disk| disk.blk.wake());
-    }
+pub(super) fn step(guest: &Guest, devices: &mut Devices, held: &mut Held<'_, { rank::DEVICES }>) -> Step {
+    let Devices { disks, vgic, .. } = devices;
     for (number, disk) in disks.iter_mut().enumerate() {
         let Disk { blk, range, through, passes } = disk;
-        let mut reach = Reach { guest, range: *range, through: *through, passes, held: &mut held };
+        let dma = Dma { guest, held };
+        let mut reach = Reach { dma, range: *range, through: *through, passes };
         match blk.step(&mut reach) {
             Did::Nothing => {}
             Did::Some => return Step::Done(signal(number, blk, vgic).0),
-            Did::Wait(slot, what) => {
-                guest.work.waits.store(true, Ordering::SeqCst);
-                return Step::Wait { disk: number, slot, what };
-            }
+            Did::Wait(slot, what) => return Step::Wait { device: number, slot, what },
         }
     }
     Step::Nothing
@@ -281,42 +220,16 @@ pub fn step(guest: &Guest, held: &mut Held<'_, { rank::VCPU }>) -> Step {
 
 /// What a disk's device reaches: the guest's RAM, and the disk's bytes.
 struct Reach<'r, 'h> {
-    guest: &'r Guest,
+    dma: Dma<'r, 'h>,
     range: IpaRange,
     through: Option<ObjectId>,
     passes: &'r mut [Pass; SLOTS],
-    held: &'r mut Held<'h, { rank::DEVICES }>,
 }
 
-type Reached<T> = Result<T, Fault<WaitFor>>;
-
 impl Reach<'_, '_> {
-    /// Where in the map some bytes of RAM are: nothing else is reached this way.
-    fn ram(&self, at: u64, bytes: usize) -> Reached<Ipa> {
-        let end = at.checked_add(bytes as u64).filter(|_| at >= RAM_BASE);
-        let inside = end.is_some_and(|end| end - RAM_BASE <= self.guest.config.memory);
-        if inside { Ok(Ipa::new(at)) } else { Err(Fault::Bad) }
-    }
-
     /// Where in the map some bytes of the disk are.
     fn disk(&self, at: u64) -> Reached<Ipa> {
         self.range.start().checked_add(at).ok_or(Fault::Bad)
-    }
-
-    fn copied(&self, copied: Result<Copied, FaultError>) -> Reached<()> {
-        match copied {
-            Ok(Copied::Done) => Ok(()),
-            Ok(Copied::Wait(what)) => Err(Fault::Wait(what)),
-            Err(error) => Err(self.fails(error)),
-        }
-    }
-
-    /// Says once why a request fails.
-    fn fails(&self, error: impl core::fmt::Debug) -> Fault<WaitFor> {
-        if self.guest.complain_once(Complaint::Disk) {
-            log::warn!("guest {}: a disk request fails: {error:?}", self.guest.id);
-        }
-        Fault::Bad
     }
 }
 
@@ -324,38 +237,25 @@ impl Ram for Reach<'_, '_> {
     type Wait = WaitFor;
 
     fn read(&mut self, at: u64, out: &mut [u8]) -> Reached<()> {
-        let at = self.ram(at, out.len())?;
-        let copied = mm::vm().read(&self.guest.map, at, out, self.held);
-        self.copied(copied)
+        self.dma.read(at, out)
     }
 
     fn write(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
-        let at = self.ram(at, bytes.len())?;
-        let copied = mm::vm().write(&self.guest.map, at, bytes, self.held);
-        self.copied(copied)
+        self.dma.write(at, bytes)
     }
 }
 
 impl Medium for Reach<'_, '_> {
     fn load(&mut self, at: u64, out: &mut [u8]) -> Reached<()> {
-        let copied = mm::vm().read(&self.guest.map, self.disk(at)?, out, self.held);
-        self.copied(copied)
+        self.dma.load(self.disk(at)?, out)
     }
 
     fn store(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
-        let copied = mm::vm().write(&self.guest.map, self.disk(at)?, bytes, self.held);
-        self.copied(copied)
+        self.dma.store(self.disk(at)?, bytes)
     }
 
     fn clear(&mut self, at: u64, bytes: u64) -> Reached<()> {
-        let start = self.disk(at)?;
-        let end = start.checked_add(bytes).ok_or(Fault::Bad)?;
-        let range = IpaRange::new(start, end).ok_or(Fault::Bad)?;
-        match mm::vm().discard(&self.guest.map, range, self.held) {
-            Ok(Discarded::Done(_)) => Ok(()),
-            Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
-            Err(error) => Err(self.fails(error)),
-        }
+        self.dma.discard(self.disk(at)?, bytes)
     }
 
     fn flush(&mut self, slot: usize, first: bool) -> Reached<bool> {
@@ -366,7 +266,7 @@ impl Medium for Reach<'_, '_> {
         let pages = u32::try_from(self.range.pages()).map_err(|_| Fault::Bad)?;
         let all = PageIndex::default()..PageIndex::new(pages);
         let clean = pass.0.get_or_insert_with(|| mm::vm().page_clean(object, all));
-        match mm::vm().clean_step(clean, CLEANED, self.held) {
+        match mm::vm().clean_step(clean, CLEANED, self.dma.held) {
             Cleaned::More => Ok(false),
             Cleaned::Wait(what) => Err(Fault::Wait(what)),
             Cleaned::Done { failed } => {
@@ -374,7 +274,8 @@ impl Medium for Reach<'_, '_> {
                 if failed == 0 {
                     return Ok(true);
                 }
-                log::error!("guest {}: a disk did not take {failed} pages; they are kept", self.guest.id);
+                let id = self.dma.guest.id;
+                log::error!("guest {id}: a disk did not take {failed} pages; they are kept");
                 Err(Fault::Bad)
             }
         }

@@ -156,10 +156,10 @@ fn refused(run: &mut Run<'_>, at: Ipa, error: FaultError, nothing: Exception, de
     match error {
         FaultError::Hole(_) => hole(run, at, nothing),
         FaultError::Denied { .. } => inject(run, denied),
-        FaultError::Lost(error) => {
+        FaultError::Lost(lost) => {
             // Whoever touches it again asks the store again: it may have been a passing trouble.
             if run.guest.complain_once(Complaint::Lost) {
-                log::error!("guest {}: the page at {at} cannot be read: {error:?}", run.guest.id);
+                log::error!("guest {}: no page at {at}: {}", run.guest.id, mm::disks().told(lost));
             }
             inject(run, nothing)
         }

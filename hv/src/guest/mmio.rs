@@ -4,6 +4,7 @@
 //! write-back; for anything else the guest gets an external abort (DESIGN 14), as from a bus that does
 //! not take such transfers. The register itself is `devices`' business. Called by `memory`.
 
+use super::balloon;
 use super::syndrome::Access;
 use crate::arch::context::GuestRegs;
 use crate::vdev::Kicks;
@@ -30,6 +31,8 @@ pub enum Target {
     Rtc(u64),
     /// A disk.
     Disk(usize, u64),
+    /// The balloon.
+    Balloon(u64),
     /// The fork page.
     Fork(u64),
 }
@@ -40,7 +43,7 @@ impl Target {
     pub const fn widest(self) -> u8 {
         match self {
             Self::Distributor(_) | Self::Redistributor(..) => 3,
-            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) | Self::Fork(_) => 2,
+            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) | Self::Balloon(_) | Self::Fork(_) => 2,
         }
     }
 }
@@ -62,12 +65,21 @@ pub fn find(at: Ipa, vcpus: usize, disks: usize) -> Option<Target> {
         return Some(Target::Fork(at - FORK_PAGE.base));
     }
     if let Some(above) = at.checked_sub(VIRTIO_BASE) {
-        let disk = usize::try_from(above / VIRTIO_STRIDE).ok().filter(|&disk| disk < disks)?;
-        return Some(Target::Disk(disk, above % VIRTIO_STRIDE));
+        return transport(above / VIRTIO_STRIDE, above % VIRTIO_STRIDE, disks);
     }
     let above = at.checked_sub(GICR_BASE)?;
     let vcpu = usize::try_from(above / GICR_STRIDE).ok().filter(|&vcpu| vcpu < vcpus)?;
     Some(Target::Redistributor(vcpu, above % GICR_STRIDE))
+}
+
+/// The device in a virtio transport.
+#[cold]
+fn transport(number: u64, offset: u64, disks: usize) -> Option<Target> {
+    if number == u64::from(balloon::TRANSPORT) {
+        return Some(Target::Balloon(offset));
+    }
+    let disk = usize::try_from(number).ok().filter(|&disk| disk < disks)?;
+    Some(Target::Disk(disk, offset))
 }
 
 /// What a store to a device led to.
@@ -77,7 +89,7 @@ pub struct Effect {
     pub kicks: u64,
     /// A byte for the console.
     pub output: Option<u8>,
-    /// A disk has something to do.
+    /// A virtio device has something to do.
     pub work: bool,
 }
 
@@ -148,5 +160,7 @@ mod tests {
         assert_eq!(find(Ipa::new(0x0a00_0000), 1, 0), None);
         assert_eq!(find(Ipa::new(0x0a00_0270), 1, 2), Some(Target::Disk(1, 0x70)));
         assert_eq!(find(Ipa::new(0x0a00_0400), 1, 2), None);
+        assert_eq!(find(Ipa::new(0x0a00_3e70), 1, 0), Some(Target::Balloon(0x70)));
+        assert_eq!(find(Ipa::new(0x0a00_4000), 1, 0), None);
     }
 }

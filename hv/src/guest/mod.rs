@@ -5,11 +5,13 @@
 //! vCPUs to wake, and `sched` does it. Uses `arch`, `mm`, `vdev`, `loader`; used by `sched`, `monitor`, `boot`.
 
 pub mod aarch32;
+pub mod balloon;
 pub mod console;
 pub mod create;
 pub mod debug;
 pub mod devices;
 pub mod disks;
+pub mod dma;
 pub mod exit;
 pub mod family;
 pub mod forkpage;
@@ -28,6 +30,7 @@ pub mod sysreg;
 pub mod table;
 pub mod trng;
 pub mod vcpu;
+pub mod work;
 
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -128,8 +131,8 @@ pub enum Complaint {
     Hole,
     /// A device access that cannot be done by hand.
     Device,
-    /// A disk's request that cannot be done.
-    Disk,
+    /// A device's request that cannot be done.
+    Request,
     /// A page that its store does not give.
     Lost,
 }
@@ -146,8 +149,8 @@ pub struct Guest {
     pub vcpus: Box<[Vcpu]>,
     /// Its devices.
     pub devices: Ranked<{ rank::DEVICES }, Devices>,
-    /// Whether its disks have something to do.
-    pub work: disks::Work,
+    /// Whether its virtio devices have something to do.
+    pub work: work::Work,
     /// Its name in the TLB, as far as it is still valid.
     vmid: Ranked<{ rank::VMID }, Vmid>,
     /// Its random numbers.
@@ -180,11 +183,9 @@ impl Drop for Guest {
 impl Guest {
     /// A guest whose memory is filled and whose first vCPU is switched on.
     fn new(id: GuestId, config: GuestConfig, map: Arc<Map>, parts: create::Parts) -> Self {
-        let work = disks::Work::default();
-        if !config.disks.is_empty() {
-            // A twin's disks go on with what the source's were doing.
-            work.wake();
-        }
+        let work = work::Work::default();
+        // A twin's devices go on with what the source's were doing.
+        work.wake();
         Self {
             work,
             id,

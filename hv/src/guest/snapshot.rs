@@ -210,7 +210,7 @@ pub fn make(
 }
 
 /// Makes a guest again what the snapshot is: all that it did since is gone. None of its vCPUs runs or has
-/// registers in a CPU. When the generation id cannot be written the guest must not go on.
+/// registers in a CPU; `poll` is as for [`make`]. When the generation id cannot be written the guest must not go on.
 pub fn restore(
     guest: &Guest,
     snapshot: &Snapshot,
@@ -228,7 +228,9 @@ pub fn restore(
     }
     let mut random = snapshot.twin(held);
     let devices = snapshot.devices_now();
-    mm::vm().reset_map(&guest.map, &snapshot.memory, held)?;
+    poll(held);
+    mm::vm().reset_map(&guest.map, &snapshot.memory, poll, held)?;
+    poll(held);
     let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);
     for (vcpu, (context, power)) in guest.vcpus.iter().zip(states) {
         *vcpu.context.lock(held).0 = context.clone();
@@ -237,6 +239,7 @@ pub fn restore(
     *guest.devices.lock(held).0 = devices;
     guest.work.wake();
     guest.offset.store(timer::now().wrapping_sub(snapshot.moment.time), Ordering::SeqCst);
+    poll(held);
     let renewed = genid::renew(&guest.map, &mut random, poll, held);
     *guest.random.lock(held).0 = random;
     if let Err(error) = renewed {
@@ -315,7 +318,10 @@ pub fn keep(
         let free = |name: &str| shelf.iter().all(|kept| kept.name != name);
         let name = match name {
             Some(name) => name.to_string(),
-            None => (1..).map(|n: u32| format!("snap{n}")).find(|name| free(name)).unwrap_or_default(),
+            // The first that is likely to be free: there may be thousands.
+            None => {
+                (shelf.len() + 1..).map(|n| format!("snap{n}")).find(|name| free(name)).unwrap_or_default()
+            }
         };
         if !free(&name) {
             (snapshot, SnapshotError::Exists)
@@ -375,15 +381,14 @@ pub fn forget(name: &str, held: &mut Held<'_, 0>) -> bool {
     found
 }
 
-/// All that are kept.
-pub fn all(held: &mut Held<'_, 0>) -> Vec<KeptInfo> {
+/// The `nth` that is kept.
+pub fn nth(nth: usize, held: &mut Held<'_, 0>) -> Option<KeptInfo> {
     let (shelf, _held) = SHELF.lock(held);
-    let info = |kept: &Kept| KeptInfo {
+    shelf.get(nth).map(|kept| KeptInfo {
         name: kept.name.clone(),
         source: kept.source,
         vcpus: kept.snapshot.moment.powers.len(),
         memory: kept.snapshot.moment.config.memory,
         guests: kept.members.len() - usize::from(matches!(kept.source, Origin::Guest(_))),
-    };
-    shelf.iter().map(info).collect()
+    })
 }

@@ -152,6 +152,8 @@ pub struct Counts {
     pub injected: AtomicU64,
     /// Times that it was put on a CPU.
     pub loads: AtomicU64,
+    /// Ticks of the host's counter that it had a CPU, what EL2 did for it meanwhile among them.
+    pub ticks: AtomicU64,
 }
 
 /// Adds one, with a plain load and store: only the running CPU writes. What it was before.

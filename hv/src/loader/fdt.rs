@@ -32,7 +32,7 @@ pub struct Machine<'a> {
     pub append: &'a str,
     /// First address of the initial RAM disk, and first address after it.
     pub initrd: Option<(u64, u64)>,
-    /// virtio-mmio transports, from the first on.
+    /// virtio-mmio transports that have a device, a bit each.
     pub virtio: u32,
     /// Random bytes for the kernel's generator; this guest's alone.
     pub rng_seed: [u8; 64],
@@ -57,7 +57,7 @@ impl fmt::Display for TreeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooLarge => "the device tree is longer than 64 KiB",
-            Self::TooMany => "more vCPUs or transports than the machine can have",
+            Self::TooMany => "more vCPUs than the machine can have",
             Self::Append => "the command line has a zero byte in it",
             Self::OutOfMemory => "no memory for the device tree",
         })
@@ -75,7 +75,7 @@ const HIGH: u32 = 4;
 
 /// Writes the tree.
 pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, TreeError> {
-    if machine.vcpus > MAX_VCPUS || machine.virtio > VIRTIO_SLOTS {
+    if machine.vcpus > MAX_VCPUS {
         return Err(TreeError::TooMany);
     }
     if machine.append.contains('\0') {
@@ -100,7 +100,7 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, TreeError> {
     pl031(&mut tree);
     vmgenid(&mut tree);
     fork_page(&mut tree);
-    for slot in 0..machine.virtio {
+    for slot in (0..VIRTIO_SLOTS).filter(|slot| machine.virtio & 1 << slot != 0) {
         virtio(&mut tree, slot);
     }
     tree.begin_at("memory", RAM_BASE);
@@ -417,7 +417,7 @@ mod tests {
             vcpus: 4,
             append: "console=ttyAMA0 quiet",
             initrd: Some((0x4200_0000, 0x4212_3457)),
-            virtio: 2,
+            virtio: 1 << 31 | 0b11,
             rng_seed: [7; 64],
             kaslr_seed: 0x0123_4567_89ab_cdef,
         }
@@ -452,6 +452,8 @@ mod tests {
         let intc = fdt.find_node("/intc@8000000").unwrap();
         assert_eq!(words(&intc, "reg"), [0, 0x0800_0000, 0, 0x1_0000, 0, 0x080a_0000, 0, 0x8_0000]);
         assert_eq!(words(&fdt.find_node("/virtio_mmio@a000200").unwrap(), "interrupts"), [0, 17, 1]);
+        assert_eq!(words(&fdt.find_node("/virtio_mmio@a003e00").unwrap(), "interrupts"), [0, 47, 1]);
+        assert!(fdt.find_node("/virtio_mmio@a000400").is_none());
         assert_eq!(words(&fdt.find_node("/flash@0").unwrap(), "reg").len(), 8);
         for (path, interrupt) in [("/pl011@9000000", 1), ("/pl031@9010000", 2)] {
             assert_eq!(words(&fdt.find_node(path).unwrap(), "interrupts"), [0, interrupt, 4]);
@@ -486,7 +488,7 @@ mod tests {
     #[test]
     fn the_largest_machine_fits_and_a_longer_command_line_than_the_room_is_refused() {
         let append: String = core::iter::repeat_n('a', hv_abi::manifest::APPEND_LIMIT).collect();
-        let largest = Machine { vcpus: MAX_VCPUS, virtio: VIRTIO_SLOTS, append: &append, ..machine() };
+        let largest = Machine { vcpus: MAX_VCPUS, virtio: u32::MAX, append: &append, ..machine() };
         assert!((build(&largest).unwrap().len() as u64) < LIMIT / 2);
         let append: String = core::iter::repeat_n('a', 0x1_0000).collect();
         assert_eq!(build(&Machine { append: &append, ..machine() }), Err(TreeError::TooLarge));

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
 use hv_abi::manifest::{
     APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, IMAGE_DISK_ID,
-    NAME_LIMIT, STORED_LIMIT, VERSION,
+    NAME_LIMIT, PRIORITY_MOST, STORED_LIMIT, SWAP_DISK_ID, SWAP_LIMIT, VERSION,
 };
 use serde_json::{Map, Value};
 
@@ -30,6 +30,8 @@ pub struct Manifest {
     pub images: Vec<Image>,
     /// Disks for stored guests.
     pub stored: Vec<Stored>,
+    /// Where pages are swapped to.
+    pub swap: Vec<SwapPlace>,
     /// What to start.
     pub guests: Vec<GuestConfig>,
 }
@@ -41,6 +43,17 @@ pub struct Image {
     pub partition: String,
     /// Bytes in it.
     pub bytes: u64,
+}
+
+/// A place to swap pages to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwapPlace {
+    /// What the partition or the host's disk is called.
+    pub name: String,
+    /// It is a whole disk.
+    pub is_disk: bool,
+    /// Its priority, if it was given one.
+    pub priority: Option<u16>,
 }
 
 /// A disk for a stored guest.
@@ -198,6 +211,12 @@ pub fn parse(bytes: &[u8]) -> Parsed<Manifest> {
         object.nothing_else()?;
         manifest.stored.push(Stored { id: format!("{IMAGE_DISK_ID}{number}"), name, resume });
     }
+    for (place, value) in top.list("swap")? {
+        if manifest.swap.len() == SWAP_LIMIT {
+            return wrong(&place, format!("more than {SWAP_LIMIT} places to swap to"));
+        }
+        manifest.swap.push(swap_place(Object::new(&place, value)?)?);
+    }
     for (place, value) in top.list("guests")? {
         if manifest.guests.len() == GUESTS_LIMIT {
             return wrong(&place, format!("more than {GUESTS_LIMIT} guests"));
@@ -256,6 +275,20 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
         grant_fork: u32::try_from(grant_fork).unwrap_or(0),
         disks,
     })
+}
+
+fn swap_place(mut object: Object) -> Parsed<SwapPlace> {
+    let (partition, number) = (object.name("partition")?, object.number("disk", 0, u64::from(u16::MAX))?);
+    let priority = object.number("priority", 0, PRIORITY_MOST)?.and_then(|number| u16::try_from(number).ok());
+    object.nothing_else()?;
+    match (partition, number) {
+        (Some(name), None) => Ok(SwapPlace { name, is_disk: false, priority }),
+        (None, Some(number)) => {
+            Ok(SwapPlace { name: format!("{SWAP_DISK_ID}{number}"), is_disk: true, priority })
+        }
+        (Some(_), Some(_)) => wrong(&object.place, "both a partition and a disk"),
+        (None, None) => wrong(&object.place, "neither a partition nor a disk"),
+    }
 }
 
 fn disk(mut object: Object) -> Parsed<DiskConfig> {
@@ -371,6 +404,7 @@ mod tests {
         let mut bytes = br#"{"version": 1, "batch": true,
             "images": [{"partition": "linux", "bytes": 31461376}],
             "stored": [{"disk": 1, "name": "golden", "resume": true}],
+            "swap": [{"partition": "swap", "priority": 5}, {"disk": 3}],
             "guests": [
                 {"name": "one", "kernel": "linux", "initrd": "root", "append": "a=\"b\\c\"",
                  "memory_mib": 512, "vcpus": 4, "disks": [{"disk": 2, "writes": "private"}]},
@@ -383,6 +417,8 @@ mod tests {
         assert_eq!(manifest.bytes_of("root"), None);
         let golden = Stored { id: "stored-guest-1".to_owned(), name: "golden".to_owned(), resume: true };
         assert_eq!(manifest.stored, [golden]);
+        let swap = |name: &str, is_disk, priority| SwapPlace { name: name.to_owned(), is_disk, priority };
+        assert_eq!(manifest.swap, [swap("swap", false, Some(5)), swap("swap-disk-3", true, None)]);
         let [one, boot] = manifest.guests.as_slice() else { panic!("two guests") };
         assert_eq!((one.boot.image(), one.boot.initrd()), ("linux", Some("root")));
         assert_eq!((one.append.as_str(), one.memory, one.vcpus), ("a=\"b\\c\"", 512 << 20, 4));
@@ -398,6 +434,10 @@ mod tests {
         assert!(complaint("{").contains("line 1"));
         assert_eq!(complaint("[]"), "manifest: text: not an object");
         assert_eq!(complaint(r#"{"version": 2}"#), "manifest: version: 2; this hypervisor reads 1");
+        let swap = |text: &str| complaint(&format!(r#"{{"swap": [{{{text}}}]}}"#));
+        assert_eq!(swap(""), "manifest: swap[0]: neither a partition nor a disk");
+        let priority = swap(r#""disk": 1, "priority": 32768"#);
+        assert_eq!(priority, "manifest: swap[0].priority: not a number from 0 to 32767");
         assert_eq!(complaint(r#"{"batch": 1}"#), "manifest: batch: not true or false");
         assert_eq!(complaint(r#"{"guests": {}}"#), "manifest: guests: not a list");
         assert_eq!(complaint(r#"{"guests": [{}]}"#), "manifest: guests[0].name: missing");

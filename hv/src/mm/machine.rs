@@ -10,6 +10,8 @@ use super::store::Disks;
 use super::tables::Tables;
 use crate::arch::tlb::HardwareTlb;
 use crate::arch::{id, percpu, switch};
+use alloc::format;
+use alloc::string::String;
 use alloc::sync::Arc;
 use core::ops::Range;
 use spin::{Mutex, Once};
@@ -17,6 +19,7 @@ use stage2::Stage2;
 use stage2::geometry::{Features, Geometry};
 use stage2::vmid::{Vmid, VmidAllocator};
 use vmobject::addr::Pfn;
+use vmobject::fault::FaultError;
 use vmobject::lock::Held;
 use vmobject::map::Snapshot;
 use vmobject::pmap::OutOfTables;
@@ -86,6 +89,15 @@ pub fn vm() -> &'static Vm<Metal> {
 /// The disks.
 pub fn disks() -> &'static Disks {
     vm().machine().store()
+}
+
+/// Why an access to a guest's memory failed, in words.
+pub fn told(error: FaultError) -> String {
+    match error {
+        FaultError::Hole(at) => format!("nothing is at {at}"),
+        FaultError::Denied { at, wanted } => format!("{wanted:?} is not allowed at {at}"),
+        FaultError::Lost(lost) => disks().told(lost),
+    }
 }
 
 /// Tables that map nothing.

@@ -19,4 +19,4 @@ pub mod tables;
 
 pub mod machine;
 
-pub use machine::{Map, disks, load_guest, map_of, new_map, vm};
+pub use machine::{Map, disks, load_guest, map_of, new_map, told, vm};

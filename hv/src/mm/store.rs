@@ -1,7 +1,7 @@
 //! The VM's backing stores on the metal: partitions of virtio disks.
 //!
-//! A store is a partition, a whole disk that says that it is for guests or for stored guests, or a half of one of the
-//! latter ([`hv_abi::image`]), which has pages while it holds an image; its [`StoreId`] is its place among all of them,
+//! A store is a partition, a whole disk that says that it is for guests, for swap or for stored guests, or a half of one
+//! of the latter ([`hv_abi::image`]), which has pages while it holds an image; its [`StoreId`] is its place among all of them,
 //! in the order found.
 //! Starting a transfer turns frames into segments, joining neighbours, and puts them on the disk's queue. The
 //! scheduler calls [`Disks::poll`] when a disk interrupts, and delivers what it gives to the VM.
@@ -10,6 +10,7 @@
 //! delivered under it.
 #![expect(unsafe_code, reason = "frames are lent to a device by their number")]
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use arrayvec::ArrayVec;
@@ -17,10 +18,10 @@ use board::gpt::{self, GptError, Partition};
 use board::platform::Interrupt;
 use board::virtio::blk::{self, Blk, BlkError, MAX_SEGMENTS, SECTOR, Segment};
 use hv_abi::image::{Header, SLOTS};
-use hv_abi::manifest::{DISK_ID, IMAGE_DISK_ID};
+use hv_abi::manifest::{DISK_ID, IMAGE_DISK_ID, SWAP_DISK_ID};
 use spin::mutex::SpinMutex;
 use vmobject::addr::{PAGE_SIZE, Pfn};
-use vmobject::store::{Direction, Expected, IoToken, PageStore, StoreError, StoreId};
+use vmobject::store::{Direction, Expected, IoToken, LostPage, PageStore, StoreError, StoreId};
 
 /// Completions that are collected under a disk's lock before they are delivered.
 const BATCH: usize = 32;
@@ -42,6 +43,8 @@ enum Kind {
     Partition,
     /// All of a disk for guests: what is on it is none of our business.
     GuestDisk,
+    /// All of a disk to swap to, or what its table says is for that.
+    Swap,
     /// All of a disk for stored guests; its halves follow.
     ImageDisk,
     /// A half of one.
@@ -58,6 +61,8 @@ struct Extent {
 /// What a half of a disk for stored guests holds: a guest's pages.
 #[derive(Debug)]
 pub struct View {
+    /// What people call it.
+    pub name: String,
     /// Where they are.
     pub header: Header,
     /// What is known of each.
@@ -89,7 +94,7 @@ impl Part {
     /// Where it is now.
     fn extent(&self) -> Extent {
         match self.kind {
-            Kind::Partition | Kind::GuestDisk | Kind::ImageDisk => self.extent,
+            Kind::Partition | Kind::GuestDisk | Kind::Swap | Kind::ImageDisk => self.extent,
             Kind::Half => self.view.lock().as_ref().map_or(self.extent, View::extent),
         }
     }
@@ -125,18 +130,29 @@ impl Disks {
             return Ok(());
         }
         let known = parts.len();
+        let swaps = id.starts_with(SWAP_DISK_ID);
         let mut each = |partition: Partition| {
+            let Partition { name, kind, first_sector, sectors, .. } = partition;
+            let (is, name) = if swaps { (Kind::Swap, id.as_str()) } else { (Kind::Partition, name.as_str()) };
             // More partitions than a StoreId can name cannot be used.
-            if parts.len() <= usize::from(u16::MAX) {
-                let Partition { name, first_sector, sectors, .. } = partition;
-                parts.push(Part::new(disk, Kind::Partition, &name, Extent { first_sector, sectors }));
+            if parts.len() <= usize::from(u16::MAX) && (!swaps || kind == gpt::LINUX_SWAP) {
+                parts.push(Part::new(disk, is, name, Extent { first_sector, sectors }));
             }
         };
         let read = gpt::read(&mut blk, &mut each);
         if read.is_err() {
             self.parts.truncate(known);
         }
-        read?;
+        if swaps && read == Err(GptError::Missing) && known <= usize::from(u16::MAX) {
+            self.parts.push(Part::new(
+                disk,
+                Kind::Swap,
+                &id,
+                Extent { first_sector: 0, sectors: blk.sectors() },
+            ));
+        } else {
+            read?;
+        }
         self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
         Ok(())
     }
@@ -144,6 +160,12 @@ impl Disks {
     /// The partition of this name, the first if there are several.
     pub fn find(&self, name: &str) -> Option<StoreId> {
         self.partitions().find(|(_, found)| *found == name).map(|(store, _)| store)
+    }
+
+    /// What there is to swap to on the disk that calls itself so.
+    pub fn find_swap(&self, id: &str) -> impl Iterator<Item = StoreId> {
+        let found = move |part: &Part| part.kind == Kind::Swap && part.name == id;
+        self.stores().filter(move |(_, part)| found(part)).map(|(store, _)| store)
     }
 
     /// The disk for guests that calls itself so.
@@ -178,6 +200,20 @@ impl Disks {
         self.part(store).map(|part| part.name.as_str())
     }
 
+    /// A lost page in words: of which image, where that is, and why.
+    pub fn told(&self, LostPage { store, page, error }: LostPage) -> String {
+        let Some(part) = self.part(store) else { return format!("page {page} of nothing: {error}") };
+        let whose = match part.kind {
+            Kind::Partition => format!("partition \"{}\"", part.name),
+            Kind::GuestDisk | Kind::Swap | Kind::ImageDisk => format!("disk \"{}\"", part.name),
+            Kind::Half => part.view.lock().as_ref().map_or_else(String::new, |view| {
+                format!("stored guest \"{}\", generation {}", view.name, view.header.generation)
+            }),
+        };
+        let byte = part.extent().first_sector * SECTOR + u64::from(page) * PAGE_SIZE;
+        format!("page {page} of {whose}, at byte {byte:#x} of its disk: {error}")
+    }
+
     /// True when a store takes no writes.
     pub fn is_read_only(&self, store: StoreId) -> bool {
         self.disk_of(store).is_ok_and(|(_, disk)| disk.blk.lock().is_read_only())
@@ -207,7 +243,8 @@ impl Disks {
                     batch.push((IoToken(token), result.map_err(store_error)));
                 });
                 let more = batch.is_full();
-                for (token, result) in batch {
+                // By reference: room for a batch is most of a KiB, and most have one.
+                for &(token, result) in &batch {
                     deliver(token, result);
                     count += 1;
                 }
@@ -217,6 +254,11 @@ impl Disks {
             }
         }
         count
+    }
+
+    /// True while a transfer is in flight on any disk.
+    pub fn is_busy(&self) -> bool {
+        self.disks.iter().any(|disk| disk.blk.lock().in_flight() > 0)
     }
 
     /// Transfers in flight on all disks.
@@ -304,6 +346,10 @@ impl PageStore for Disks {
 
     fn pages(&self, store: StoreId) -> u64 {
         self.part(store).map_or(0, |part| part.extent().sectors.div_ceil(PER_PAGE))
+    }
+
+    fn whole_pages(&self, store: StoreId) -> u64 {
+        self.part(store).map_or(0, |part| part.extent().sectors / PER_PAGE)
     }
 
     fn expects(&self, store: StoreId, page: u64) -> Expected {
@@ -411,6 +457,36 @@ mod tests {
         assert_eq!(transfer(part(), 3, &[Pfn::new(5)]), Err(StoreError::Refused));
         assert_eq!(transfer(part(), 2, &[Pfn::new(5), Pfn::new(6)]), Err(StoreError::Refused));
         assert_eq!(transfer(part(), u64::MAX, &[Pfn::new(5)]), Err(StoreError::Refused));
+    }
+
+    #[test]
+    fn a_lost_page_is_told_with_its_image_its_place_and_the_reason() {
+        let header = Header {
+            slot: 1,
+            generation: 3,
+            half: 1000,
+            pages: 500,
+            stored: 500,
+            state: 0,
+            key: 1,
+            table_sum: 0,
+            state_sum: 0,
+        };
+        let at = (header.start() + 17) * PAGE_SIZE;
+        let half = Part::new(0, Kind::Half, "hv-image-0", Extent { first_sector: 0, sectors: 0 });
+        *half.view.lock() = Some(View { name: "golden".into(), header, sums: Vec::new() });
+        let disks =
+            Disks { disks: Vec::new(), parts: [Part::new(0, Kind::Partition, "swap", part()), half].into() };
+        let lost = |store, page, error| disks.told(LostPage { store: StoreId(store), page, error });
+        assert_eq!(
+            lost(0, 2, StoreError::Io),
+            "page 2 of partition \"swap\", at byte 0xe800 of its disk: the device says that it failed"
+        );
+        let told = format!(
+            "page 17 of stored guest \"golden\", generation 3, at byte {at:#x} of its disk: what came back is not what was written"
+        );
+        assert_eq!(lost(1, 17, StoreError::Corrupt), told);
+        assert_eq!(lost(2, 0, StoreError::Gone), "page 0 of nothing: the device is gone");
     }
 
     #[test]

@@ -11,10 +11,13 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 use serde_json::{Value, json};
 
-use super::parse::{COMMANDS, Command, Until, parse, usage};
+use super::paced::{PIECE, Pieces};
+use super::parse::{COMMANDS, Command, Help, Until, parse, usage};
 
 /// The hypervisor as the monitor sees it. An `Err` is a sentence for the person who asked.
 pub trait Host {
+    /// Lets interrupts in: called between short parts of an answer (invariant I6).
+    fn rest(&mut self);
     /// A list of guests: objects with at least `id`, `name`, `state`.
     fn guests(&mut self) -> Value;
     /// Finds a guest by number or name.
@@ -37,6 +40,8 @@ pub trait Host {
     fn jobs(&mut self) -> Value;
     /// Gives one of them up.
     fn cancel(&mut self, job: u32) -> Result<(), String>;
+    /// A guest's balloon; with a size, leaves the guest so many mebibytes of its RAM.
+    fn balloon(&mut self, id: u32, mib: Option<u64>) -> Result<Value, String>;
     /// The disks for stored guests.
     fn images(&mut self) -> Value;
     /// Stops a guest's vCPUs.
@@ -49,6 +54,8 @@ pub trait Host {
     fn attach(&mut self, id: u32) -> Result<(), String>;
     /// Types bytes into a guest.
     fn send(&mut self, id: u32, bytes: &[u8]) -> Result<(), String>;
+    /// How much memory a guest has for itself and may have; sets that first if it is said, in KiB.
+    fn limit(&mut self, id: u32, resident: Option<Option<u64>>) -> Result<Value, String>;
     /// What a guest printed lately.
     fn log(&mut self, id: u32) -> Result<String, String>;
     /// A guest's map.
@@ -103,13 +110,10 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// The answer for a person: tables for lists, `key value` lines for the rest.
-    pub fn text(&self) -> String {
-        let mut out = String::new();
-        render(&self.json, 0, &mut out);
-        if !out.is_empty() && !out.ends_with('\n') {
-            out.push('\n');
-        }
+    /// The answer for a person: tables for lists, `key value` lines for the rest. What is not empty ends in a new line.
+    pub fn text(&self, rest: &mut dyn FnMut()) -> Pieces {
+        let mut out = Pieces::new();
+        render(&self.json, 0, &mut out, rest);
         out
     }
 }
@@ -153,6 +157,7 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Attach(guest) => {
             host.find(guest).and_then(|id| host.attach(id).map(|()| done("attached", id)))
         }
+        Command::Balloon(guest, mib) => host.find(guest).and_then(|id| host.balloon(id, *mib)),
         Command::Cancel(job) => host.cancel(*job).map(|()| done("cancelled", *job)),
         Command::Check => host.check(),
         Command::Clone(guest, count, paused) => {
@@ -162,12 +167,11 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
         Command::Create(options) => host.create(options).map(|id| done("created", id)),
         Command::Delete(name) => host.delete(name).map(|()| json!({"deleted": name})),
         Command::Guests => Ok(host.guests()),
-        Command::Help(None) => Ok(Value::Array(
-            COMMANDS
-                .iter()
-                .map(|c| json!({"command": format!("{} {}", c.name, c.usage).trim_end(), "does": c.does}))
-                .collect(),
-        )),
+        Command::Help(None) => {
+            let row =
+                |c: &Help| json!({"command": format!("{} {}", c.name, c.usage).trim_end(), "does": c.does});
+            Ok(Value::Array(COMMANDS.iter().inspect(|_| host.rest()).map(row).collect()))
+        }
         Command::Help(Some(name)) => COMMANDS
             .iter()
             .find(|c| c.name == name)
@@ -185,7 +189,13 @@ fn execute(command: &Command, host: &mut dyn Host) -> Result<Answer, String> {
                 answer: done("killed", id),
             }));
         }
-        Command::Log(guest) => host.find(guest).and_then(|id| host.log(id)).map(|text| json!({"log": text})),
+        Command::Limit(guest, resident) => host.find(guest).and_then(|id| host.limit(id, *resident)),
+        Command::Log(guest) => {
+            let mut answer = json!({});
+            let id = host.find(guest)?;
+            answer["log"] = Value::String(host.log(id)?);
+            Ok(answer)
+        }
         Command::Map(guest) => host.find(guest).and_then(|id| host.map(id)),
         Command::Memory => Ok(host.memory()),
         Command::Swap => Ok(host.swap()),
@@ -250,25 +260,30 @@ fn scalar(value: &Value) -> String {
 }
 
 /// Lists of objects become tables, objects become lines, text stays text.
-fn render(value: &Value, indent: usize, out: &mut String) {
+fn render(value: &Value, indent: usize, out: &mut Pieces, rest: &mut dyn FnMut()) {
     match value {
-        Value::Array(rows) if rows.iter().all(Value::is_object) => table(rows, indent, out),
+        // What a list has is of one kind.
+        Value::Array(rows) if rows.first().is_none_or(Value::is_object) => table(rows, indent, out, rest),
         Value::Array(rows) => {
             for row in rows {
                 let _ = writeln!(out, "{:indent$}{}", "", scalar(row));
+                rest();
             }
         }
         Value::Object(fields) => {
             for (key, value) in fields {
-                if value.is_object() || value.is_array() {
-                    let _ = writeln!(out, "{:indent$}{key}:", "");
-                    render(value, indent + 2, out);
-                } else {
-                    let text = scalar(value);
-                    if text.contains('\n') {
-                        let _ = writeln!(out, "{text}");
-                    } else {
-                        let _ = writeln!(out, "{:indent$}{key:<18} {text}", "");
+                match value {
+                    Value::Object(_) | Value::Array(_) => {
+                        let _ = writeln!(out, "{:indent$}{key}:", "");
+                        render(value, indent + 2, out, rest);
+                    }
+                    Value::String(text) if text.len() > PIECE || text.contains('\n') => {
+                        out.add(text, rest);
+                        out.add("\n", rest);
+                    }
+                    Value::String(_) | Value::Null | Value::Bool(_) | Value::Number(_) => {
+                        let _ = writeln!(out, "{:indent$}{key:<18} {}", "", scalar(value));
+                        rest();
                     }
                 }
             }
@@ -283,7 +298,7 @@ fn render(value: &Value, indent: usize, out: &mut String) {
 const FIRST: [&str; 10] =
     ["id", "name", "state", "tree", "object", "start", "end", "command", "vcpu", "number"];
 
-fn table(rows: &[Value], indent: usize, out: &mut String) {
+fn table(rows: &[Value], indent: usize, out: &mut Pieces, rest: &mut dyn FnMut()) {
     let mut columns: Vec<(String, usize)> = Vec::new();
     for row in rows.iter().filter_map(Value::as_object) {
         for (key, value) in row {
@@ -293,13 +308,17 @@ fn table(rows: &[Value], indent: usize, out: &mut String) {
                 None => columns.push((key.clone(), width.max(key.len()))),
             }
         }
+        rest();
     }
-    columns.sort_by_key(|(name, _)| FIRST.iter().position(|first| first == name).unwrap_or(FIRST.len()));
+    columns
+        .sort_by_cached_key(|(name, _)| FIRST.iter().position(|first| first == name).unwrap_or(FIRST.len()));
+    rest();
     let mut line = |cells: &dyn Fn(&str) -> String| {
         let mut text = String::new();
         for (name, width) in &columns {
             let width = *width;
             let _ = write!(text, "{:<width$}  ", cells(name));
+            rest();
         }
         let _ = writeln!(out, "{:indent$}{}", "", text.trim_end());
     };
@@ -319,6 +338,7 @@ mod tests {
     }
 
     impl Host for Fake {
+        fn rest(&mut self) {}
         fn guests(&mut self) -> Value {
             json!([{"id": 1, "name": "one", "state": "running"}, {"id": 12, "name": "twelve", "state": "paused"}])
         }
@@ -354,6 +374,9 @@ mod tests {
         fn cancel(&mut self, job: u32) -> Result<(), String> {
             Err(format!("no job {job}"))
         }
+        fn balloon(&mut self, id: u32, mib: Option<u64>) -> Result<Value, String> {
+            Ok(json!({"guest": id, "wanted": mib}))
+        }
         fn images(&mut self) -> Value {
             json!([])
         }
@@ -373,6 +396,10 @@ mod tests {
         fn send(&mut self, id: u32, bytes: &[u8]) -> Result<(), String> {
             self.said.push(format!("send {id} {bytes:?}"));
             Ok(())
+        }
+        fn limit(&mut self, id: u32, resident: Option<Option<u64>>) -> Result<Value, String> {
+            self.said.push(format!("limit {id} {resident:?}"));
+            Ok(json!({}))
         }
         fn log(&mut self, _: u32) -> Result<String, String> {
             Ok("a\nb\n".into())
@@ -418,9 +445,14 @@ mod tests {
         }
     }
 
+    fn text(reply: &Reply) -> String {
+        let mut pieces = reply.text(&mut || {});
+        core::iter::from_fn(|| pieces.pop()).collect()
+    }
+
     #[test]
     fn a_list_of_guests_reads_as_a_table() {
-        let text = run("guests", &mut Fake::default()).text();
+        let text = text(&run("guests", &mut Fake::default()));
         assert_eq!(text, "id  name    state\n1   one     running\n12  twelve  paused\n");
     }
 
@@ -440,9 +472,33 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_is_shown_set_and_lifted_and_nothing_else() {
+        let mut fake = Fake::default();
+        for line in
+            ["limit one", "limit one resident=64M", "limit one resident=264K", "limit one resident=none"]
+        {
+            assert!(run(line, &mut fake).ok, "{line}");
+        }
+        let said =
+            ["limit 1 None", "limit 1 Some(Some(65536))", "limit 1 Some(Some(264))", "limit 1 Some(None)"];
+        assert_eq!(fake.said, said);
+        for line in ["limit", "limit one 64M", "limit one swap=1M", "limit one resident=lots", "limit two"] {
+            assert!(!run(line, &mut fake).ok, "{line}");
+        }
+    }
+
+    #[test]
     fn a_clone_names_its_children() {
         let reply = run("clone one -n 3", &mut Fake::default());
         assert_eq!(reply.json, json!({"cloned": 1, "children": [2, 3, 4]}));
+    }
+
+    #[test]
+    fn a_balloons_size_is_what_the_guest_is_left() {
+        let json = |line| run(line, &mut Fake::default()).json;
+        assert_eq!(json("balloon one 64M"), json!({"guest": 1, "wanted": 64}));
+        assert_eq!(json("balloon one"), json!({"guest": 1, "wanted": null}));
+        assert!(!run("balloon one much", &mut Fake::default()).ok);
     }
 
     #[test]
@@ -470,7 +526,7 @@ mod tests {
 
     #[test]
     fn nested_answers_are_indented() {
-        let text = run("memory", &mut Fake::default()).text();
+        let text = text(&run("memory", &mut Fake::default()));
         assert_eq!(text, "frames:\n  free               3\n  wired              1\n");
     }
 }

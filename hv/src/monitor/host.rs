@@ -9,38 +9,32 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use hv_abi::manifest::mebibytes;
 use serde_json::{Value, json};
-use spin::Once;
 use vmobject::lock::Held;
 
 use super::cmd::Host;
+use super::configure::configure;
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::arch::context::Trap;
+use crate::arch::timer;
 use crate::guest::exit::Ending;
 use crate::guest::family::Birth;
 use crate::guest::snapshot::{self, Keep, Origin, Snapshot, SnapshotError};
 use crate::guest::stored;
 use crate::guest::vcpu::Vcpu;
-use crate::guest::{Guest, GuestId, Life, console, create, table};
-use crate::loader::manifest::parse_guest;
-use crate::loader::{Boot, GuestConfig};
+use crate::guest::{Guest, GuestId, Life, balloon, console, create, table};
 use crate::mm;
 use crate::sched::fork::{Begin, fork};
 use crate::sched::jobs;
 use crate::sched::load::Cpu;
 use crate::sched::{self, Outside};
 
-/// What a guest is made like when `create` does not say.
-static MODEL: Once<GuestConfig> = Once::new();
+/// Bytes of a guest's log that are copied or searched at once.
+const LOG_PART: usize = 128;
+
 /// The machine ends when its last guest has.
 static LEAVING: AtomicBool = AtomicBool::new(false);
-
-/// Says what `create` makes when it is not told: another like the first guest.
-pub fn set_model(config: &GuestConfig) {
-    MODEL.call_once(|| config.clone());
-}
 
 /// True when the machine is to end with its last guest.
 pub fn is_leaving() -> bool {
@@ -65,19 +59,23 @@ impl<'a, 'h> Guests<'a, 'h> {
         Self { held, cpu, outside }
     }
 
-    /// Does something with a guest while none of its vCPUs has anything in a CPU.
+    /// Does something with a guest while none of its vCPUs has anything in a CPU, and says for how many ticks that was.
     fn still<R>(
         &mut self,
         guest: &Arc<Guest>,
-        work: impl FnOnce(&Guest, &mut Held<'_, 0>) -> Result<R, SnapshotError>,
-    ) -> Result<R, String> {
-        let result =
-            sched::still::while_still(guest, self.cpu, self.outside, self.held, |held| work(guest, held));
-        match result {
-            Ok((Ok(value), _)) => Ok(value),
+        work: impl FnOnce(&Cpu, &mut Held<'_, 0>) -> Result<R, SnapshotError>,
+    ) -> Result<(R, u64), String> {
+        match sched::still::while_still(guest, self.cpu, self.outside, self.held, work) {
+            Ok((Ok(value), pause)) => Ok((value, pause)),
             Ok((Err(error), _)) => Err(error.to_string()),
             Err(restless) => Err(format!("guest {}: {restless}", guest.id)),
         }
+    }
+
+    /// What lets interrupts in, and what holds no lock beside it.
+    fn resting(&mut self) -> (impl Fn(&mut Held<'_, 0>) + use<'_, 'a, 'h>, &mut Held<'h, 0>) {
+        let (cpu, outside) = (&*self.cpu, self.outside);
+        (move |held: &mut Held<'_, 0>| sched::let_interrupts_in(cpu, outside, held), &mut *self.held)
     }
 
     /// Lets a new guest run.
@@ -132,11 +130,17 @@ impl Guests<'_, '_> {
 }
 
 impl Host for Guests<'_, '_> {
+    fn rest(&mut self) {
+        sched::let_interrupts_in(self.cpu, self.outside, self.held);
+    }
+
     fn guests(&mut self) -> Value {
-        let objects = Objects::look(self.held);
+        let (rest, held) = self.resting();
+        let objects = Objects::look(&rest, held);
         let attached = console::attached();
-        let rows = table::all(self.held).into_iter().map(|guest| {
-            let holding = objects.holding(&guest, self.held);
+        let rows = table::all(held).into_iter().map(|guest| {
+            rest(held);
+            let holding = objects.holding(&guest, &rest, held);
             let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.word()).collect();
             json!({
                 "id": guest.id.0,
@@ -147,7 +151,9 @@ impl Host for Guests<'_, '_> {
                 "private_pages": holding.private,
                 "shared_pages": holding.shared,
                 "swapped_pages": holding.swapped,
-                "console_bytes": guest.log.total(self.held),
+                "own_pages": mm::vm().own_frames(&guest.map, held),
+                "limit_pages": guest.map.limit(),
+                "console_bytes": guest.log.total(held),
                 "attached": attached == Some(guest.id),
             })
         });
@@ -172,7 +178,7 @@ impl Host for Guests<'_, '_> {
             }
             return self.create_from(id, snapshot, name);
         }
-        let config = configure(id, options, MODEL.get())?;
+        let config = configure(id, options)?;
         if table::find(&config.name, self.held).is_some() {
             return Err(format!("there is a guest '{}' already", config.name));
         }
@@ -194,11 +200,14 @@ impl Host for Guests<'_, '_> {
     fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
         let guest = self.guest(id)?;
         let random = snapshot::draw(&guest, self.held);
+        self.rest();
         if let Some(name) = name.filter(|name| stored::exists(name, self.held)) {
             return Err(format!("a disk for stored guests is called '{name}'; 'save' stores there"));
         }
         let keep = Keep::Shadowed;
-        let moment = self.still(&guest, |guest, held| snapshot::take(guest, random, keep, held))?;
+        self.rest();
+        let (moment, _) = self.still(&guest, |_, held| snapshot::take(&guest, random, keep, held))?;
+        self.rest();
         snapshot::keep(moment, Origin::Guest(guest.id), name, self.held).map_err(|error| error.to_string())
     }
 
@@ -213,14 +222,25 @@ impl Host for Guests<'_, '_> {
                 "memory_mib": kept.memory >> 20, "guests": kept.guests,
             })
         };
-        Value::Array(snapshot::all(self.held).iter().map(row).collect())
+        let mut rows = Vec::new();
+        while let Some(kept) = snapshot::nth(rows.len(), self.held) {
+            rows.push(row(&kept));
+            self.rest();
+        }
+        Value::Array(rows)
     }
 
     fn delete(&mut self, name: &str) -> Result<(), String> {
-        if snapshot::forget(name, self.held) { Ok(()) } else { Err(unknown(name)) }
+        let start = timer::now();
+        if !snapshot::forget(name, self.held) {
+            return Err(unknown(name));
+        }
+        log::info!("snapshot {name}: deleted in {} ticks", timer::now().wrapping_sub(start));
+        Ok(())
     }
 
     fn reset(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
+        let start = timer::now();
         let guest = self.guest(id)?;
         let name = match name {
             Some(name) => name.to_string(),
@@ -229,10 +249,13 @@ impl Host for Guests<'_, '_> {
         };
         let moment = snapshot::find(&name, guest.id, self.held).ok_or_else(|| unknown(&name))?;
         let outside = self.outside;
-        self.still(&guest, |guest, held| {
-            snapshot::restore(guest, &moment, &|held| outside.poll(held), held)
+        let (_, pause) = self.still(&guest, |cpu, held| {
+            let rest = |held: &mut Held<'_, 0>| sched::take_interrupts(cpu, outside, held);
+            snapshot::restore(&guest, &moment, &rest, held)
         })?;
         sched::start_all(&guest, self.held);
+        let total = timer::now().wrapping_sub(start);
+        log::info!("guest {id}: reset, still for {pause} ticks, {total} in all");
         Ok(name)
     }
 
@@ -267,6 +290,30 @@ impl Host for Guests<'_, '_> {
         } else {
             Err(format!("no job {job} can be cancelled; 'jobs' lists them"))
         }
+    }
+
+    fn balloon(&mut self, id: u32, mib: Option<u64>) -> Result<Value, String> {
+        let guest = self.guest(id)?;
+        let memory = guest.config.memory >> 20;
+        if let Some(mib) = mib {
+            let taken = memory.checked_sub(mib).ok_or_else(|| {
+                format!("guest {id} has {memory} MiB of RAM; its balloon cannot give it more")
+            })?;
+            let pages = u32::try_from(taken << 8).map_err(|_| format!("{taken} MiB are too much"))?;
+            let kicks = balloon::set_target(&guest, pages, self.held);
+            sched::wake_many(&guest, kicks, self.held);
+        }
+        let look = balloon::look(&guest, self.held);
+        sched::attend(&guest, self.held);
+        let (wanted, actual) = look.pages();
+        let (inflated, reported) = look.given_back();
+        let said: serde_json::Map<String, Value> =
+            look.statistics().map(|(name, value)| (name.to_string(), json!(value))).collect();
+        Ok(json!({
+            "guest": id, "driver": look.is_driven(), "memory_mib": memory,
+            "wanted_pages": wanted, "balloon_pages": actual,
+            "inflated_pages": inflated, "reported_pages": reported, "said": said,
+        }))
     }
 
     fn images(&mut self) -> Value {
@@ -322,23 +369,50 @@ impl Host for Guests<'_, '_> {
         Ok(())
     }
 
+    fn limit(&mut self, id: u32, resident: Option<Option<u64>>) -> Result<Value, String> {
+        let guest = self.guest(id)?;
+        if let Some(kib) = resident {
+            let frames = kib.map(|kib| u32::try_from(kib / view::PAGE_KIB).unwrap_or(u32::MAX - 1));
+            mm::vm()
+                .set_limit(&guest.map, frames, self.held)
+                .map_err(|error| view::refused_limit(&guest, error))?;
+            sched::memory_freed(self.held);
+        }
+        Ok(view::limit(&guest, self.held))
+    }
+
     fn log(&mut self, id: u32) -> Result<String, String> {
-        let bytes = self.guest(id)?.log.read(self.held).ok_or("no memory for a copy of the log")?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+        let guest = self.guest(id)?;
+        let (mut from, end) = (0, guest.log.total(self.held));
+        let (mut text, mut bytes) = (String::new(), Vec::new());
+        text.try_reserve_exact(console::LOG_BYTES).map_err(|_| "no memory for a copy of the log")?;
+        while from < end
+            && let Some((start, more)) = guest.log.next(from, LOG_PART, self.held)
+        {
+            from = start + more.len() as u64;
+            bytes.extend(more);
+            let length = add_text(&mut text, &bytes, from >= end);
+            bytes.drain(..length);
+            self.rest();
+        }
+        Ok(text)
     }
 
     fn map(&mut self, id: u32) -> Result<Value, String> {
         let guest = self.guest(id)?;
-        Ok(view::map(&guest, self.held))
+        let (rest, held) = self.resting();
+        Ok(view::map(&guest, &rest, held))
     }
 
     fn objects(&mut self, id: Option<u32>) -> Result<Value, String> {
         let guest = id.map(|id| self.guest(id)).transpose()?;
-        Ok(Objects::look(self.held).tree(guest.as_deref(), self.held))
+        let (rest, held) = self.resting();
+        Ok(Objects::look(&rest, held).tree(guest.as_deref(), &rest, held))
     }
 
     fn memory(&mut self) -> Value {
-        let mut value = Objects::look(self.held).memory(self.held);
+        let (rest, held) = self.resting();
+        let mut value = Objects::look(&rest, held).memory(&rest, held);
         value["vmid_rollovers"] = json!(mm::machine::vmid_rollovers());
         value
     }
@@ -350,28 +424,47 @@ impl Host for Guests<'_, '_> {
     fn stats(&mut self, id: Option<u32>) -> Result<Value, String> {
         let guest = id.map(|id| self.guest(id)).transpose()?;
         let guests = guest.clone().map_or_else(|| table::all(self.held), |guest| [guest].into());
-        let sum = |of: &dyn Fn(&Vcpu) -> u64| -> u64 {
-            guests.iter().flat_map(|guest| guest.vcpus.iter()).map(of).sum()
-        };
-        let count =
-            |of: fn(&Vcpu) -> &core::sync::atomic::AtomicU64| sum(&|vcpu| of(vcpu).load(Ordering::Relaxed));
-        Ok(json!({
-            "exits": {
-                "all": count(|vcpu| &vcpu.counts.exits),
-                "calls": count(|vcpu| &vcpu.counts.calls),
-                "mmio": count(|vcpu| &vcpu.counts.mmio),
-                "sysreg": count(|vcpu| &vcpu.counts.sysreg),
-                "faults": count(|vcpu| &vcpu.counts.faults),
-                "interrupts": count(|vcpu| &vcpu.counts.interrupts),
-            },
-            "scheduler": {
-                "waits": count(|vcpu| &vcpu.counts.waits),
-                "loads": count(|vcpu| &vcpu.counts.loads),
-            },
-            "injected": count(|vcpu| &vcpu.counts.injected),
+        let mut sums = [0; 10];
+        for guest in &guests {
+            for vcpu in &guest.vcpus {
+                let counts = &vcpu.counts;
+                let each = [
+                    &counts.exits,
+                    &counts.calls,
+                    &counts.mmio,
+                    &counts.sysreg,
+                    &counts.faults,
+                    &counts.interrupts,
+                    &counts.waits,
+                    &counts.loads,
+                    &counts.ticks,
+                    &counts.injected,
+                ];
+                sums.iter_mut().zip(each).for_each(|(sum, count)| *sum += count.load(Ordering::Relaxed));
+            }
+            self.rest();
+        }
+        let [all, calls, mmio, sysreg, faults, interrupts, waits, loads, ticks, injected]: [u64; 10] = sums;
+        let exits = json!({
+            "all": all, "calls": calls, "mmio": mmio, "sysreg": sysreg, "faults": faults,
+            "interrupts": interrupts,
+        });
+        self.rest();
+        let (rest, held) = self.resting();
+        let memory = view::faults(&guests, guest.is_none(), &rest, held);
+        let mut value = json!({
+            "scheduler": {"waits": waits, "loads": loads, "ticks": ticks},
+            "injected": injected,
             "invalidates": crate::arch::tlb::invalidates(),
-            "memory": view::faults(&guests, guest.is_none()),
-        }))
+            "chores": mm::vm().has_chores(held),
+            "chore_ticks": sched::chore_ticks(),
+        });
+        value["exits"] = exits;
+        value["memory"] = memory;
+        if let Some(guest) = guest {
+            value["limit"] = view::limit(&guest, held);
+        }
+        Ok(value)
     }
 
     fn trace(&mut self, id: Option<u32>) -> Result<Value, String> {
@@ -379,8 +472,16 @@ impl Host for Guests<'_, '_> {
             Some(id) => [self.guest(id)?].into(),
             None => table::all(self.held),
         };
-        let rows = guests.iter().flat_map(|guest| guest.vcpus.iter().flat_map(|vcpu| exits(guest, vcpu)));
-        Ok(Value::Array(rows.collect()))
+        let mut rows = Vec::new();
+        for guest in guests.iter() {
+            for vcpu in &guest.vcpus {
+                for exit in vcpu.trace.before(vcpu.counts.exits.load(Ordering::Relaxed)) {
+                    rows.push(row_of(guest, vcpu, exit));
+                    self.rest();
+                }
+            }
+        }
+        Ok(Value::Array(rows))
     }
 
     fn check(&mut self) -> Result<Value, String> {
@@ -429,144 +530,68 @@ impl Host for Guests<'_, '_> {
             (Until::State(wanted), None) if wanted == "gone" => Ok(true),
             (Until::State(_) | Until::Text(_), None) => Err(gone(id)),
             (Until::State(wanted), Some(guest)) => Ok(wanted == state(&guest)),
-            (Until::Text(text), Some(guest)) => Ok(guest.log.seek(text.as_bytes(), looked, self.held)),
-        }
-    }
-}
-
-/// The last exits of a vCPU as rows.
-fn exits(guest: &Guest, vcpu: &Vcpu) -> Vec<Value> {
-    let (guest, index) = (guest.id.0, vcpu.index);
-    let row = |(number, esr, pc): (u64, u64, u64)| {
-        let (class, syndrome) = if esr == Trap::NO_SYNDROME {
-            ("interrupt".to_string(), "-".to_string())
-        } else {
-            (format!("{:#04x}", esr >> 26 & 0x3f), format!("{esr:#x}"))
-        };
-        json!({
-            "id": guest, "vcpu": index, "number": number,
-            "class": class, "esr": syndrome, "pc": format!("{pc:#x}"),
-        })
-    };
-    vcpu.trace.before(vcpu.counts.exits.load(Ordering::Relaxed)).map(row).collect()
-}
-
-/// What `create` was asked for: the model, changed by the options.
-fn configure(
-    id: GuestId,
-    options: &[(String, String)],
-    model: Option<&GuestConfig>,
-) -> Result<GuestConfig, String> {
-    let given =
-        |key: &str| options.iter().rev().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
-    let mut fields = json!({"name": given("name").map_or_else(|| format!("guest{id}"), String::from)});
-    for (key, value) in options {
-        match key.as_str() {
-            "name" => {}
-            "kernel" | "initrd" | "bios" | "append" => fields[key] = json!(value),
-            "memory" => {
-                let size = mebibytes(value);
-                let wrong = || format!("memory: '{value}' is not a size; write 256M or 1G");
-                fields["memory_mib"] = json!(size.ok_or_else(wrong)?);
-            }
-            "vcpus" => {
-                let number: u64 = value.parse().map_err(|_| format!("vcpus: '{value}' is not a number"))?;
-                fields["vcpus"] = json!(number);
-            }
-            "grant-fork" => {
-                let number: u32 =
-                    value.parse().map_err(|_| format!("grant-fork: '{value}' is not a number"))?;
-                fields["grant_fork"] = json!(number);
-            }
-            other => return Err(format!("create knows no '{other}'; 'help create' lists what it knows")),
-        }
-    }
-    if let Some(model) = model {
-        if given("kernel").is_none() && given("bios").is_none() {
-            match &model.boot {
-                Boot::Kernel { image, initrd } => {
-                    fields["kernel"] = json!(image);
-                    fields["initrd"] = json!(given("initrd").or(initrd.as_deref()));
-                    if given("append").is_none() {
-                        let (old, new) = (format!("guest.name={}", model.name), &fields["name"]);
-                        let new = format!("guest.name={}", new.as_str().unwrap_or_default());
-                        fields["append"] = json!(model.append.replace(&old, &new));
-                    }
+            (Until::Text(text), Some(guest)) => loop {
+                match guest.log.seek(text.as_bytes(), looked, LOG_PART, self.held) {
+                    Some(found) => break Ok(found),
+                    None => self.rest(),
                 }
-                Boot::Bios { image } => fields["bios"] = json!(image),
-            }
-        }
-        if given("memory").is_none() {
-            fields["memory_mib"] = json!(model.memory >> 20);
-        }
-        if given("grant-fork").is_none() {
-            fields["grant_fork"] = json!(model.grant_fork);
-        }
-        if given("vcpus").is_none() {
-            fields["vcpus"] = json!(model.vcpus);
+            },
         }
     }
-    let config = parse_guest(&fields.to_string()).map_err(|error| error.to_string())?;
-    // Another like the first has its disks.
-    Ok(GuestConfig { disks: model.map(|model| model.disks.clone()).unwrap_or_default(), ..config })
+}
+
+/// An exit of a vCPU as a row.
+fn row_of(guest: &Guest, vcpu: &Vcpu, (number, esr, pc): (u64, u64, u64)) -> Value {
+    let (class, syndrome) = if esr == Trap::NO_SYNDROME {
+        ("interrupt".to_string(), "-".to_string())
+    } else {
+        (format!("{:#04x}", esr >> 26 & 0x3f), format!("{esr:#x}"))
+    };
+    json!({
+        "id": guest.id.0, "vcpu": vcpu.index, "number": number,
+        "class": class, "esr": syndrome, "pc": format!("{pc:#x}"),
+    })
+}
+
+/// Adds bytes as text, what is none as the character for that; a character that is not complete yet stays, unless these
+/// are the `last`. How many bytes were used.
+fn add_text(text: &mut String, bytes: &[u8], last: bool) -> usize {
+    let mut used = 0;
+    loop {
+        let left = bytes.get(used..).unwrap_or_default();
+        match core::str::from_utf8(left) {
+            Ok(good) => {
+                text.push_str(good);
+                return bytes.len();
+            }
+            Err(error) => {
+                let (good, bad) = left.split_at(error.valid_up_to());
+                text.push_str(core::str::from_utf8(good).unwrap_or_default());
+                used += good.len();
+                let wrong = error.error_len().or(last.then_some(bad.len()));
+                let Some(wrong) = wrong else { return used };
+                text.push(char::REPLACEMENT_CHARACTER);
+                used += wrong;
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::borrow::ToOwned;
 
-    fn model() -> GuestConfig {
-        GuestConfig {
-            name: "guest".into(),
-            boot: Boot::Kernel { image: "kernel".into(), initrd: Some("initrd".into()) },
-            append: "console=ttyAMA0 guest.name=guest quiet".into(),
-            memory: 256 << 20,
-            vcpus: 2,
-            grant_fork: 0,
-            disks: Vec::new(),
+    #[test]
+    fn a_log_in_parts_reads_as_the_whole() {
+        let bytes = "aä€\u{1f600}".as_bytes();
+        let whole = [bytes, &[0xff, 0xe2, 0x82]].concat();
+        for cut in 0..whole.len() {
+            let (mut text, mut left) = (String::new(), whole[..cut].to_vec());
+            let used = add_text(&mut text, &left, false);
+            left.drain(..used);
+            left.extend(&whole[cut..]);
+            assert_eq!(add_text(&mut text, &left, true), left.len());
+            assert_eq!(text, String::from_utf8_lossy(&whole), "cut at {cut}");
         }
-    }
-
-    fn options(words: &[(&str, &str)]) -> Vec<(String, String)> {
-        words.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect()
-    }
-
-    #[test]
-    fn without_options_another_like_the_first_is_made() {
-        let made = configure(GuestId(7), &[], Some(&model())).unwrap();
-        let append = "console=ttyAMA0 guest.name=guest7 quiet".to_owned();
-        assert_eq!(made, GuestConfig { name: "guest7".into(), append, ..model() });
-    }
-
-    #[test]
-    fn options_replace_what_the_model_says() {
-        let made = configure(
-            GuestId(2),
-            &options(&[
-                ("name", "x"),
-                ("kernel", "other"),
-                ("memory", "1G"),
-                ("vcpus", "4"),
-                ("append", "a b"),
-            ]),
-            Some(&model()),
-        )
-        .unwrap();
-        assert_eq!(made.boot, Boot::Kernel { image: "other".into(), initrd: None });
-        assert_eq!((made.name.as_str(), made.append.as_str()), ("x", "a b"));
-        assert_eq!((made.memory, made.vcpus), (1 << 30, 4));
-    }
-
-    #[test]
-    fn what_create_does_not_know_or_cannot_be_is_refused_in_words() {
-        let refused =
-            |key, value| configure(GuestId(1), &options(&[(key, value)]), Some(&model())).unwrap_err();
-        assert!(refused("memroy", "1G").contains("'memroy'"));
-        assert!(refused("memory", "lots").contains("256M"));
-        assert!(refused("memory", "99999999999999G").contains("not a"));
-        assert!(refused("vcpus", "0").contains("vcpus"));
-        assert!(refused("vcpus", "-1").contains("not a number"));
-        assert!(configure(GuestId(1), &[], None).unwrap_err().contains("neither a kernel nor a bios"));
     }
 }

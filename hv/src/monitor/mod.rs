@@ -4,7 +4,8 @@
 //! socket, where each line is a command and each answer one JSON object. Both end in [`parse::parse`], which
 //! turns words into a [`parse::Command`], and in [`cmd::run`], which answers with one value, shown as text or as
 //! JSON. [`cmd::Host`] is all that a command needs; [`host`] gives it the guests, with [`view`] for what is
-//! shown of memory. [`desk`] is where lines wait until a CPU goes round, and where answers leave.
+//! shown of memory and [`mod@configure`] for what is created. [`paced`] keeps long
+//! answers in bounded parts. [`desk`] is where lines wait until a CPU goes round, and where answers leave.
 
 pub mod line;
 
@@ -12,9 +13,13 @@ pub mod console;
 
 pub mod parse;
 
+pub mod paced;
+
 pub mod cmd;
 
 pub mod view;
+
+pub mod configure;
 
 pub mod host;
 

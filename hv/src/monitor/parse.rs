@@ -7,7 +7,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use hv_abi::manifest::mebibytes;
+use hv_abi::manifest::{kibibytes, mebibytes};
 
 /// One command as help shows it.
 pub struct Help {
@@ -26,6 +26,11 @@ const fn help(name: &'static str, usage: &'static str, does: &'static str) -> He
 /// Every command there is.
 pub const COMMANDS: &[Help] = &[
     help("attach", "G", "connect the console to guest G; Ctrl-T comes back here"),
+    help(
+        "balloon",
+        "G [SIZE]",
+        "what guest G says of its memory, and has given back; ask it to do with SIZE of its RAM",
+    ),
     help("cancel", "JOB", "give up storing a guest; what was stored before stays"),
     help("check", "", "audit every invariant of the memory manager now"),
     help("clone", "G [-n N] [--paused]", "fork the running guest G into N live children"),
@@ -40,10 +45,15 @@ pub const COMMANDS: &[Help] = &[
     help("images", "", "the disks for stored guests, and what is on them"),
     help("jobs", "", "guests being stored, and how far that is"),
     help("kill", "G", "end guest G and give its memory back"),
+    help(
+        "limit",
+        "G [resident=SIZE|none]",
+        "how much memory guest G may have for itself, in frames that nobody shares; more goes to swap",
+    ),
     help("log", "G", "what guest G has printed lately"),
     help("map", "G", "the map of guest G: ranges, objects, protection"),
     help("memory", "", "frames by owner and queue"),
-    help("swap", "", "slots of the swap partition, and what went in and out"),
+    help("swap", "", "slots of each place to swap to, and what went in and out"),
     help("objects", "[G]", "the memory objects: size, resident, shared, references, pager"),
     help("pause", "G", "stop the vCPUs of guest G"),
     help("reset", "G [SNAPSHOT]", "make guest G what it was in the snapshot, else the one that it came from"),
@@ -83,6 +93,8 @@ pub enum Until {
 pub enum Command {
     /// Connect the console to a guest.
     Attach(String),
+    /// A guest's balloon: how many mebibytes of its RAM it is to do with.
+    Balloon(String, Option<u64>),
     /// Give up a job.
     Cancel(u32),
     /// Audit now.
@@ -103,6 +115,8 @@ pub enum Command {
     Jobs,
     /// End a guest.
     Kill(String),
+    /// A guest's limit of memory in KiB, if it is to be set; `Some(None)` lifts it.
+    Limit(String, Option<Option<u64>>),
     /// Recent console output.
     Log(String),
     /// A guest's map.
@@ -172,6 +186,13 @@ pub fn parse(line: &str) -> Result<Command, String> {
     };
     match help.name {
         "attach" => one().map(Command::Attach),
+        "balloon" => match rest {
+            [guest] => Ok(Command::Balloon(guest.clone(), None)),
+            [guest, size] => {
+                mebibytes(size).map(|mib| Command::Balloon(guest.clone(), Some(mib))).ok_or_else(wrong)
+            }
+            _ => Err(wrong()),
+        },
         "cancel" => one().and_then(|job| job.parse().map(Command::Cancel).map_err(|_| wrong())),
         "check" => none(Command::Check),
         "clone" => children(rest).ok_or_else(wrong),
@@ -182,6 +203,7 @@ pub fn parse(line: &str) -> Result<Command, String> {
         "images" => none(Command::Images),
         "jobs" => none(Command::Jobs),
         "kill" => one().map(Command::Kill),
+        "limit" => limit(rest).ok_or_else(wrong),
         "log" => one().map(Command::Log),
         "map" => one().map(Command::Map),
         "memory" => none(Command::Memory),
@@ -221,6 +243,20 @@ fn children(words: &[String]) -> Option<Command> {
         }
     }
     Some(Command::Clone(guest?, count, paused))
+}
+
+/// `G [resident=SIZE|none]`.
+fn limit(words: &[String]) -> Option<Command> {
+    let (guest, rest) = words.split_first()?;
+    let resident = match rest {
+        [] => None,
+        [pair] => match pair.strip_prefix("resident=")? {
+            "none" => Some(None),
+            size => Some(Some(kibibytes(size)?)),
+        },
+        _ => return None,
+    };
+    Some(Command::Limit(guest.clone(), resident))
 }
 
 /// `G IMAGE [--rate SIZE] [--wait]`, the options anywhere.

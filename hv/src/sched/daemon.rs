@@ -7,6 +7,7 @@ use crate::guest::exit::Ending;
 use crate::guest::{create, table};
 use vmobject::lock::Held;
 
+use super::fork::inherit_limit;
 use super::load::Cpu;
 use super::{Outside, WAITERS, errands, launch_again, take_interrupts};
 
@@ -23,6 +24,7 @@ pub(super) fn work(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         log::info!("guest {} \"{}\": ended: {}", id, guest.name(), ending.name());
         let config = guest.config.clone();
         let log = guest.log.clone();
+        let limit = guest.map.limit();
         take_interrupts(cpu, outside, held);
         create::destroy(guest, held);
         take_interrupts(cpu, outside, held);
@@ -31,7 +33,10 @@ pub(super) fn work(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
             create::create(id, config, Some(log), &|held| take_interrupts(cpu, outside, held), held)
         });
         match again {
-            Some(Ok(guest)) => launch_again(guest, held),
+            Some(Ok(guest)) => {
+                inherit_limit(limit, &guest, held);
+                launch_again(guest, held);
+            }
             Some(Err(error)) => {
                 log::error!("guest {id}: cannot start again: {error}");
                 table::remove(id, held);

@@ -1,4 +1,4 @@
-//! The work of guests' disks, done by their own vCPUs: so it is charged to their slices (invariant I17).
+//! The work of guests' virtio devices, done by their own vCPUs: so it is charged to their slices (invariant I17).
 //!
 //! A vCPU that is about to enter its guest does what there is to do first, a page at a time. What has to wait is
 //! noted here, and the completion has a vCPU come back to it; the guest runs meanwhile. As with vCPUs, every entry
@@ -9,31 +9,31 @@ use alloc::sync::Arc;
 use super::load::Cpu;
 use super::wait::Waiters;
 use super::{wake, wake_many};
-use crate::guest::disks::{Step, step};
 use crate::guest::exit::Waiting;
 use crate::guest::vcpu::{State, VcpuRef};
+use crate::guest::work::{Step, step};
 use crate::guest::{Guest, GuestId, rank};
 use vmobject::fault::WaitFor;
 use vmobject::lock::Held;
 use vmobject::store::IoToken;
 
-/// A request of a disk that waits.
+/// A request of a device that waits.
 #[derive(Clone)]
 struct Errand {
     guest: Arc<Guest>,
-    disk: usize,
+    device: usize,
     slot: usize,
 }
 
 impl PartialEq for Errand {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.guest, &other.guest) && (self.disk, self.slot) == (other.disk, other.slot)
+        Arc::ptr_eq(&self.guest, &other.guest) && (self.device, self.slot) == (other.device, other.slot)
     }
 }
 
 static ERRANDS: Waiters<Errand> = Waiters::new();
 
-/// Does one piece of work of a guest's disks on behalf of its vCPU; false when there is none now.
+/// Does one piece of work of a guest's devices on behalf of its vCPU; false when there is none now.
 pub(super) fn run(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> bool {
     let guest = &entry.guest;
     match step(guest, held) {
@@ -44,12 +44,12 @@ pub(super) fn run(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VC
             wake_many(guest, kicks & !mine, held);
             true
         }
-        Step::Wait { disk, slot, what } => {
+        Step::Wait { device, slot, what } => {
             let waiting = match what {
                 WaitFor::Io(token) => Waiting::Io(token),
                 WaitFor::Memory => Waiting::Memory,
             };
-            ERRANDS.add(waiting, &Errand { guest: guest.clone(), disk, slot }, held);
+            ERRANDS.add(waiting, &Errand { guest: guest.clone(), device, slot }, held);
             // Look once more now that a completion would find us: it may have come before.
             if matches!(what, WaitFor::Io(token) if !crate::mm::vm().in_flight(token, held)) {
                 guest.work.wake();
@@ -75,8 +75,8 @@ pub(super) fn memory_freed<const R: u8>(held: &mut Held<'_, R>) {
     }
 }
 
-/// Has one of a guest's vCPUs come to do its disks' work.
-fn resume<const R: u8>(guest: &Arc<Guest>, held: &mut Held<'_, R>) {
+/// Has one of a guest's vCPUs come to do its devices' work.
+pub(super) fn resume<const R: u8>(guest: &Arc<Guest>, held: &mut Held<'_, R>) {
     const { assert!(R < rank::SCHED) };
     guest.work.wake();
     if let Some(index) = guest.vcpus.iter().position(|vcpu| vcpu.state() != State::Off)

@@ -18,6 +18,7 @@ use crate::guest::psci::code;
 use crate::guest::snapshot::{self, Keep, Snapshot, SnapshotError};
 use crate::guest::vcpu::VcpuRef;
 use crate::guest::{Guest, GuestId, Life, create, table};
+use crate::mm;
 use vmobject::lock::Held;
 
 use super::load::Cpu;
@@ -87,7 +88,7 @@ pub fn fork(
     let random = snapshot::draw(source, held);
     take_interrupts(cpu, outside, held);
     let start = timer::now();
-    let take = |held: &mut Held<'_, 0>| snapshot::take(source, random, Keep::Shadowed, held);
+    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(source, random, Keep::Shadowed, held);
     let (moment, pause) = while_still(source, cpu, outside, held, take)?;
     let moment = moment?;
     // The source goes on elsewhere already; here interrupts are all that may come in between.
@@ -123,6 +124,15 @@ pub fn fork(
     Ok(ids)
 }
 
+/// A guest that comes from another has its limit: neither a fork nor a reset leads out of one.
+pub(super) fn inherit_limit(limit: Option<u32>, guest: &Guest, held: &mut Held<'_, 0>) {
+    if limit.is_some()
+        && let Err(error) = mm::vm().set_limit(&guest.map, limit, held)
+    {
+        log::error!("guest {}: it has no limit: {error:?}", guest.id);
+    }
+}
+
 fn child(
     source: &Guest,
     moment: &Snapshot,
@@ -135,6 +145,7 @@ fn child(
     let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(..)));
     let name = name_for(source.name(), id);
     let guest = snapshot::make(moment, id, name, birth, rest, held)?;
+    inherit_limit(source.map.limit(), &guest, held);
     match begin {
         Begin::Running => {}
         Begin::Paused => {

@@ -20,7 +20,7 @@ const ROUND_MS: u64 = 5;
 /// Sleeps until something happens, and handles the interrupt. Not while there is `more` to do for the memory
 /// manager.
 pub(super) fn sleep(cpu: &mut Cpu, more: bool, outside: &dyn Outside, held: &mut Held<'_, 0>) {
-    if crate::mm::vm().step(CHORES, held) || more {
+    if super::chores(held) || more {
         slice::idle_interrupts(cpu, outside, held);
         return;
     }

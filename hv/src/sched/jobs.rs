@@ -4,7 +4,9 @@
 //! long as there is something to do; interrupts come in between (invariant I6). The guest stands still only while what
 //! it is gets kept, as for a clone; what it writes afterwards is pushed to that copy first. Nothing waits: a disk that
 //! is busy, a page that has to come from the swap, memory that is short and the rate that was asked for only
-//! mean that the job is looked at again later. Called by `monitor` and by the main loop.
+//! mean that the job is looked at again later. A disk that says nothing for half a minute has failed the job, and
+//! nobody waits for it any more (invariant I12); what the disk may still write to stays allocated until it gives it back.
+//! Called by `monitor` and by the main loop.
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -39,6 +41,11 @@ const MAX_RUNNING: usize = 4;
 const MAX_OVER: usize = 16;
 /// Pieces of work in one turn of a CPU.
 const STEPS: usize = 64;
+/// How long a disk may say nothing, in seconds.
+const PATIENCE_S: u64 = 30;
+/// How much of the time between two looks at a job counts, in milliseconds: in more than that, the whole machine may have
+/// stood still.
+const LOOK_MS: u64 = 100;
 /// Completions that nobody has looked at yet: more than all jobs can have started.
 const MAX_ARRIVED: usize = 64;
 /// What a job's transfers have and the memory manager's have not.
@@ -85,17 +92,89 @@ struct Running {
     rate: Option<u64>,
     /// A page of the guest is on its way.
     awaited: Option<IoToken>,
+    /// When it was looked at last.
+    looked: u64,
+    /// For how long it has been looked at in vain.
+    silence: u64,
+}
+
+/// What a look at a job came to.
+enum Came {
+    /// Something; there is more.
+    More,
+    /// Nothing yet, and no disk is to blame.
+    Later,
+    /// Nothing: a disk has to say something first.
+    Silence,
+    /// It is over.
+    Over(State),
+}
+
+impl Running {
+    /// Does a piece of it, which began so many ticks ago.
+    fn advance(&mut self, id: u32, ran: u64, held: &mut Held<'_, { rank::GUESTS }>) -> Came {
+        self.awaited = self.awaited.filter(|&token| mm::vm().in_flight(token, held));
+        if self.awaited.is_some() && !self.writer.has_stopped() {
+            return Came::Silence;
+        }
+        let idle = if self.writer.is_awaited() { Came::Silence } else { Came::Later };
+        if let Some(rate) = self.rate {
+            let earned = u128::from(ran) * u128::from(rate) / u128::from(timer::freq().max(1));
+            if u128::from(self.writer.stored()) * PAGE as u128 > earned {
+                return idle;
+            }
+        }
+        let mut sink = Out { store: self.store, id };
+        let mut source = Pages { snapshot: &self.snapshot, regions: &self.regions, held };
+        match self.writer.step(&mut source, &mut sink) {
+            Step::More => Came::More,
+            Step::Idle => Came::Silence,
+            Step::Wait(WaitFor::Memory) => idle,
+            Step::Wait(WaitFor::Io(token)) => {
+                self.awaited = Some(token);
+                Came::Silence
+            }
+            Step::Done => Came::Over(State::Done),
+            Step::Failed(WriteError::Cancelled) => Came::Over(State::Cancelled),
+            Step::Failed(error) => Came::Over(State::Failed(told(error))),
+        }
+    }
 }
 
 struct Job {
     info: Info,
     began: u64,
+    /// Until it is over and no disk has anything of it any more.
     running: Option<Running>,
+}
+
+impl Job {
+    fn is_running(&self) -> bool {
+        self.info.state == State::Running
+    }
+
+    /// It is over.
+    fn end(&mut self, state: State) {
+        let Info { id, guest, image, progress, stored, ms, .. } = &self.info;
+        match &state {
+            State::Done => {
+                log::info!(
+                    "guest {guest}: stored as \"{image}\", {stored} of {} pages, in {ms} ms",
+                    progress.1
+                );
+            }
+            State::Failed(why) => log::error!("job {id}: guest {guest}: not stored as \"{image}\": {why}"),
+            State::Cancelled | State::Running => {}
+        }
+        self.info.state = state;
+    }
 }
 
 static JOBS: Ranked<{ rank::GUESTS }, Vec<Job>> = Ranked::new(Vec::new());
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
-/// Some job runs.
+/// Some job is not over.
+static RUNNING: AtomicBool = AtomicBool::new(false);
+/// The same, or a disk still has something of one that is.
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 /// A CPU works on jobs.
 static CLAIMED: AtomicBool = AtomicBool::new(false);
@@ -130,7 +209,7 @@ pub fn save(
     let mut random = snapshot::draw(guest, held);
     let key = random.words()[0];
     take_interrupts(cpu, outside, held);
-    let take = |held: &mut Held<'_, 0>| snapshot::take(guest, random, Keep::Pushed, held);
+    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(guest, random, Keep::Pushed, held);
     let (moment, pause) = while_still(guest, cpu, outside, held, take)
         .map_err(|restless| format!("guest {}: {restless}", guest.id))?;
     let moment = moment.map_err(|error| format!("guest {}: {error}", guest.id))?;
@@ -144,7 +223,9 @@ pub fn save(
     };
     let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
     let progress = writer.progress();
-    let running = Running { writer, snapshot: moment, store, regions, rate, awaited: None };
+    let began = timer::now();
+    let running =
+        Running { writer, snapshot: moment, store, regions, rate, awaited: None, looked: began, silence: 0 };
     let info = Info {
         id,
         guest: guest.id,
@@ -161,7 +242,8 @@ pub fn save(
     {
         jobs.remove(oldest);
     }
-    jobs.push(Job { info, began: timer::now(), running: Some(running) });
+    jobs.push(Job { info, began, running: Some(running) });
+    RUNNING.store(true, Ordering::SeqCst);
     ACTIVE.store(true, Ordering::SeqCst);
     call_daemon();
     Ok(id)
@@ -174,13 +256,19 @@ pub fn all(held: &mut Held<'_, 0>) -> Vec<Info> {
 
 /// True while any job runs.
 pub fn are_running() -> bool {
-    ACTIVE.load(Ordering::SeqCst)
+    RUNNING.load(Ordering::SeqCst)
+}
+
+/// True when none runs any more, and a disk has not given back what one had.
+pub fn are_stuck() -> bool {
+    ACTIVE.load(Ordering::SeqCst) && !are_running()
 }
 
 /// Cancels a job; false when none of that number runs, or it is as good as done. It is over a little later.
 pub fn cancel(id: u32, held: &mut Held<'_, 0>) -> bool {
     let mut jobs = JOBS.lock(held).0;
-    let job = jobs.iter_mut().filter(|job| job.info.id == id).find_map(|job| job.running.as_mut());
+    let mut found = jobs.iter_mut().filter(|job| job.info.id == id && job.is_running());
+    let job = found.find_map(|job| job.running.as_mut());
     let Some(running) = job else { return false };
     let cancelled = running.writer.cancel();
     if cancelled {
@@ -216,7 +304,7 @@ pub(super) fn work(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>)
     if ended {
         outside.job_ended(held);
     }
-    if ACTIVE.load(Ordering::SeqCst) {
+    if are_running() {
         // A CPU that runs a guest comes round again for it; and what it waits for need not come as an interrupt here.
         call_daemon_here();
     }
@@ -232,6 +320,7 @@ fn step_all(held: &mut Held<'_, 0>) -> bool {
         let job = jobs.iter_mut().find(|job| u64::from(job.info.id) == (token.0 & !MINE) >> 8);
         if let Some(running) = job.and_then(|job| job.running.as_mut()) {
             running.writer.completed(tag, result);
+            running.silence = 0;
         }
     }
     let mut any = false;
@@ -243,71 +332,58 @@ fn step_all(held: &mut Held<'_, 0>) -> bool {
 
 /// Does a piece of a job; false when it cannot go on now, or is over.
 fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
-    let Some(running) = &mut job.running else { return false };
-    if job.info.state != State::Running {
+    let Some(running) = job.running.as_mut().filter(|_| job.info.state == State::Running) else {
         return false;
-    }
-    if let Some(token) = running.awaited {
-        if mm::vm().in_flight(token, held) {
-            return false;
-        }
-        running.awaited = None;
-    }
-    let ran = timer::now().saturating_sub(job.began);
+    };
+    let now = timer::now();
+    let ran = now.saturating_sub(job.began);
+    let since = now.saturating_sub(running.looked).min(ticks(LOOK_MS));
+    let came = running.advance(job.info.id, ran, held);
+    running.looked = now;
+    running.silence = if matches!(came, Came::Silence) { running.silence + since } else { 0 };
+    let silent = running.silence > ticks(PATIENCE_S * 1000);
+    let holds = running.writer.holds();
     job.info.ms = ran / ticks(1).max(1);
-    if let Some(rate) = running.rate {
-        let earned = u128::from(ran) * u128::from(rate) / u128::from(timer::freq().max(1));
-        if u128::from(running.writer.stored()) * PAGE as u128 > earned {
-            return false;
-        }
-    }
-    let mut sink = Out { store: running.store, id: job.info.id };
-    let mut source = Pages { snapshot: &running.snapshot, regions: &running.regions, held };
-    let step = running.writer.step(&mut source, &mut sink);
     (job.info.progress, job.info.stored) = (running.writer.progress(), running.writer.stored());
-    match step {
-        Step::More => true,
-        Step::Idle | Step::Wait(WaitFor::Memory) => false,
-        Step::Wait(WaitFor::Io(token)) => {
-            running.awaited = Some(token);
-            false
+    match came {
+        Came::More => return true,
+        Came::Silence if silent && holds => job.end(State::Done),
+        Came::Silence if silent => {
+            job.end(State::Failed(format!("a disk has said nothing for {PATIENCE_S} seconds")));
         }
-        Step::Done => {
-            job.info.state = State::Done;
-            false
-        }
-        Step::Failed(WriteError::Cancelled) => {
-            job.info.state = State::Cancelled;
-            false
-        }
-        Step::Failed(error) => {
-            job.info.state = State::Failed(told(error));
-            false
-        }
+        Came::Later | Came::Silence => {}
+        Came::Over(state) => job.end(state),
     }
+    false
 }
 
 fn told(error: WriteError) -> String {
     match error {
-        WriteError::Disk(error) => format!("the disk does not take it: {error:?}"),
-        WriteError::Lost(page, error) => format!("page {page} of the guest cannot be read: {error:?}"),
+        WriteError::Disk(error) => format!("the disk does not take it: {error}"),
+        WriteError::Lost(page, lost) => {
+            format!("page {page} of the guest cannot be read: {}", mm::disks().told(lost))
+        }
+        WriteError::Hole(page) => format!("the guest has no page {page}"),
         WriteError::Small { .. } | WriteError::State | WriteError::NoMemory | WriteError::Cancelled => {
             format!("{error:?}")
         }
     }
 }
 
-/// Gives back what jobs had that are over; true if there was any.
+/// Gives back what jobs had that are over, as far as no disk has it; true if one was over.
 fn bury(held: &mut Held<'_, 0>) -> bool {
     let mut any = false;
     loop {
         let over = {
             let mut jobs = JOBS.lock(held).0;
-            let over = jobs.iter_mut().find(|job| job.running.is_some() && job.info.state != State::Running);
+            let lies = |job: &Running| !job.writer.is_awaited();
+            let over =
+                jobs.iter_mut().find(|job| !job.is_running() && job.running.as_ref().is_some_and(lies));
             let over = over.and_then(|job| Some((job.info.clone(), job.running.take()?)));
             if over.is_none() {
-                let running = jobs.iter().any(|job| job.running.is_some());
-                ACTIVE.store(running, Ordering::SeqCst);
+                let running = jobs.iter().any(Job::is_running);
+                any |= RUNNING.swap(running, Ordering::SeqCst) != running;
+                ACTIVE.store(jobs.iter().any(|job| job.running.is_some()), Ordering::SeqCst);
             }
             over
         };
@@ -316,20 +392,6 @@ fn bury(held: &mut Held<'_, 0>) -> bool {
         snapshot::delete(snapshot, held);
         let stored: Option<Opened> = (info.state == State::Done).then(|| writer.finish());
         stored::end(&info.image, stored, held);
-        match &info.state {
-            State::Done => log::info!(
-                "guest {}: stored as \"{}\", {} of {} pages, in {} ms",
-                info.guest,
-                info.image,
-                info.stored,
-                info.progress.1,
-                info.ms
-            ),
-            State::Failed(why) => {
-                log::error!("guest {}: not stored as \"{}\": {why}", info.guest, info.image)
-            }
-            State::Cancelled | State::Running => {}
-        }
     }
 }
 
@@ -372,12 +434,12 @@ impl Source for Pages<'_, '_> {
     type Wait = WaitFor;
 
     fn page(&mut self, number: u64, out: &mut [u8; PAGE]) -> Result<(), Lacks<WaitFor>> {
-        let at = place(self.regions, number).ok_or(Lacks::Lost(StoreError::Refused))?;
+        let at = place(self.regions, number).ok_or(Lacks::Hole)?;
         match mm::vm().read_snapshot(self.snapshot.memory(), at, out, self.held) {
             Ok(Copied::Done) => Ok(()),
             Ok(Copied::Wait(what)) => Err(Lacks::Wait(what)),
-            Err(FaultError::Lost(error)) => Err(Lacks::Lost(error)),
-            Err(FaultError::Hole(_) | FaultError::Denied { .. }) => Err(Lacks::Lost(StoreError::Refused)),
+            Err(FaultError::Lost(lost)) => Err(Lacks::Lost(lost)),
+            Err(FaultError::Hole(_) | FaultError::Denied { .. }) => Err(Lacks::Hole),
         }
     }
 }

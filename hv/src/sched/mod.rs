@@ -19,7 +19,7 @@ pub mod slice;
 pub mod still;
 pub mod wait;
 
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, percpu, timer};
@@ -40,6 +40,8 @@ const CHORE_STEPS: usize = 16;
 
 /// Pages and leaves that pageout looks at between two looks around (invariant I6).
 const PAGEOUT: u32 = 64;
+/// How often it looks so between two slices.
+const PAGEOUT_STEPS: usize = 8;
 
 static QUEUES: [RunQueue<VcpuRef>; MAX_CPUS] = [const { RunQueue::new() }; MAX_CPUS];
 static WAITERS: Waiters<VcpuRef> = Waiters::new();
@@ -47,6 +49,8 @@ static WAITERS: Waiters<VcpuRef> = Waiters::new();
 static ASLEEP: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
 /// Where the next vCPU is put first.
 static NEXT_HOME: AtomicUsize = AtomicUsize::new(0);
+/// Ticks that pageout has taken.
+static PAGING_OUT: AtomicU64 = AtomicU64::new(0);
 /// Something for the daemon: a guest ended, or wants to begin again.
 static CHORES: AtomicBool = AtomicBool::new(false);
 
@@ -93,12 +97,23 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     while let Some(vcpu) = cpu.sleepers.expired(timer::now()) {
         wake(&vcpu, held);
     }
-    let more = page_out(held) | jobs::work(cpu, outside, held);
+    let more = share_with_pageout(cpu, outside, held) | jobs::work(cpu, outside, held);
     share_with_chores(cpu, outside, held);
     match next(cpu.id, held) {
         Some(vcpu) => slice::run(cpu, &vcpu, outside, held),
         None => idle::sleep(cpu, more, outside, held),
     }
+}
+
+/// Lets pageout go on for a while, if there is something to do for it; true if there is more.
+fn share_with_pageout(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) -> bool {
+    for _ in 0..PAGEOUT_STEPS {
+        if !page_out(held) {
+            return false;
+        }
+        slice::idle_interrupts(cpu, outside, held);
+    }
+    true
 }
 
 /// Does some of the memory manager's chores, once in a slice: what the dead had comes back on a busy machine, too.
@@ -109,11 +124,32 @@ fn share_with_chores(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0
     }
     cpu.chores_due = now.saturating_add(load::ticks(SLICE_MS));
     for _ in 0..CHORE_STEPS {
-        if !crate::mm::vm().step(idle::CHORES, held) {
+        if !chores(held) {
             return;
         }
         slice::idle_interrupts(cpu, outside, held);
     }
+}
+
+/// Ticks that the memory manager's chores have taken on all CPUs.
+static CHORE_TICKS: AtomicU64 = AtomicU64::new(0);
+
+/// Does some of the memory manager's chores (invariant I6); true if there are more.
+fn chores(held: &mut Held<'_, 0>) -> bool {
+    let start = timer::now();
+    let more = crate::mm::vm().step(idle::CHORES, held);
+    CHORE_TICKS.fetch_add(timer::now().wrapping_sub(start), Ordering::Relaxed);
+    more
+}
+
+/// How long the memory manager's chores have taken since the start, in ticks of all CPUs together.
+pub fn chore_ticks() -> u64 {
+    CHORE_TICKS.load(Ordering::Relaxed)
+}
+
+/// Between two short parts of long work: takes the interrupts that came (invariant I6).
+pub fn let_interrupts_in(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    slice::idle_interrupts(cpu, outside, held);
 }
 
 /// Between two parts of long work: takes the interrupts that came, and what disks have finished (invariant I6). Frees
@@ -189,6 +225,12 @@ pub fn wake_many<const R: u8>(guest: &Arc<Guest>, mut kicks: u64, held: &mut Hel
             wake(&entry, held);
         }
     }
+}
+
+/// Has one of a guest's vCPUs come to do what its devices have to do.
+pub fn attend<const R: u8>(guest: &Arc<Guest>, held: &mut Held<'_, R>) {
+    const { assert!(R < rank::WAITERS) };
+    errands::resume(guest, held);
 }
 
 /// Starts a vCPU that was switched on: from `Off` into a queue.
@@ -277,11 +319,18 @@ pub fn memory_freed<const R: u8>(held: &mut Held<'_, R>) {
 
 /// Frees memory for a while if it is short; true if more could be done now.
 fn page_out(held: &mut Held<'_, 0>) -> bool {
+    let begun = timer::now();
     let done = crate::mm::vm().pageout(PAGEOUT, held);
+    PAGING_OUT.fetch_add(timer::now().wrapping_sub(begun), Ordering::Relaxed);
     if done.freed > 0 {
         memory_freed(held);
     }
     done.more
+}
+
+/// How many ticks of the host's counter pageout has taken, on all CPUs.
+pub fn ticks_of_pageout() -> u64 {
+    PAGING_OUT.load(Ordering::Relaxed)
 }
 
 /// Makes room for a new guest's vCPUs in every list, so that running it allocates nothing here.

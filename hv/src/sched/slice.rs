@@ -24,7 +24,8 @@ use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands
 const KICK_SGI: u32 = 0;
 /// How many interrupts are handled in a row before the guest runs again (invariant I6).
 const MAX_INTERRUPTS: usize = 16;
-/// How long a vCPU that waits for memory or a transfer sleeps before it looks by itself.
+/// How long who waits for memory sleeps before it looks by itself: what is freed may be another's the next moment. The
+/// end of a transfer is told to all who wait for it, and to them alone.
 const PATIENCE_MS: u64 = 20;
 
 /// What stands for the running vCPU's lock while there is none, one for each CPU.
@@ -76,6 +77,7 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
         cpu.unload(outside, held);
     }
     vcpu.set_state(State::Running);
+    let begun = timer::now();
     let leaves = {
         let (mut context, mut held) = vcpu.context.lock(held);
         if !cpu.has_loaded(entry) {
@@ -93,6 +95,8 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
         }
         go(cpu, entry, &mut context, outside, &mut held)
     };
+    // Another CPU may run it already.
+    vcpu.counts.ticks.fetch_add(timer::now().wrapping_sub(begun), Ordering::Relaxed);
     leave(cpu, entry, leaves, outside, held);
 }
 
@@ -222,12 +226,13 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
                 Waiting::Io(_) => Cause::Transfer,
                 Waiting::Memory => Cause::Memory,
             });
-            WAITERS.add(waiting, entry, held);
+            let added = WAITERS.add(waiting, entry, held);
             // Look once more now that a completion would find us: it may have come before.
             if matches!(waiting, Waiting::Io(token) if !crate::mm::vm().in_flight(token, held)) {
                 return None;
             }
-            block(cpu, entry, timer::now().saturating_add(ticks(PATIENCE_MS)))
+            let told = added && matches!(waiting, Waiting::Io(_));
+            block(cpu, entry, if told { u64::MAX } else { timer::now().saturating_add(ticks(PATIENCE_MS)) })
         }
     }
 }
@@ -249,7 +254,7 @@ fn idle(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> 
     if here {
         return None;
     }
-    if crate::mm::vm().is_short() {
+    if crate::mm::vm().is_short() || guest.map.limit().is_some() {
         guest.map.forget_needs(vcpu.index);
     }
     count(&vcpu.counts.waits);
@@ -371,7 +376,8 @@ fn interrupted(
         }
         if timer::now() >= cpu.slice_end {
             let daemon = super::CHORES.load(Ordering::SeqCst);
-            if daemon || contended(cpu.id, held) || crate::mm::vm().has_chores(held) {
+            let vm = crate::mm::vm();
+            if daemon || contended(cpu.id, held) || vm.has_chores(held) || vm.wants_pageout() {
                 return Some(Leaves::Ready);
             }
             cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));

@@ -44,14 +44,14 @@ pub fn while_still<R>(
     cpu: &mut Cpu,
     outside: &dyn Outside,
     held: &mut Held<'_, 0>,
-    work: impl FnOnce(&mut Held<'_, 0>) -> R,
+    work: impl FnOnce(&Cpu, &mut Held<'_, 0>) -> R,
 ) -> Result<(R, u64), Restless> {
     let start = timer::now();
     if !guest.keep_still() {
         return Err(Restless::Taken);
     }
     let ran = guest.move_life(Life::Running, Life::Paused);
-    let result = settle(guest, cpu, outside, held).map(|()| work(held));
+    let result = settle(guest, cpu, outside, held).map(|()| work(cpu, held));
     guest.let_go();
     if ran {
         resume(guest, held);

@@ -82,15 +82,16 @@ impl<T: Clone + PartialEq> Waiters<T> {
     }
 
     /// Adds one; it must look once more afterwards, because what it waits for may have come meanwhile. Where no
-    /// room was made and there is no memory it is left out: everybody who waits looks by himself after a while.
-    pub fn add<const R: u8>(&self, what: Waiting, vcpu: &T, held: &mut Held<'_, R>) {
+    /// room was made and there is no memory it is left out, and has to look by itself after a while: false.
+    pub fn add<const R: u8>(&self, what: Waiting, vcpu: &T, held: &mut Held<'_, R>) -> bool {
         const { assert!(R < rank::WAITERS) };
         let (mut list, _held) = self.0.lock(held);
         match list.iter().position(|(_, other)| other == vcpu) {
             Some(place) => list[place].0 = what,
             None if list.try_reserve(1).is_ok() => list.push((what, vcpu.clone())),
-            None => {}
+            None => return false,
         }
+        true
     }
 
     /// Takes out one who waits for this; to be called until it says `None`.

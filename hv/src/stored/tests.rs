@@ -5,6 +5,7 @@ use crate::stored::open::{self, OpenError};
 use alloc::collections::BTreeMap;
 use alloc::vec;
 use core::convert::Infallible;
+use vmobject::store::StoreId;
 
 const SECTOR: usize = 512;
 const PAGES: u64 = 200;
@@ -248,12 +249,13 @@ fn a_disk_that_fails_at_any_request_keeps_the_guest_that_it_had() {
 
 #[test]
 fn a_page_that_is_lost_ends_it_and_a_disk_that_is_too_small_is_refused() {
+    const LOST: LostPage = LostPage { store: StoreId(3), page: 51, error: StoreError::Corrupt };
     struct Holes;
     impl Source for Holes {
         type Wait = Infallible;
         fn page(&mut self, number: u64, out: &mut [u8; PAGE]) -> Result<(), Lacks<Infallible>> {
             out.fill(1);
-            if number == 50 { Err(Lacks::Lost(StoreError::Corrupt)) } else { Ok(()) }
+            if number == 50 { Err(Lacks::Lost(LOST)) } else { Ok(()) }
         }
     }
     let mut disk = Disk::new(500);
@@ -269,7 +271,7 @@ fn a_page_that_is_lost_ends_it_and_a_disk_that_is_too_small_is_refused() {
             }
         }
     };
-    assert_eq!(end, WriteError::Lost(50, StoreError::Corrupt));
+    assert_eq!(end, WriteError::Lost(50, LOST));
     let contents = Contents { pages: PAGES, state: state(1), text: "{}".into(), key: 1 };
     let refused = Writer::new(contents, None, 400).err();
     assert_eq!(refused, Some(WriteError::Small { has: 199, needs: 203 }));

@@ -10,7 +10,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use hv_abi::image::{Header, PAGE, SLOTS, STATE_LIMIT, Sum, half_of, mark};
-use vmobject::store::StoreError;
+use vmobject::store::{LostPage, StoreError};
 
 use super::open::Opened;
 
@@ -42,7 +42,9 @@ pub enum Lacks<W> {
     /// Not yet.
     Wait(W),
     /// It is lost: its own store does not give it.
-    Lost(StoreError),
+    Lost(LostPage),
+    /// The guest has no such page.
+    Hole,
 }
 
 /// The disk that is written to. Each call starts something of which [`Writer::completed`] is told, or fails.
@@ -72,7 +74,9 @@ pub enum WriteError {
     /// The disk failed.
     Disk(StoreError),
     /// This page of the guest could not be had.
-    Lost(u64, StoreError),
+    Lost(u64, LostPage),
+    /// The guest does not have this page.
+    Hole(u64),
 }
 
 /// What a step came to.
@@ -238,6 +242,21 @@ impl Writer {
         Opened { header: self.header, text: self.text, sums: self.sums, state: self.state }
     }
 
+    /// True once it has failed or was given up; what it started before that may still be on its way.
+    pub const fn has_stopped(&self) -> bool {
+        self.failed.is_some()
+    }
+
+    /// True once the new image is durable and the newest, whatever becomes of the old one's header.
+    pub const fn holds(&self) -> bool {
+        matches!(self.stage, Stage::Retire)
+    }
+
+    /// True while the disk has something of it.
+    pub const fn is_awaited(&self) -> bool {
+        self.pending > 0
+    }
+
     /// Something that was started is over.
     pub fn completed(&mut self, tag: u8, result: Result<(), StoreError>) {
         self.pending = self.pending.saturating_sub(1);
@@ -253,8 +272,8 @@ impl Writer {
     pub fn step<S: Source>(&mut self, source: &mut S, sink: &mut dyn Sink) -> Step<S::Wait> {
         match self.failed {
             Some(_) if self.pending > 0 => return Step::Idle,
-            // The new image is durable and the newest: that the old header could not be wiped changes nothing.
-            Some(_) if self.stage == Stage::Retire => return Step::Done,
+            // That the old header could not be wiped changes nothing.
+            Some(_) if self.holds() => return Step::Done,
             Some(error) => return Step::Failed(error),
             None => {}
         }
@@ -351,8 +370,12 @@ impl Writer {
             match source.page(number, out) {
                 Ok(()) => {}
                 Err(Lacks::Wait(what)) => return Step::Wait(what),
-                Err(Lacks::Lost(error)) => {
-                    self.stop(WriteError::Lost(number, error));
+                Err(Lacks::Lost(lost)) => {
+                    self.stop(WriteError::Lost(number, lost));
+                    return Step::More;
+                }
+                Err(Lacks::Hole) => {
+                    self.stop(WriteError::Hole(number));
                     return Step::More;
                 }
             }

@@ -25,8 +25,8 @@ struct Store {
     first: u32,
     tables: Box<[Table]>,
     used: Box<[AtomicBool]>,
-    /// Claimed or released since [`Frames::copy_changed`].
-    turned: Box<[AtomicBool]>,
+    /// Claimed, released or lent since [`Frames::copy_changed`].
+    touched: Box<[AtomicBool]>,
     limit: AtomicUsize,
 }
 
@@ -48,7 +48,7 @@ impl Frames {
             first,
             tables: (0..count).map(|_| table()).collect(),
             used: (0..count).map(|_| AtomicBool::new(false)).collect(),
-            turned: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            touched: (0..count).map(|_| AtomicBool::new(false)).collect(),
             limit: AtomicUsize::new(count),
         }))
     }
@@ -71,7 +71,7 @@ impl Frames {
         for entry in &self.0.tables[number] {
             entry.store(into, Relaxed);
         }
-        self.0.turned[number].store(true, Relaxed);
+        self.0.touched[number].store(true, Relaxed);
     }
 
     /// From now on there are no frames to be had once this many are in use.
@@ -106,10 +106,10 @@ impl Frames {
         Some((number * ENTRIES + index, &self.0.tables[number][index]))
     }
 
-    /// Brings a copy of every descriptor up to date.
+    /// Brings a copy of every descriptor up to date. Who was lent a table asks again for what it writes later.
     pub(super) fn copy_changed(&self, into: &mut [u64]) {
         for (number, copy) in into.chunks_exact_mut(ENTRIES).enumerate() {
-            if self.0.turned[number].swap(false, Relaxed) || self.0.used[number].load(Relaxed) {
+            if self.0.touched[number].swap(false, Relaxed) {
                 for (entry, copy) in self.0.tables[number].iter().zip(copy) {
                     *copy = entry.load(Relaxed);
                 }
@@ -134,7 +134,9 @@ impl TableSource for Frames {
 
     fn table(&self, frame: Pfn) -> &Table {
         assert!(self.is_in_use(frame), "{frame} is not a table now");
-        self.number(frame).map(|number| &self.0.tables[number]).expect("it is in use")
+        let number = self.number(frame).expect("it is in use");
+        self.0.touched[number].store(true, Relaxed);
+        &self.0.tables[number]
     }
 
     fn alloc_root(&self, tables: u32) -> Option<Pfn> {

@@ -13,7 +13,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
-use vmobject::addr::{CHUNK_PAGES, Ipa, IpaRange, Pfn};
+use vmobject::addr::{CHUNK_PAGES, Ipa, IpaRange, PAGE_SIZE, Pfn};
 use vmobject::pmap::{Harvest, OutOfTables, Pmap};
 use vmobject::prot::Prot;
 
@@ -104,7 +104,12 @@ impl Guest {
         what: impl FnOnce(&mut Stage2<Frames, Mmu>, &mut dyn FnMut(Harvest)) -> R,
     ) -> Checked<R> {
         let mut harvest = Vec::new();
-        let result = what(&mut self.tables, &mut |h| harvest.push(h));
+        let result = what(&mut self.tables, &mut |h| {
+            // One of each page.
+            let place = |n: u32| (h.at.checked_add(u64::from(n) * PAGE_SIZE), h.frame.checked_add(n));
+            let pages = (0..h.pages).filter_map(|n| place(n).0.zip(place(n).1));
+            harvest.extend(pages.map(|(at, frame)| Harvest { at, frame, pages: 1, ..h }));
+        });
         for h in &harvest {
             match self.allowed(h.at) {
                 Some((frame, _)) if frame == h.frame => {}
@@ -195,6 +200,19 @@ impl Guest {
             }
         }
         self.told(gone)?;
+        self.check()
+    }
+
+    /// [`Pmap::remove_pages`].
+    pub fn remove_pages(&mut self, pages: &[Ipa]) -> Checked<()> {
+        self.edit(|tables, sink| tables.remove_pages(pages.iter().copied(), sink))?;
+        for at in pages {
+            self.allowed.remove(at);
+            if self.tables.lookup(*at).is_some() {
+                return Err(format!("{at} is still mapped"));
+            }
+        }
+        self.told(pages.iter().copied())?;
         self.check()
     }
 

@@ -1,13 +1,15 @@
 //! What must be so in a world: after a deed, at rest, and when all is over.
 
 use super::host::Scribble;
-use super::{FRAMES, PAGES, World, address, offset};
+use super::{ALL, Contents, ENOUGH, PAGES, SWAP, World, address, offset};
 use stage2::testing::Access;
-use vmobject::addr::Ipa;
+use std::ops::Range;
+use vmobject::addr::{Ipa, Pfn};
 use vmobject::fault::{Copied, FaultError};
 use vmobject::lock::Held;
 use vmobject::page::Owner;
-use vmobject::store::{PhysMemory as _, StoreError};
+use vmobject::prot::Prot;
+use vmobject::store::{LostPage, PhysMemory as _, StoreError};
 
 impl World {
     /// A write in the middle of an edit is remembered in the leaf, or it was harvested (I14).
@@ -15,12 +17,22 @@ impl World {
         for Scribble { who, page, byte, frame } in core::mem::take(&mut self.scribbled) {
             let Some(guest) = self.guests.iter().find(|guest| guest.name == who) else { continue };
             let at = address(page);
+            self.source.quiet(true);
             let leaf = guest.map.with_pmap(&mut Held::root(), |tables| tables.remembers_write(at));
+            self.source.quiet(false);
             let mut there = [0];
             self.vm.machine().memory.read(frame, offset(page) + 1, &mut there);
             // Else it is another page's by now.
             let same = there == [byte] && matches!(self.vm.owner(frame), Owner::Object(..));
+            // Or it was written out since, and stayed.
+            let stored = self.vm.clean_slot(frame).is_some_and(|slot| {
+                self.vm.machine().store.page(SWAP, slot.into())[offset(page) + 1] == byte
+            });
             if same && !leaf && !self.vm.is_dirty(frame) {
+                if stored {
+                    self.saw("writes in the middle of an edit, stored meanwhile");
+                    continue;
+                }
                 return Err(format!("nothing remembers a write to {at}"));
             }
         }
@@ -42,46 +54,92 @@ impl World {
             }
         }
         self.check()?;
+        self.absorb();
+        self.count_what_is_written()?;
         let held = &mut Held::root();
-        self.vm.check_at_rest(held).map_err(|violation| {
+        let objects = || {
             let mut objects = String::new();
             let _ = self.vm.describe_objects(&mut objects, &mut Held::root());
-            format!("at rest: {violation:?}\n{objects}")
-        })?;
+            objects
+        };
+        self.vm.check_at_rest(held).map_err(|violation| format!("at rest: {violation:?}\n{}", objects()))?;
         let mut pages = 0;
         self.vm.for_each_object(held, |object| {
             pages += (object.counts.resident + object.counts.swapped) as usize;
         });
         let all =
             self.guests.iter().map(|guest| &guest.contents).chain(self.kept.iter().map(|(_, kept)| kept));
-        let eager: usize = all.map(|contents| contents.touched.len()).sum();
+        let touched = |contents: &Contents| (contents.touched.count_ones() + contents.ballast) as usize;
+        let eager: usize = all.map(touched).sum();
+        let of_part = |(_, pages, what): &(_, Range<u32>, Contents)| {
+            pages.clone().filter(|page| what.touched & 1 << page != 0).count()
+        };
+        let eager = eager + self.parts.iter().map(of_part).sum::<usize>();
+        // A page that was given up and is only read since is counted all the same.
         // What an object comes to have after an asymmetric copy is seen by the copy, too, be it only zeros.
         if pages > eager && self.vm.stats().copy_made == 0 {
-            return Err(format!("at rest: {pages} pages, and copies made at once would have {eager}"));
+            let objects = objects();
+            return Err(format!(
+                "at rest: {pages} pages, and copies made at once would have {eager}\n{objects}"
+            ));
         }
-        (0..self.kept.len()).try_for_each(|which| self.look_into(which))
+        for which in 0..self.kept.len() {
+            let there = (0..ALL).filter(|&page| self.kept[which].1.has(page));
+            self.look_into(which, false, there.collect())?;
+        }
+        for which in 0..self.parts.len() {
+            self.look_into(which, true, self.parts[which].1.clone().collect())?;
+        }
+        Ok(())
     }
 
-    /// Reads a snapshot.
-    fn look_into(&mut self, which: usize) -> Result<(), String> {
-        for page in 0..PAGES {
-            let at = Ipa::new(address(page).bits() + offset(page) as u64);
+    /// At rest there are no more frames and slots with something else than zeros in them than holders of memory see, each
+    /// for itself; however they were copied.
+    fn count_what_is_written(&self) -> Result<(), String> {
+        let mut pages = 0;
+        self.vm.for_each_object(&mut Held::root(), |object| pages += object.counts.swapped as usize);
+        let frames = self.frames.clone().map(Pfn::new);
+        let used = frames.filter(|&frame| matches!(self.vm.owner(frame), Owner::Object(..)));
+        pages += used.filter(|&frame| !self.vm.machine().memory.is_zero(frame)).count();
+        let written = |what: &Contents, page: u32| what.of(page) != [0; 2];
+        let all =
+            self.guests.iter().map(|guest| &guest.contents).chain(self.kept.iter().map(|(_, kept)| kept));
+        let ballast = |what: &Contents| what.ballast as usize - usize::from(what.hole.is_some());
+        let whole = |what: &Contents| (0..ALL).filter(|&page| written(what, page)).count() + ballast(what);
+        let whole: usize = all.map(whole).sum();
+        let parts = self.parts.iter();
+        let parts: usize =
+            parts.map(|(_, pages, what)| pages.clone().filter(|&page| written(what, page)).count()).sum();
+        let eager = whole + parts;
+        if pages > eager {
+            return Err(format!(
+                "at rest: {pages} pages are not zero, and copies made at once would have {eager}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Reads pages of a snapshot, or of a copied range.
+    fn look_into(&mut self, which: usize, part: bool, pages: Vec<u32>) -> Result<(), String> {
+        for page in pages {
+            let what = if part { &self.parts[which].2 } else { &self.kept[which].1 };
+            let (known, at) = (what.of(page), Ipa::new(address(page).bits() + what.offset(page) as u64));
             let mut bytes = [0; 2];
             let copied = loop {
-                let (snapshot, held) = (&self.kept[which].0, &mut Held::root());
+                let held = &mut Held::root();
+                let snapshot = if part { &self.parts[which].0 } else { &self.kept[which].0 };
                 match self.vm.read_snapshot(snapshot, at, &mut bytes, held) {
-                    Ok(Copied::Wait(_)) if self.deliver_one() || self.page_out(8) > 0 => {}
+                    Ok(Copied::Wait(_)) if self.deliver_one() || self.page_out(ENOUGH) > 0 => {}
                     other => break other,
                 }
             };
-            let known = self.kept[which].1.of(page);
             match copied {
                 Ok(Copied::Done) if bytes == known => {}
                 Ok(Copied::Done) => {
                     return Err(format!("page {page} of snapshot {which} has {bytes:?} and not {known:?}"));
                 }
                 Ok(Copied::Wait(_)) => self.saw("snapshots that found no memory"),
-                Err(FaultError::Lost(StoreError::Io)) if self.failing > 0 => {}
+                Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) if self.failing > 0 => {}
                 Err(error) => return Err(format!("page {page} of snapshot {which}: {error:?}")),
             }
         }
@@ -92,6 +150,9 @@ impl World {
     /// swap slot.
     pub(crate) fn end(&mut self) -> Result<(), String> {
         self.failing = 0;
+        while !self.parts.is_empty() {
+            self.forget_part(0);
+        }
         while self.guests.len() > 1 || !self.kept.is_empty() {
             if self.kept.is_empty() || (self.guests.len() > 1 && self.random.below(2) == 0) {
                 let of = self.random.below(self.guests.len());
@@ -109,6 +170,8 @@ impl World {
 
     /// The last guest writes to what it has, and nobody else can see that: it takes no layer (D16).
     fn be_alone(&mut self) -> Result<(), String> {
+        self.protect(0, 0, PAGES, Prot::ALL);
+        self.limit(0, None)?;
         let mut single = 0;
         let held = &mut Held::root();
         let own = &self.guests[0].map;
@@ -128,7 +191,8 @@ impl World {
     fn rest_of_nobody(&mut self) -> Result<(), String> {
         self.rest()?;
         let held = &mut Held::root();
-        let frames = FRAMES - self.vm.memory(held).queues.free;
+        let memory = self.vm.memory(held);
+        let frames = memory.total - memory.queues.free;
         let left = (frames, self.source.frames.in_use(), self.vm.swap_info(held).in_use);
         if left == (0, 0, 0) {
             Ok(())

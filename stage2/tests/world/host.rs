@@ -6,7 +6,7 @@ use super::{PAGES, address, offset};
 use stage2::Stage2;
 use stage2::table::{Table, TableSource};
 use stage2::testing::{Access, Frames, Mmu};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use vmobject::Vm;
 use vmobject::addr::Pfn;
 use vmobject::store::{Machine, PhysMemory as _};
@@ -45,6 +45,10 @@ pub(crate) struct Scribble {
 #[derive(Default)]
 pub(crate) struct Meanwhile {
     who: Vec<(usize, u32)>,
+    /// The CPU that executes what is under test: its guest waits.
+    at_work: usize,
+    /// Nothing is under test.
+    quiet: bool,
     but: Option<u32>,
     gap: u32,
     random: Random,
@@ -54,8 +58,14 @@ pub(crate) struct Meanwhile {
 
 impl Meanwhile {
     /// These, by CPU and name, write whenever so many looks at tables were done; to all pages but this one.
-    pub(crate) fn new(who: Vec<(usize, u32)>, but: Option<u32>, gap: u32, random: Random) -> Self {
-        Self { who, but, gap, random, ..Self::default() }
+    pub(crate) fn new(
+        who: Vec<(usize, u32)>,
+        at_work: usize,
+        but: Option<u32>,
+        gap: u32,
+        random: Random,
+    ) -> Self {
+        Self { who, at_work, but, gap, random, ..Self::default() }
     }
 }
 
@@ -73,23 +83,41 @@ impl Source {
         Self { frames, vm: Arc::default(), mmu, meanwhile: Arc::default() }
     }
 
+    fn meanwhile(&self) -> MutexGuard<'_, Meanwhile> {
+        self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// From now on guests write meanwhile, if their tables let them.
     pub(crate) fn let_write(&self, meanwhile: Meanwhile) {
-        *self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner) = meanwhile;
+        *self.meanwhile() = meanwhile;
+    }
+
+    /// From now on it is this CPU that executes what is under test.
+    pub(crate) fn on(&self, cpu: usize) {
+        self.mmu.on(cpu);
+        self.meanwhile().at_work = cpu;
     }
 
     /// From now on none does any more.
     pub(crate) fn let_nobody_write(&self) {
-        self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner).who.clear();
+        self.meanwhile().who.clear();
+    }
+
+    /// What is done next is not under test, and no guest writes while it is; or again it is.
+    pub(crate) fn quiet(&self, quiet: bool) {
+        self.meanwhile().quiet = quiet;
     }
 
     /// What was written since the last call.
     pub(crate) fn take_scribbles(&self) -> Vec<Scribble> {
-        core::mem::take(&mut self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner).done)
+        core::mem::take(&mut self.meanwhile().done)
     }
 
     fn go_on(&self) {
-        let mut meanwhile = self.meanwhile.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut meanwhile = self.meanwhile();
+        if meanwhile.quiet {
+            return;
+        }
         meanwhile.looks += 1;
         if meanwhile.who.is_empty() || !meanwhile.looks.is_multiple_of(meanwhile.gap) {
             return;
@@ -99,7 +127,7 @@ impl Source {
         let (cpu, who) = meanwhile.who[one];
         let (page, byte) =
             (meanwhile.random.small(PAGES), 1 + u8::try_from(meanwhile.random.small(255)).expect("a byte"));
-        if meanwhile.but == Some(page) {
+        if meanwhile.but == Some(page) || cpu == meanwhile.at_work {
             return;
         }
         if let (Ok(frame), Some(vm)) =

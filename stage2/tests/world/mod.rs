@@ -9,36 +9,55 @@
 //! two together.
 
 mod audit;
+mod contents;
 mod host;
+mod parts;
 pub(crate) mod story;
+mod whole;
 
+use contents::Contents;
 use host::{Host, Meanwhile, Scribble, Source};
 use stage2::Stage2;
 use stage2::geometry::Geometry;
 use stage2::testing::cpus::{CORTEX_A53, CORTEX_A710, NEOVERSE_N1};
 use stage2::testing::{Access, Frames, Mmu, Op};
 use stage2::vmid::{Vmid, VmidAllocator};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use story::{Deed, Random, Step};
 use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex, Pfn};
 use vmobject::defect::Defect;
 use vmobject::fault::{FaultError, Faulted};
+use vmobject::limits::MIN_RESERVE;
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, Map, Share, Snapshot};
 use vmobject::prot::Prot;
-use vmobject::store::{Direction, IoToken, PhysMemory as _, StoreError, StoreId};
+use vmobject::store::{Direction, IoToken, LostPage, PhysMemory as _, StoreError, StoreId};
 use vmobject::{Vm, VmError};
 
 const RAM: u64 = 0x4000_0000;
 /// A guest's pages, on either side of a chunk's edge.
 const PAGES: u32 = 24;
-const FRAMES: u32 = 120;
+/// Pages in another chunk where nothing is at first: copies of ranges are put there.
+const ATTIC: u32 = 12;
+const ALL: u32 = PAGES + ATTIC;
+const FRAMES: u32 = 160;
+/// Behind the last of them: the end of a chunk.
+const LAST: u32 = 0x1200;
+/// Frames that are free when a guest that waited for one can go on: some more than are kept from guests.
+const ENOUGH: u32 = MIN_RESERVE + 8;
+/// Pages that guests use at a time.
+const TOGETHER: u32 = 4;
 const CPUS: usize = 4;
-const MAX_GUESTS: usize = 5;
-const MAX_KEPT: usize = 3;
+/// Guests and snapshots there may be at a time; in every fourth world there are many, more than siblings that are asked
+/// at once, and so chains are long.
+const FEW: (usize, usize) = (5, 3);
+const MANY: (usize, usize) = (12, 9);
+/// Copies of ranges that are kept at a time.
+const MAX_PARTS: usize = 2;
 const SWAP: StoreId = StoreId(1);
-const SWAP_PAGES: usize = 512;
+const SWAP_PAGES: usize = 1024;
 
 /// What is wrong with a world, to see whether it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,23 +76,8 @@ pub(crate) enum Fault {
     DeafChores,
     /// Leaves are read, and then written.
     CarelessUpdate,
-}
-
-/// What a guest has in a page: what it wrote, and what it wrote while others were at work.
-type Bytes = BTreeMap<u32, [u8; 2]>;
-
-/// What somebody's memory is.
-#[derive(Clone, Default)]
-struct Contents {
-    bytes: Bytes,
-    /// Pages that a copy of its own would have frames for.
-    touched: BTreeSet<u32>,
-}
-
-impl Contents {
-    fn of(&self, page: u32) -> [u8; 2] {
-        self.bytes.get(&page).copied().unwrap_or([0; 2])
-    }
+    /// No cache is told of a block that is broken.
+    SilentBreak,
 }
 
 pub(crate) struct Guest {
@@ -81,6 +85,8 @@ pub(crate) struct Guest {
     vmid: Vmid,
     name: u32,
     contents: Contents,
+    /// It was cloned while a block was mapped.
+    parked: bool,
 }
 
 pub(crate) struct World {
@@ -93,10 +99,22 @@ pub(crate) struct World {
     guests: Vec<Guest>,
     names: u32,
     kept: Vec<(Snapshot, Contents)>,
+    /// Copies of ranges: the pages, and what they are.
+    parts: Vec<(Snapshot, Range<u32>, Contents)>,
+    /// Guests and snapshots that there may be.
+    most: (usize, usize),
+    /// How many of the snapshots are never forgotten: those of guests with a whole chunk, just born.
+    golden: usize,
+    /// The frames that there are.
+    frames: Range<u32>,
     running: [Option<usize>; CPUS],
     random: Random,
     /// One transfer in so many fails; none while it is 0.
     failing: usize,
+    /// One access in so many is a write, and one goes to a page that may be new.
+    calm: usize,
+    /// Ranges lose and get back the permission to be written, which cuts entries.
+    protects: bool,
     /// How often what happened that the VM does not count.
     pub(crate) seen: BTreeMap<&'static str, u64>,
     /// Guests' accesses that went through.
@@ -108,22 +126,27 @@ pub(crate) struct World {
 }
 
 fn address(page: u32) -> Ipa {
+    if let Some(above) = page.checked_sub(PAGES) {
+        return Ipa::new(RAM + 3 * CHUNK_SIZE + u64::from(above) * PAGE_SIZE);
+    }
     // The chunk's edge is in the middle.
     Ipa::new(RAM + CHUNK_SIZE - u64::from(PAGES / 2) * PAGE_SIZE + u64::from(page) * PAGE_SIZE)
 }
 
-/// The first of the bytes of a page that guests use.
+/// The first of the two bytes of a page that guests use.
 fn offset(page: u32) -> usize {
     (page as usize * 331) % 4095
 }
 
 impl World {
-    /// Of the seed: which CPUs, whether the store fails now and then, and whether guests have their memory in one
-    /// entry or in two.
+    /// Of the seed: which CPUs, whether the store fails now and then, whether guests have their memory in one entry or
+    /// in two, how much they write, and whether parts of it are protected.
     pub(crate) fn new(seed: u64, fault: Fault) -> Self {
         let features = [CORTEX_A53, NEOVERSE_N1, CORTEX_A710];
         let geometry = Geometry::new(features[usize::try_from(seed % 3).expect("small")]);
-        let range = Pfn::new(0x1000)..Pfn::new(0x1000 + FRAMES);
+        let whole = seed.is_multiple_of(whole::OF);
+        let first = if whole { LAST - FRAMES - whole::FRAMES } else { LAST - FRAMES };
+        let range = Pfn::new(first)..Pfn::new(LAST);
         let frames = Frames::over(range.clone());
         let mmu = Mmu::new(&frames, geometry, CPUS);
         let host = Host::default();
@@ -139,7 +162,8 @@ impl World {
             | Fault::DeafClone
             | Fault::DeafEviction
             | Fault::DeafChores
-            | Fault::CarelessUpdate => {}
+            | Fault::CarelessUpdate
+            | Fault::SilentBreak => {}
         }
         let mut world = Self {
             vm,
@@ -151,15 +175,26 @@ impl World {
             guests: Vec::new(),
             names: 0,
             kept: Vec::new(),
+            parts: Vec::new(),
+            most: if seed % 4 == 3 { MANY } else { FEW },
+            golden: 0,
+            frames: first..LAST,
             running: [None; CPUS],
             random: Random::new(seed),
+            calm: 8 << (seed / 12 % 3 * 4),
+            // Cut entries keep more pages hidden than copies made at once would have, where windows are so large.
+            protects: !(seed / 36).is_multiple_of(2) && !whole,
             failing: if (seed / 3).is_multiple_of(2) { 0 } else { 20 },
             seen: BTreeMap::new(),
             accesses: 0,
             last: None,
             scribbled: Vec::new(),
         };
-        world.birth(if (seed / 6).is_multiple_of(2) { PAGES } else { PAGES / 2 });
+        if whole {
+            world.birth_of_a_whole_chunk();
+        } else {
+            world.birth(if (seed / 6).is_multiple_of(2) { PAGES } else { PAGES / 2 });
+        }
         world
     }
 
@@ -171,13 +206,15 @@ impl World {
         let tables = Stage2::new(self.source.clone(), self.mmu.clone(), self.geometry);
         let mut tables = tables.map_err(|_| VmError::NoFrames)?;
         tables.set_careless(self.fault == Fault::CarelessUpdate);
+        tables.set_silent(self.fault == Fault::SilentBreak);
         Ok(tables)
     }
 
     /// A guest of its own, with nothing written, its object mapped by entries of so many pages.
     fn birth(&mut self, pages: u32) {
+        let Ok(tables) = self.tables() else { return };
         let held = &mut Held::root();
-        let map = self.vm.create_map(self.tables().expect("there are frames"), held).expect("a map");
+        let map = self.vm.create_map(tables, held).expect("a map");
         let object = self.vm.anonymous(PAGES, held).expect("an object");
         for start in (0..PAGES).step_by(pages as usize) {
             if start > 0 {
@@ -188,7 +225,7 @@ impl World {
             let put = self.vm.insert(&map, range, object, first, Prot::ALL, Share::Shared, held);
             put.expect("there is room");
         }
-        self.guests.push(Guest { map, vmid: Vmid::default(), name: 0, contents: Contents::default() });
+        self.born(Ok(map), Contents::default(), "guests with nothing");
     }
 
     /// What guests on other CPUs wrote meanwhile is what they have.
@@ -197,7 +234,7 @@ impl World {
             let Some(guest) = self.guests.iter_mut().find(|guest| guest.name == scribble.who) else {
                 continue;
             };
-            guest.contents.bytes.entry(scribble.page).or_default()[1] = scribble.byte;
+            guest.contents.bytes[scribble.page as usize][1] = scribble.byte;
             self.scribbled.push(scribble);
             self.saw("writes in the middle of an edit");
         }
@@ -205,12 +242,11 @@ impl World {
 
     /// The next deed is met by writes of guests on other CPUs, between its looks at tables.
     fn let_others_write(&mut self, step: Step) {
-        let others = (0..CPUS).filter(|&cpu| cpu != step.cpu);
-        let who = others.filter_map(|cpu| Some((cpu, self.guests[self.running[cpu]?].name))).collect();
+        let who = (0..CPUS).filter_map(|cpu| Some((cpu, self.guests[self.running[cpu]?].name))).collect();
         // Whether a discard or a write came first nobody could say.
         let but = (step.deed == Deed::Discard).then_some(step.page);
         let gap = 1 << self.random.below(10);
-        self.source.let_write(Meanwhile::new(who, but, gap, self.random));
+        self.source.let_write(Meanwhile::new(who, step.cpu, but, gap, self.random));
     }
 
     /// While the caches are told nothing, if that is what is wrong.
@@ -224,7 +260,7 @@ impl World {
     fn born(&mut self, made: Result<Arc<Map<Host>>, VmError>, contents: Contents, what: &'static str) {
         if let Ok(map) = made {
             self.names += 1;
-            self.guests.push(Guest { map, vmid: Vmid::default(), name: self.names, contents });
+            self.guests.push(Guest { map, vmid: Vmid::default(), name: self.names, contents, parked: false });
             self.saw(what);
         } else {
             self.saw("refusals");
@@ -235,6 +271,7 @@ impl World {
         let Ok(tables) = self.tables() else { return };
         // Refused where memory is promised already.
         let map = self.guests[of].map.clone();
+        self.guests[of].parked |= self.blocks(of) > 0;
         let made = self.with(Fault::DeafClone, |world| world.vm.copy_map(&map, tables, &mut Held::root()));
         self.absorb();
         self.born(made, self.guests[of].contents.clone(), "clones");
@@ -262,7 +299,10 @@ impl World {
     fn reset(&mut self, guest: usize, to: usize) {
         self.stop(guest);
         let map = self.guests[guest].map.clone();
-        if self.vm.reset_map(&map, &self.kept[to].0, &mut Held::root()).is_ok() {
+        let rest = |held: &mut Held<'_, 0>| {
+            self.vm.step(1, held);
+        };
+        if self.vm.reset_map(&map, &self.kept[to].0, &rest, &mut Held::root()).is_ok() {
             self.guests[guest].contents = self.kept[to].1.clone();
             self.saw("resets");
         }
@@ -280,8 +320,8 @@ impl World {
         match self.vm.discard(&self.guests[guest].map, range, &mut Held::root()) {
             Ok(Discarded::Done(_)) => {
                 let contents = &mut self.guests[guest].contents;
-                contents.bytes.remove(&page);
-                contents.touched.remove(&page);
+                contents.bytes[page as usize] = [0; 2];
+                contents.touched &= !(1 << page);
                 self.saw("discards");
             }
             Ok(Discarded::Wait(_)) => self.saw("discards that had to wait"),
@@ -348,68 +388,101 @@ impl World {
         true
     }
 
-    /// Frees some frames.
+    /// Frees some frames: so many more are free now.
     fn page_out(&mut self, target: u32) -> u32 {
+        let free = |world: &Self| world.vm.memory(&mut Held::root()).queues.free;
+        let before = free(self);
         self.vm.set_free_target(target, target);
-        let mut freed = 0;
         for _ in 0..20 {
             let done = self.with(Fault::DeafEviction, |world| world.vm.pageout(32, &mut Held::root()));
-            freed += done.freed;
             if !self.deliver_one() && !done.more {
                 break;
             }
         }
-        freed
+        free(self).saturating_sub(before)
     }
 
     /// The pageout daemon and chores in turns, each of them stopped wherever it is.
     fn take_turns(&mut self) {
         let target = self.random.small(FRAMES);
         self.vm.set_free_target(target, target);
-        for _ in 0..self.random.below(40) {
-            let budget = 1 + self.random.small(4);
-            self.with(Fault::DeafEviction, |world| world.vm.pageout(budget, &mut Held::root()));
-            if self.random.below(4) == 0 {
-                let budget = 1 + self.random.small(6);
-                self.with(Fault::DeafChores, |world| world.vm.step(budget, &mut Held::root()));
+        for _ in 0..self.random.below(100) {
+            if self.random.below(2) == 0 {
+                self.with(Fault::DeafEviction, |world| world.vm.pageout(1, &mut Held::root()));
+            } else {
+                self.with(Fault::DeafChores, |world| world.vm.step(2, &mut Held::root()));
             }
         }
     }
 
     /// An access of the guest that a CPU runs, with faults served until it is done. `None` when memory is out.
-    fn access(&mut self, cpu: usize, guest: usize, at: Ipa, access: Access) -> Result<Option<Pfn>, String> {
+    fn access(&mut self, cpu: usize, guest: usize, page: u32, access: Access) -> Result<Option<Pfn>, String> {
+        let contents = &self.guests[guest].contents;
+        let (at, sealed, there) = (address(page), contents.sealed & 1 << page != 0, contents.has(page));
+        self.access_at(cpu, guest, at, (sealed, there), access)
+    }
+
+    /// The same, wherever it is.
+    fn access_at(
+        &mut self,
+        cpu: usize,
+        guest: usize,
+        at: Ipa,
+        (sealed, there): (bool, bool),
+        access: Access,
+    ) -> Result<Option<Pfn>, String> {
         let wanted = if access == Access::Write { Prot::WRITE } else { Prot::READ };
+        let mut short = 0;
         for _ in 0..200 {
             if let Ok(frame) = self.mmu.access(cpu, at, access) {
+                if !there {
+                    return Err(format!("{access:?} of {at}, which guest {guest} does not have"));
+                }
+                if sealed && access == Access::Write {
+                    return Err(format!("a write to {at}, which guest {guest} may not write"));
+                }
                 self.accesses += 1;
                 return Ok(Some(frame));
             }
-            self.mmu.on(cpu);
+            self.source.on(cpu);
             match self.vm.fault(&self.guests[guest].map, at, wanted, &mut Held::root()) {
                 Ok(Faulted::Mapped) => {}
                 Ok(Faulted::Wait(_)) if self.deliver_one() => {}
-                Ok(Faulted::Wait(_)) if self.page_out(8) > 0 => {}
+                Ok(Faulted::Wait(_)) if self.page_out(ENOUGH) > 0 => short += 1,
                 Ok(Faulted::Wait(_)) => {
                     self.saw("accesses that found no memory");
                     return Ok(None);
                 }
-                Err(FaultError::Lost(StoreError::Io)) if self.failing > 0 => {
+                Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) if self.failing > 0 => {
                     self.saw("accesses that a failed read ended");
+                    return Ok(None);
+                }
+                Err(FaultError::Hole(_)) if !there => {
+                    self.saw("accesses to nothing");
+                    return Ok(None);
+                }
+                Err(FaultError::Denied { wanted: Prot::WRITE, .. }) if sealed => {
+                    self.saw("writes denied");
                     return Ok(None);
                 }
                 Err(error) => return Err(format!("{access:?} at {at}: {error:?}")),
             }
+        }
+        // Nobody promised these guests what an instruction needs to get on (I15): what comes may go again at once.
+        if short > 20 {
+            return Ok(None);
         }
         Err(format!("{access:?} at {at} faults for ever"))
     }
 
     fn use_memory(&mut self, cpu: usize, page: u32, access: Access) -> Result<(), String> {
         let Some(guest) = self.running[cpu] else { return Ok(()) };
-        let Some(frame) = self.access(cpu, guest, address(page), access)? else { return Ok(()) };
+        let Some(frame) = self.access(cpu, guest, page, access)? else { return Ok(()) };
         self.absorb();
-        let (memory, at) = (&self.vm.machine().memory, offset(page));
+        let memory = &self.vm.machine().memory;
         let contents = &mut self.guests[guest].contents;
-        contents.touched.insert(page);
+        let at = contents.offset(page);
+        contents.touched |= 1 << page;
         let known = contents.of(page);
         let mut bytes = [0; 2];
         memory.read(frame, at, &mut bytes);
@@ -417,9 +490,29 @@ impl World {
             return Err(format!("page {page} of guest {guest} has {bytes:?} and not {known:?}"));
         }
         if access == Access::Write {
-            let byte = known[0].wrapping_add(1).max(1);
+            let byte =
+                known[0].wrapping_add(1 + u8::try_from(self.random.small(200)).expect("a byte")).max(1);
             memory.write(frame, at, &[byte]);
-            contents.bytes.entry(page).or_default()[0] = byte;
+            contents.bytes[page as usize][0] = byte;
+        }
+        self.audit_scribbles()
+    }
+
+    /// The guest that a CPU runs uses a page; then all that run go on with some pages that they have, and now and then
+    /// with one that may be new.
+    fn use_memories(&mut self, step: Step, access: Access) -> Result<(), String> {
+        self.use_memory(step.cpu, step.page, access)?;
+        let first = self.random.small(ALL);
+        for _ in 1..step.uses {
+            let cpu = self.random.below(CPUS);
+            let Some(guest) = self.running[cpu] else { continue };
+            let page = (first + self.random.small(TOGETHER)) % ALL;
+            let page = match self.guests[guest].contents.touched_from(page) {
+                Some(touched) if self.random.below(self.calm) > 0 => touched,
+                Some(_) | None => page,
+            };
+            let access = if self.random.below(self.calm) == 0 { Access::Write } else { Access::Read };
+            self.use_memory(cpu, page, access)?;
         }
         Ok(())
     }
@@ -435,7 +528,7 @@ impl World {
         self.mmu.touch(&hot);
         self.let_others_write(step);
         match step.deed {
-            Deed::Clone if guests < MAX_GUESTS => self.clone(guest),
+            Deed::Clone if guests < self.most.0 => self.clone(guest),
             Deed::Die if guests > 1 => self.death(guest),
             Deed::PageOut(target) => {
                 self.page_out(target);
@@ -444,11 +537,26 @@ impl World {
                 self.with(Fault::DeafChores, |world| world.vm.step(budget, &mut Held::root()));
             }
             Deed::Both => self.take_turns(),
-            Deed::Keep(pushes) if kept < MAX_KEPT => self.keep(guest, pushes),
-            Deed::Forget if kept > 0 => self.forget(step.who % kept),
-            Deed::Revive if kept > 0 && guests < MAX_GUESTS => self.revive(step.who % kept),
+            Deed::Keep(pushes) if kept < self.most.1 => self.keep(guest, pushes),
+            Deed::Forget if kept > self.golden => self.forget(self.golden + step.who % (kept - self.golden)),
+            Deed::Revive if self.golden > 0 && step.who.is_multiple_of(2) && guests < self.most.0 => {
+                self.revive(0)
+            }
+            Deed::Revive if kept > 0 && guests < self.most.0 => self.revive(step.who % kept),
             Deed::Reset if kept > 0 => self.reset(guest, step.page as usize % kept),
+            Deed::Discard if step.salt.is_multiple_of(2) => self.write_ballast(cpu, step.page, true)?,
             Deed::Discard => self.discard(guest, step.page),
+            Deed::Protect(pages, prot) if self.protects => {
+                let end = if step.page < PAGES { PAGES } else { ALL };
+                self.protect(guest, step.page, pages.min(end - step.page), prot);
+            }
+            Deed::CopyIn(pages) if self.parts.len() < MAX_PARTS => self.copy_in(guest, step.page, pages)?,
+            Deed::CopyOut if !self.parts.is_empty() => self.copy_out(guest, step)?,
+            Deed::ForgetPart if !self.parts.is_empty() => self.forget_part(step.who % self.parts.len()),
+            Deed::Limit(frames) => self.limit(guest, frames)?,
+            Deed::Birth if guests < self.most.0 => {
+                self.birth(if step.page < PAGES { PAGES } else { PAGES / 2 })
+            }
             Deed::Deliver => {
                 self.deliver_one();
             }
@@ -459,11 +567,23 @@ impl World {
             }
             Deed::Switch => self.switch(cpu, guest),
             Deed::Read | Deed::Write if self.running[cpu].is_none() => self.switch(cpu, guest),
-            Deed::Read => self.use_memory(cpu, step.page, Access::Read)?,
-            Deed::Write => self.use_memory(cpu, step.page, Access::Write)?,
+            Deed::Read if step.salt.is_multiple_of(4) => self.read_ballast(cpu)?,
+            Deed::Read => self.use_memories(step, Access::Read)?,
+            Deed::Write if step.salt.is_multiple_of(64) => self.write_ballast(cpu, step.page, false)?,
+            Deed::Write => self.use_memories(step, Access::Write)?,
             Deed::Rest => self.rest()?,
             Deed::Check => self.check()?,
-            Deed::Clone | Deed::Die | Deed::Keep(_) | Deed::Forget | Deed::Revive | Deed::Reset => {}
+            Deed::Clone
+            | Deed::Die
+            | Deed::Keep(_)
+            | Deed::Forget
+            | Deed::Revive
+            | Deed::Reset
+            | Deed::CopyIn(_)
+            | Deed::CopyOut
+            | Deed::ForgetPart
+            | Deed::Birth
+            | Deed::Protect(..) => {}
         }
         self.source.let_nobody_write();
         self.absorb();

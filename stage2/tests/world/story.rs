@@ -6,6 +6,11 @@
 use super::{Fault, World};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+use vmobject::prot::Prot;
+
+/// How long a story is made shorter.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Something that is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +35,18 @@ pub(crate) enum Deed {
     Reset,
     /// A guest gives a page up.
     Discard,
+    /// A guest may do only this with so many pages from now on.
+    Protect(u32, Prot),
+    /// A copy of so many pages of a guest is taken.
+    CopyIn(u32),
+    /// One is put in a guest's attic.
+    CopyOut,
+    /// One is given back.
+    ForgetPart,
+    /// A guest may have so many frames of its own, or as many as there are.
+    Limit(Option<u32>),
+    /// A guest begins with nothing.
+    Birth,
     /// A transfer ends.
     Deliver,
     /// The last transfer ends again.
@@ -54,6 +71,8 @@ pub(crate) struct Step {
     /// Any number: a guest, or a snapshot, of those that are there.
     pub(crate) who: usize,
     pub(crate) page: u32,
+    /// Accesses that a read or a write is the first of.
+    pub(crate) uses: u32,
     /// Where its other choices come from.
     pub(crate) salt: u64,
 }
@@ -62,8 +81,8 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{:?} cpu {} who {} page {} salt {:#x}",
-            self.deed, self.cpu, self.who, self.page, self.salt
+            "{:?} cpu {} who {} page {} uses {} salt {:#x}",
+            self.deed, self.cpu, self.who, self.page, self.uses, self.salt
         )
     }
 }
@@ -117,16 +136,26 @@ pub(crate) fn deeds(seed: u64) -> impl Iterator<Item = Step> {
             (_, 15) => Deed::Forget,
             (_, 16) => Deed::Revive,
             (_, 17) => Deed::Reset,
-            (_, 18..20) => Deed::Discard,
+            (_, 18) => Deed::Discard,
+            (_, 19) => {
+                let prot = if random.below(2) == 0 { Prot::ALL } else { Prot::ALL.without(Prot::WRITE) };
+                Deed::Protect(1 + random.small(super::PAGES), prot)
+            }
             (_, 20..24) => Deed::Deliver,
             (_, 24) => Deed::DeliverAgain,
-            (_, 25..28) => Deed::Both,
-            (_, 28..34) => Deed::Switch,
-            (_, 34..67) => Deed::Read,
+            (_, 25..35) => Deed::Both,
+            (_, 35..40) => Deed::Switch,
+            (_, 40) => Deed::CopyIn(1 + random.small(super::ATTIC)),
+            (_, 41..43) => Deed::CopyOut,
+            (_, 43) => Deed::ForgetPart,
+            (_, 44) => Deed::Limit((random.below(2) == 0).then(|| 60 + random.small(12))),
+            (_, 45) if random.below(4) == 0 => Deed::Birth,
+            (_, 45..70) => Deed::Read,
             (_, _) => Deed::Write,
         };
         let (cpu, who) = (random.below(super::CPUS), random.below(1 << 16));
-        Step { deed, cpu, who, page: random.small(super::PAGES), salt: random.next() }
+        let (page, uses) = (random.small(super::ALL), 1 << random.small(10));
+        Step { deed, cpu, who, page, uses, salt: random.next() }
     })
 }
 
@@ -142,7 +171,7 @@ pub(crate) struct Bad {
 impl Bad {
     /// What was seen, whoever it was seen of.
     fn kind(&self) -> String {
-        self.why.chars().filter(|c| !c.is_ascii_digit()).collect()
+        self.why.lines().next().unwrap_or_default().chars().filter(|c| !c.is_ascii_digit()).collect()
     }
 }
 
@@ -170,13 +199,15 @@ pub(crate) fn play(seed: u64, fault: Fault, story: &[Step]) -> Result<World, Bad
     Err(Bad { step, why })
 }
 
-/// Leaves out of a story what does not matter to its end, until no stretch of it can be spared.
+/// Leaves out of a story what does not matter to its end, until no stretch of it can be spared; then lets those who
+/// use memory use less of it.
 pub(crate) fn shorten(seed: u64, fault: Fault, story: &[Step], mut bad: Bad) -> (Vec<Step>, Bad) {
     let mut story: Vec<Step> = story.iter().take(bad.step + 1).copied().collect();
     let mut stretch = story.len() / 2;
-    while stretch > 0 {
+    let begun = Instant::now();
+    while stretch > 0 && begun.elapsed() < PATIENCE {
         let (mut from, mut spared) = (0, false);
-        while from < story.len() {
+        while from < story.len() && begun.elapsed() < PATIENCE {
             let end = (from + stretch).min(story.len());
             let shorter = [&story[..from], &story[end..]].concat();
             match play(seed, fault, &shorter) {
@@ -190,6 +221,19 @@ pub(crate) fn shorten(seed: u64, fault: Fault, story: &[Step], mut bad: Bad) -> 
         }
         if !spared || stretch > 1 {
             stretch /= 2;
+        }
+    }
+    for place in 0..story.len() {
+        while begun.elapsed() < PATIENCE && story.get(place).is_some_and(|step| step.uses > 1) {
+            let mut fewer = story.clone();
+            fewer[place].uses /= 2;
+            match play(seed, fault, &fewer) {
+                Err(worse) if worse.kind() == bad.kind() => {
+                    fewer.truncate(worse.step + 1);
+                    (story, bad) = (fewer, worse);
+                }
+                Ok(_) | Err(_) => break,
+            }
         }
     }
     (story, bad)

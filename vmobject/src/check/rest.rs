@@ -12,15 +12,20 @@ use crate::object::{Life, Pager, Role, Shadow};
 use crate::store::Machine;
 
 impl<M: Machine> Vm<M> {
-    /// Looks at every link between two objects.
+    /// Looks at every link between two objects, and at every page of anonymous memory.
     ///
     /// R3. No anonymous object has a shadow for its only referrer: the two would be one.
     /// R4. No object shadows an anonymous one all of whose pages it hides: it would shadow what is below that. Neither
     ///     may take part in an asymmetric copy: there pages are still to come.
     /// R5. No object is dead.
+    /// R6. Somebody sees each page that anonymous memory has in a frame or in swap: a map shows it, or shadows do not
+    ///     all hide it. (A mark for zeros that nobody sees any more may stay; it has neither.)
     pub fn check_at_rest<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Result<(), Violation> {
         for number in 0..self.objects.used(held) {
             let Some(object) = self.objects.at(number) else { continue };
+            if let Some(page) = self.unseen_page(number, held) {
+                return broken("R6", "a page is kept that nobody sees", number, page.number());
+            }
             let (top, mut held) = object.read(held);
             if top.life == Life::Dying {
                 return broken("R5", "an object is dead and still there", number, 0u32);
@@ -45,5 +50,21 @@ impl<M: Machine> Vm<M> {
             }
         }
         Ok(())
+    }
+
+    /// The first page of an object that nobody sees.
+    fn unseen_page<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> Option<PageIndex> {
+        let mut from = PageIndex::new(0);
+        loop {
+            let (page, slot) = {
+                let (state, _held) = self.objects.at(number)?.read(held);
+                let anonymous = state.pager == Pager::None && state.life == Life::Live;
+                state.slots.next_present(from..PageIndex::new(state.pages)).filter(|_| anonymous)?
+            };
+            if slot != Slot::Zero && !self.is_seen(number, page, held) {
+                return Some(page);
+            }
+            from = page.checked_add(1)?;
+        }
     }
 }

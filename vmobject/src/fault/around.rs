@@ -37,17 +37,22 @@ pub(super) enum Around<'s> {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Maps resident neighbours within the aligned window around the page, as far as the entry reaches.
+    /// Maps resident neighbours within the aligned window of so many pages around the page, as far as the entry reaches.
     pub(super) fn enter_neighbours(
         &self,
         map: &Map<M>,
         place: Place<'_>,
+        window: u32,
         around: &Around<'_>,
         held: &mut Held<'_, OBJECT>,
     ) {
-        let window = u64::from(AROUND_PAGES) << PAGE_SHIFT;
-        let base = Ipa::new(place.page.bits() & !(window - 1));
-        let window = IpaRange::from_pages(base, AROUND_PAGES);
+        debug_assert!(window.is_power_of_two() && window <= AROUND_PAGES);
+        if window <= 1 {
+            return;
+        }
+        let bytes = u64::from(window) << PAGE_SHIFT;
+        let base = Ipa::new(place.page.bits() & !(bytes - 1));
+        let window = IpaRange::from_pages(base, window);
         let Some(range) = window.and_then(|w| w.intersection(place.entry.range)) else { return };
         let Some(above) = place.page.pages_above(range.start()) else { return };
         let (hides, slots, index) = match *around {

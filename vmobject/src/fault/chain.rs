@@ -1,16 +1,20 @@
 //! Walking a shadow chain down to a page.
 //!
 //! One object is locked for reading at a time, hand over hand, so a thousand clones look at one template
-//! together. What was found stays valid as long as the descent stands where it found it. Called by the
-//! fault; calls `object`.
+//! together. What was found stays valid as long as the descent stands where it found it. What it came by does not change
+//! meanwhile, with one exception: below a copy-object is its source, which a guest may be writing. If that gains the page
+//! behind us, the one that we are about to see may be nobody's any more, and be gone. Called by the fault; calls
+//! `object`.
 
 use crate::Vm;
 use crate::addr::{Ipa, PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::limits::TRAIL_STRIDE;
 use crate::lock::{Descent, Held, OBJECT};
 use crate::map::Entry;
 use crate::object::index::Slot;
-use crate::object::{Hop, Life, ObjectId, Pager, State};
+use crate::object::{Hop, ObjectId, Pager, Role, State};
+use crate::rmap::Looker;
 use crate::stats::Event;
 use crate::store::{Machine, StoreId};
 
@@ -47,53 +51,59 @@ pub(super) enum Found {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Looks for a page from where the descent stands.
-    pub(super) fn look<'h>(&'h self, chain: &mut Descent<'h, OBJECT, State>, mut index: PageIndex) -> Found {
+    /// Looks for a page from where the descent stands; whoever comes there past a copy-object says what the version was
+    /// before.
+    pub(super) fn look<'h>(
+        &'h self,
+        chain: &mut Descent<'h, OBJECT, State>,
+        mut index: PageIndex,
+        mut since: Option<u64>,
+    ) -> Found {
         let (mut depth, mut sole) = (0, true);
         let mut since_hop = 0;
-        loop {
+        let found = loop {
             let state = chain.here();
             self.stats.count(Event::ChainVisited);
             sole &= state.is_sole_anonymous();
             match state.slots.get(index) {
                 Slot::Resident(frame) => {
-                    if self.frames.page(frame).is_filling() {
-                        return Found::Busy(frame);
+                    if self.frames.page(frame).is_filling() && !self.has(Defect::SeesWhatFills) {
+                        break Found::Busy(frame);
                     }
-                    return Found::Page(Page { frame, index, depth, sole, family: None });
+                    break Found::Page(Page { frame, index, depth, sole, family: None });
                 }
-                Slot::Zero => return Found::Nothing,
-                Slot::Swapped(_) => return Found::PageIn(state.id(), index),
-                Slot::Absent if state.pager != Pager::None => return Found::PageIn(state.id(), index),
+                Slot::Zero => break Found::Nothing,
+                Slot::Swapped(_) => break Found::PageIn(state.id(), index),
+                Slot::Absent if state.pager != Pager::None => break Found::PageIn(state.id(), index),
                 Slot::Absent => {}
             }
+            if state.role != Role::Plain && since.is_none() {
+                since = Some(self.objects.version());
+            }
             (depth, since_hop) = (depth + 1, since_hop + 1);
-            match state.trails.hop(index, self.trails_now()) {
-                Some(Hop::Nothing) => return Found::Nothing,
-                Some(Hop::To(object, page)) => {
+            let version = self.trails_now();
+            match state.hop(index, version) {
+                Some(Hop::Nothing) => break Found::Nothing,
+                Some(Hop::To(object, page, by_copy)) => {
+                    since = since.or_else(|| by_copy.then(|| self.objects.version()));
                     self.objects.get(object).step_down(chain);
-                    if !self.has_hopped(chain.here(), object) {
-                        return Found::Changed;
+                    if !self.has_hopped(chain.here(), object, version) {
+                        break Found::Changed;
                     }
                     (index, sole, since_hop) = (page, false, 0);
                     continue;
                 }
-                None if since_hop > TRAIL_STRIDE => return Found::Deep,
-                None => {}
+                Some(Hop::Unlaid) if depth == 1 => break Found::Deep,
+                Some(Hop::Unlaid) | None if since_hop > TRAIL_STRIDE => break Found::Deep,
+                Some(Hop::Unlaid) | None => {}
             }
-            let Some((object, below)) = state.below(index) else { return Found::Nothing };
+            let Some((object, below)) = state.below(index) else { break Found::Nothing };
             index = below;
             self.objects.get(object).step_down(chain);
-        }
-    }
-
-    /// True if an object is still the one that a trail led to. If not, all trails are given up.
-    pub(super) fn has_hopped(&self, here: &State, object: ObjectId) -> bool {
-        let same = here.id() == object && here.life == Life::Live;
-        if !same {
-            self.objects.changed();
-        }
-        same
+        };
+        let decided = matches!(found, Found::Page(_) | Found::Nothing);
+        let is_past = since.is_some_and(|since| decided && since != self.objects.version());
+        if is_past && !self.has(Defect::ReadsPastAPush) { Found::Changed } else { found }
     }
 
     /// What a guest sees at an address of an entry, changing nothing: for audits.
@@ -112,14 +122,27 @@ impl<M: Machine> Vm<M> {
             let slot = state.slots.get(index);
             let store = match state.pager {
                 Pager::Image(store) | Pager::Disk(store) => Some((store, index)),
-                Pager::None => None,
+                Pager::None | Pager::Device(_) => None,
             };
+            let slot = state.pager.device_frame(index).map_or(slot, Slot::Resident);
             let below = state.below(index).filter(|_| slot == Slot::Absent && store.is_none());
             let Some((object, next)) = below else { return Sight { slot, shared, store } };
             self.objects.get(object).step_down(&mut chain);
-            shared |= !chain.here().is_sole_anonymous();
             index = next;
+            let (here, held) = chain.split();
+            shared |= !here.is_sole_anonymous() && !self.is_seen_once(here, index, held);
         }
+    }
+
+    /// True if one shadow of an object shows a page of it, and nobody else does: others show other parts of it, as after a
+    /// copy of a range.
+    fn is_seen_once(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
+        let number = state.id().number();
+        let (links, _held) = self.links.read(held);
+        let (children, mappings) = links.counts(number);
+        children + mappings == state.refs
+            && state.pager == Pager::None
+            && matches!(links.looker(number, page), Looker::Shadow(first) if links.next_looker(first, page).is_none())
     }
 }
 

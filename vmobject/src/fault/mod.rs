@@ -5,8 +5,8 @@
 //! vCPU parks, and the fault runs again from the top; surviving the second run is what makes the first
 //! one correct. EL2's own accesses to guest memory take the same way and end in a copy of bytes.
 //!
-//! Called by whoever runs guests. Calls `map`, `object`, `pager`, the pmap. Locks: the map for reading,
-//! the top object until the mapping is entered, objects below it hand over hand, then the pmap.
+//! Called by whoever runs guests. Calls `map`, `object`, `pager`, the pmap. Locks: the map for reading, the top object
+//! until the mapping is entered, objects below it hand over hand, then the pmap.
 //!
 //! # Invariants
 //! F1. A leaf is entered under the lock of the object that owns the frame, and under that of the top
@@ -14,30 +14,33 @@
 //! F2. Only a page of the top object, and only through an entry without `needs_copy`, is mapped
 //!     writable (I3).
 
+mod access;
 mod around;
+mod block;
 mod chain;
 mod cow;
+mod device;
+mod finish;
 mod push;
 mod snapshot;
 mod wire;
 
 use crate::addr::{Ipa, PageIndex, Pfn};
-use crate::limits::MAX_RESTARTS;
+use crate::defect::Defect;
+use crate::limits::{AROUND_PAGES, MAX_RESTARTS};
 use crate::lock::{CALLER, Held, MAP, OBJECT};
 use crate::map::{Entry, Instruction, Map};
 use crate::object::index::Slot;
 use crate::object::{Hop, ObjectId, Pager, State};
 use crate::page::Queue;
 pub use crate::pager::WaitFor;
-use crate::pmap::{OutOfTables, Pmap as _};
 use crate::prot::Prot;
 use crate::stats::Event;
-use crate::store::{Machine, PhysMemory as _, StoreError};
-use crate::{PROMPT, Vm, VmError};
-pub use wire::{Wired, Wiring};
-
+use crate::store::{LostPage, Machine, PhysMemory as _};
+use crate::{PROMPT, Vm};
 use around::Around;
-use chain::Found;
+use chain::{Found, Page};
+pub use wire::{Wired, Wiring};
 
 /// How a fault was served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +63,7 @@ pub enum Copied {
 /// Why a fault cannot be served: what the guest will feel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultError {
-    /// Nothing is mapped there: inject an external abort.
+    /// Nothing is mapped there, or only a device and EL2 was to touch it: inject an external abort.
     Hole(Ipa),
     /// Mapped, but not for this: inject a permission fault.
     Denied {
@@ -70,7 +73,7 @@ pub enum FaultError {
         wanted: Prot,
     },
     /// The store does not give the page: inject an external abort.
-    Lost(StoreError),
+    Lost(LostPage),
 }
 
 /// What the page is wanted for.
@@ -83,6 +86,16 @@ enum Purpose<'b> {
     Write(usize, &'b [u8]),
     /// To be kept in its frame, which goes here.
     Wire(&'b mut Option<Pfn>),
+}
+
+/// What came of doing what an attempt asked for.
+enum Helped {
+    /// Try again.
+    Again,
+    /// Try again when this has come.
+    Wait(WaitFor),
+    /// That was enough for once.
+    Part,
 }
 
 /// What one attempt came to.
@@ -99,6 +112,8 @@ enum Step {
     Trail(ObjectId, PageIndex),
     /// This object's copy must have the page first.
     Push(ObjectId, PageIndex),
+    /// EL2 does not touch a device for a guest.
+    Refused,
 }
 
 /// The page that a fault is about.
@@ -141,62 +156,15 @@ impl<M: Machine> Vm<M> {
         access: Prot,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Faulted, FaultError> {
-        match self.serve(map, at, access, &mut Purpose::Enter(by), &mut held.deepen()) {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        if map.is_limited() && self.must_pay(map, held) {
+            return Ok(Faulted::Wait(WaitFor::Memory));
+        }
+        match self.serve(map, at, access, &mut Purpose::Enter(by), held) {
             Ok(Copied::Done) => Ok(Faulted::Mapped),
             Ok(Copied::Wait(wait)) => Ok(Faulted::Wait(wait)),
             Err(error) => Err(error),
         }
-    }
-
-    /// Reads guest memory as the guest would.
-    pub fn read<const OUTER: u8>(
-        &self,
-        map: &Map<M>,
-        at: Ipa,
-        out: &mut [u8],
-        held: &mut Held<'_, OUTER>,
-    ) -> Result<Copied, FaultError> {
-        let (mut at, mut rest) = (at, out);
-        while !rest.is_empty() {
-            let offset = at.offset_in_page();
-            let (part, after) = rest.split_at_mut(rest.len().min(4096 - offset));
-            let length = part.len() as u64;
-            let purpose = &mut Purpose::Read(offset, part);
-            match self.serve(map, at, Prot::READ, purpose, &mut held.deepen())? {
-                Copied::Done => {}
-                wait @ Copied::Wait(_) => return Ok(wait),
-            }
-            rest = after;
-            if !rest.is_empty() {
-                at = at.checked_add(length).ok_or(FaultError::Hole(at))?;
-            }
-        }
-        Ok(Copied::Done)
-    }
-
-    /// Writes guest memory as the guest would: copying what is shared, refusing what is read-only.
-    pub fn write<const OUTER: u8>(
-        &self,
-        map: &Map<M>,
-        at: Ipa,
-        bytes: &[u8],
-        held: &mut Held<'_, OUTER>,
-    ) -> Result<Copied, FaultError> {
-        let (mut at, mut rest) = (at, bytes);
-        while !rest.is_empty() {
-            let offset = at.offset_in_page();
-            let (part, after) = rest.split_at(rest.len().min(4096 - offset));
-            let purpose = &mut Purpose::Write(offset, part);
-            match self.serve(map, at, Prot::WRITE, purpose, &mut held.deepen())? {
-                Copied::Done => {}
-                wait @ Copied::Wait(_) => return Ok(wait),
-            }
-            rest = after;
-            if !rest.is_empty() {
-                at = at.checked_add(part.len() as u64).ok_or(FaultError::Hole(at))?;
-            }
-        }
-        Ok(Copied::Done)
     }
 
     /// One access within one page, from the top until it is done or must wait.
@@ -229,10 +197,12 @@ impl<M: Machine> Vm<M> {
     ) -> Result<Copied, FaultError> {
         let mut step = first?;
         for _ in 1..MAX_RESTARTS {
-            let wait = match self.help(map, at, step, held) {
-                Ok(None) => None,
-                Ok(Some(WaitFor::Memory)) if self.step_frees(held) => None,
-                Ok(Some(wait)) => Some(wait),
+            let wait = match self.help(map, at, step, purpose, held) {
+                Ok(Helped::Again) => None,
+                // The instruction faults again, after the interrupts (I6).
+                Ok(Helped::Part) => return Ok(Copied::Done),
+                Ok(Helped::Wait(WaitFor::Memory)) if self.step_frees(held) => None,
+                Ok(Helped::Wait(wait)) => Some(wait),
                 Err(error) => {
                     map.stats.count(Event::FaultLost);
                     return Err(error);
@@ -242,15 +212,12 @@ impl<M: Machine> Vm<M> {
                 map.stats.count(Event::FaultWait);
                 return Ok(Copied::Wait(wait));
             }
-            step = match self.attempt(map, at, access, purpose, held)? {
-                Step::Done => return Ok(Copied::Done),
-                step @ (Step::Again
-                | Step::Wait(_)
-                | Step::Shadow
-                | Step::PageIn(..)
-                | Step::Push(..)
-                | Step::Trail(..)) => step,
-            };
+            step = self.attempt(map, at, access, purpose, held)?;
+            // Of a long way one part at a time: after the interrupts the instruction faults again (I6).
+            let part = matches!((&step, &*purpose), (Step::Trail(..), Purpose::Enter(_)));
+            if part || matches!(step, Step::Done) {
+                return Ok(Copied::Done);
+            }
         }
         // Somebody keeps changing what we look at. The others must get on, too.
         Ok(Copied::Wait(WaitFor::Memory))
@@ -264,23 +231,40 @@ impl<M: Machine> Vm<M> {
         self.frames.lengths(held).free > before
     }
 
-    /// Does what an attempt asked for, with no lock held. `None`: now try again.
+    /// Does what an attempt asked for, with no lock held.
     #[cold]
     fn help(
         &self,
         map: &Map<M>,
         at: Ipa,
         step: Step,
+        purpose: &Purpose<'_>,
         held: &mut Held<'_, CALLER>,
-    ) -> Result<Option<WaitFor>, FaultError> {
-        let memory = |done: Result<(), VmError>| Ok(done.err().map(|_| WaitFor::Memory));
+    ) -> Result<Helped, FaultError> {
+        let then = |wait: Option<WaitFor>| wait.map_or(Helped::Again, Helped::Wait);
         match step {
-            Step::Done | Step::Again => Ok(None),
-            Step::Wait(wait) => Ok(Some(wait)),
-            Step::Shadow => memory(self.resolve_copy(map, at, held)),
-            Step::PageIn(object, index) => self.page_in(object, index, held).map_err(FaultError::Lost),
-            Step::Trail(object, index) => memory(self.lay_trail(object, index, held)),
-            Step::Push(object, index) => self.push(object, index, held).map_err(FaultError::Lost),
+            Step::Done | Step::Again => Ok(Helped::Again),
+            Step::Wait(wait) => Ok(Helped::Wait(wait)),
+            Step::Refused => Err(FaultError::Hole(at)),
+            Step::Shadow => Ok(then(self.resolve_copy(map, at, held).err().map(|_| WaitFor::Memory))),
+            Step::PageIn(object, index) => {
+                // It is not to go again before whoever waits has had it.
+                let needed = |frame| {
+                    if let Purpose::Enter(Some(by)) = *purpose {
+                        map.need(by, frame);
+                    }
+                };
+                self.page_in(object, index, needed, held).map(then).map_err(FaultError::Lost)
+            }
+            Step::Trail(object, index) => {
+                let parts = matches!(purpose, Purpose::Enter(_));
+                Ok(match self.lay_trail(object, index, parts, held) {
+                    Ok(true) if parts => Helped::Part,
+                    Ok(_) => Helped::Again,
+                    Err(_) => Helped::Wait(WaitFor::Memory),
+                })
+            }
+            Step::Push(object, index) => self.push(object, index, held).map(then).map_err(FaultError::Lost),
         }
     }
 
@@ -334,7 +318,7 @@ impl<M: Machine> Vm<M> {
             place.prot = place.prot.without(Prot::WRITE);
         }
         match top.slots.get(place.index) {
-            Slot::Absent if top.pager != Pager::None => Step::PageIn(top.id(), place.index),
+            Slot::Absent if top.pager != Pager::None => self.by_pager(map, place, purpose, &top, &mut held),
             Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
             Slot::Zero if top.pager != Pager::None => self.zero_over_store(place, &mut top, &mut held),
             Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
@@ -353,13 +337,13 @@ impl<M: Machine> Vm<M> {
         (top, frame): (&State, Pfn),
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
-        let page = self.frames.page(frame);
-        if page.is_filling() || (page.is_busy() && place.writes()) {
+        let (page, mut prot) = (self.frames.page(frame), place.prot);
+        let fills = page.is_filling() && !self.has(Defect::SeesWhatFills);
+        if fills || (page.is_busy() && place.writes()) {
             return self.await_page(map, purpose, frame);
         }
-        let mut prot = place.prot;
         match page.clean_slot() {
-            Some(_) if place.writes() && self.has(crate::defect::Defect::DirtyKeepsItsSlot) => {}
+            Some(_) if place.writes() && self.has(Defect::DirtyKeepsItsSlot) => {}
             Some(_) if place.writes() => self.drop_clean_slot(frame, held),
             // The first write is to be noticed (P5).
             Some(_) => prot = prot.without(Prot::WRITE),
@@ -374,11 +358,20 @@ impl<M: Machine> Vm<M> {
             }
         }
         map.stats.count(Event::FaultResident);
+        let enters = matches!(purpose, Purpose::Enter(_));
+        if enters && !prot.allows(Prot::WRITE) {
+            let around = Around::Own(top, prot);
+            if self.enter_block(map, place, &around, frame, held) {
+                return Step::Done;
+            }
+        }
         let step = self.finish_found(map, place, purpose, frame, prot, held);
-        if matches!((&step, &purpose), (Step::Done, Purpose::Enter(_))) {
+        if enters && matches!(step, Step::Done) {
             // The copy may have received this page and not its neighbours.
             let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
-            self.enter_neighbours(map, place, &Around::Own(top, prot), held);
+            // Of what was in swap as much as came along: who reads it in no order has nothing from more.
+            let window = if page.clean_slot().is_some() { top.ahead.came() } else { AROUND_PAGES };
+            self.enter_neighbours(map, place, window, &Around::Own(top, prot), held);
         }
         step
     }
@@ -396,17 +389,19 @@ impl<M: Machine> Vm<M> {
         let Some((object, index)) = top.below(place.index) else {
             return self.zero_fill(map, place, purpose, top, held);
         };
-        let hop = top.trails.hop(place.index, self.trails_now());
-        let (object, index) = match hop {
-            None => (object, index),
-            Some(Hop::To(object, index)) => (object, index),
+        let (version, since) = (self.trails_now(), self.objects.version());
+        let hop = top.hop(place.index, version);
+        let (object, index, by_copy) = match hop {
+            None => (object, index, false),
+            Some(Hop::To(object, index, by_copy)) => (object, index, by_copy),
             Some(Hop::Nothing) => return self.zero_fill(map, place, purpose, top, held),
+            Some(Hop::Unlaid) => return Step::Trail(top.id(), place.index),
         };
         let mut chain = self.objects.get(object).descend(held);
-        if hop.is_some() && !self.has_hopped(chain.here(), object) {
+        if hop.is_some() && !self.has_hopped(chain.here(), object, version) {
             return Step::Again;
         }
-        let mut found = self.look(&mut chain, index);
+        let mut found = self.look(&mut chain, index, by_copy.then_some(since));
         if let (Found::Page(page), Some(_)) = (&mut found, hop) {
             (page.depth, page.sole) = (page.depth + 1, false);
         }
@@ -446,15 +441,9 @@ impl<M: Machine> Vm<M> {
                 }
             }
             Found::Page(page) => {
-                map.stats.count(Event::FaultShared);
-                let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
-                let step = self.finish_found(map, place, purpose, page.frame, prot, held);
-                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter(_), 0)) {
-                    let around = Around::Below { top, owner, index: page.index };
-                    self.enter_neighbours(map, place, &around, held);
-                }
-                step
+                let around = Around::Below { top, owner, index: page.index };
+                self.show(map, place, purpose, (page, since), &around, held)
             }
         }
     }
@@ -468,8 +457,9 @@ impl<M: Machine> Vm<M> {
         purpose: &mut Purpose<'_>,
         held: &mut Held<'_, MAP>,
     ) -> Step {
+        let since = self.objects.version();
         let mut chain = self.objects.get(place.entry.object).descend(held);
-        match self.look(&mut chain, place.index) {
+        match self.look(&mut chain, place.index, None) {
             Found::Deep => Step::Trail(place.entry.object, place.index),
             Found::Changed => Step::Again,
             Found::Busy(frame) => self.await_page(map, purpose, frame),
@@ -477,16 +467,38 @@ impl<M: Machine> Vm<M> {
             // A page of zeros in the shared object would outlive this guest's interest in it.
             Found::Nothing => Step::Shadow,
             Found::Page(page) => {
-                map.stats.count(Event::FaultShared);
-                let prot = place.entry.prot.without(Prot::WRITE);
                 let (owner, held) = chain.split();
-                let step = self.finish_found(map, place, purpose, page.frame, prot, held);
-                if matches!((&step, &purpose, page.depth), (Step::Done, Purpose::Enter(_), 0)) {
-                    self.enter_neighbours(map, place, &Around::Shared(owner), held);
-                }
-                step
+                let around = Around::Shared(owner);
+                self.show(map, place, purpose, (page, since), &around, held)
             }
         }
+    }
+
+    /// Shows a page of an object below, to be read only, and its neighbours if the owner is the first object there.
+    #[inline]
+    fn show(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &mut Purpose<'_>,
+        (page, since): (Page, u64),
+        around: &Around<'_>,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        map.stats.count(Event::FaultShared);
+        let prot = place.entry.prot.without(Prot::WRITE);
+        if page.depth > 0 {
+            return self.finish_deep(map, place, purpose, (page.frame, since), prot, held);
+        }
+        let enters = matches!(purpose, Purpose::Enter(_));
+        if enters && self.enter_block(map, place, around, page.frame, held) {
+            return Step::Done;
+        }
+        let step = self.finish_found(map, place, purpose, page.frame, prot, held);
+        if enters && matches!(step, Step::Done) {
+            self.enter_neighbours(map, place, AROUND_PAGES, around, held);
+        }
+        step
     }
 
     /// A transfer has the page. It is not to go again before whoever waits has had it.
@@ -524,77 +536,6 @@ impl<M: Machine> Vm<M> {
         match self.materialise_zero(top, place.index, held) {
             Some(_) => Step::Again,
             None => Step::Wait(WaitFor::Memory),
-        }
-    }
-
-    /// The same with a page that was there before: pageout may have it in hand.
-    #[inline]
-    fn finish_found(
-        &self,
-        map: &Map<M>,
-        place: Place<'_>,
-        purpose: &mut Purpose<'_>,
-        frame: Pfn,
-        prot: Prot,
-        held: &mut Held<'_, OBJECT>,
-    ) -> Step {
-        match purpose {
-            Purpose::Enter(_) => self.frames.page(frame).map(),
-            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => self.frames.page(frame).touch(),
-        }
-        self.finish(map, place, purpose, frame, prot, held)
-    }
-
-    /// The page is there: serves the purpose with it. The owner's lock is held.
-    #[inline]
-    fn finish(
-        &self,
-        map: &Map<M>,
-        place: Place<'_>,
-        purpose: &mut Purpose<'_>,
-        frame: Pfn,
-        prot: Prot,
-        held: &mut Held<'_, OBJECT>,
-    ) -> Step {
-        match purpose {
-            Purpose::Enter(by) => {
-                if self.frames.is_short()
-                    && let Some(by) = *by
-                {
-                    map.need(by, frame);
-                }
-                let (mut pmap, _held) = map.pmap.lock(held);
-                match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {
-                    Ok(()) => Step::Done,
-                    Err(OutOfTables) => Step::Wait(WaitFor::Memory),
-                }
-            }
-            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => {
-                self.finish_unmapped(purpose, frame, held)
-            }
-        }
-    }
-
-    /// The same where EL2 itself wanted the page.
-    #[inline(never)]
-    fn finish_unmapped(&self, purpose: &mut Purpose<'_>, frame: Pfn, held: &mut Held<'_, OBJECT>) -> Step {
-        match purpose {
-            Purpose::Enter(_) => unreachable!("that one is mapped"),
-            Purpose::Read(offset, out) => {
-                self.machine.memory().read(frame, *offset, out);
-                Step::Done
-            }
-            Purpose::Write(offset, bytes) => {
-                self.machine.memory().write(frame, *offset, bytes);
-                Step::Done
-            }
-            Purpose::Wire(wired) => {
-                if !self.frames.wire(frame, held) {
-                    return Step::Wait(WaitFor::Memory);
-                }
-                **wired = Some(frame);
-                Step::Done
-            }
         }
     }
 }

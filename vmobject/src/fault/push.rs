@@ -13,7 +13,7 @@ use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
 use crate::pager::WaitFor;
 use crate::stats::Event;
-use crate::store::{Machine, PhysMemory as _, StoreError};
+use crate::store::{LostPage, Machine, PhysMemory as _};
 
 /// What an attempt came to.
 enum Attempt {
@@ -36,14 +36,14 @@ impl<M: Machine> Vm<M> {
         source: ObjectId,
         page: PageIndex,
         held: &mut Held<'_, OUTER>,
-    ) -> Result<Option<WaitFor>, StoreError> {
+    ) -> Result<Option<WaitFor>, LostPage> {
         let Some(copy) = self.objects.get(source).read(held).0.copy else { return Ok(None) };
         match self.try_push(source, copy, page, held) {
             Attempt::Done => Ok(None),
             Attempt::Wait(wait) => Ok(Some(wait)),
-            Attempt::PageIn(object, index) => self.page_in(object, index, held),
+            Attempt::PageIn(object, index) => self.page_in(object, index, |_| {}, held),
             Attempt::Trail(object, index) => {
-                Ok(self.lay_trail(object, index, held).err().map(|_| WaitFor::Memory))
+                Ok(self.lay_trail(object, index, false, held).err().map(|_| WaitFor::Memory))
             }
             Attempt::Stale(stale) => {
                 self.forget_copy(source, stale, held);
@@ -81,7 +81,7 @@ impl<M: Machine> Vm<M> {
                     return self.receive(&mut above, ours, None, &mut held);
                 };
                 let mut chain = self.objects.get(object).descend(&mut held);
-                match self.look(&mut chain, index) {
+                match self.look(&mut chain, index, None) {
                     Found::Page(found) => self.receive(&mut above, ours, Some(found.frame), chain.split().1),
                     Found::Nothing => self.receive(&mut above, ours, None, chain.split().1),
                     Found::Busy(frame) => self.when_filled(frame),
@@ -113,6 +113,9 @@ impl<M: Machine> Vm<M> {
             return Attempt::Wait(WaitFor::Memory);
         }
         self.pmap_remove(copy, page.number()..page.number() + 1, held);
+        if self.may_hide(copy, held) {
+            self.objects.note_copied(copy.id().number(), page, held); // perhaps all that shadow it have it
+        }
         self.stats.count(Event::Pushed);
         Attempt::Done
     }

@@ -27,10 +27,13 @@ impl<M: Machine> Vm<M> {
         }
         let entry = snapshot.iter().find(|entry| entry.range.contains(at)).ok_or(FaultError::Hole(at))?;
         let index = entry.page_at(at.page()).ok_or(FaultError::Hole(at))?;
+        if entry.device {
+            return Err(FaultError::Hole(at)); // what it has is no part of what was kept
+        }
         loop {
             let step = {
                 let mut chain = self.objects.get(entry.object).descend(held);
-                match self.look(&mut chain, index) {
+                match self.look(&mut chain, index, None) {
                     Found::Page(page) => {
                         self.machine.memory().read(page.frame, at.offset_in_page(), out);
                         return Ok(Copied::Done);
@@ -48,16 +51,16 @@ impl<M: Machine> Vm<M> {
             match step {
                 Step::Wait(wait) => return Ok(Copied::Wait(wait)),
                 Step::PageIn(object, index) => {
-                    if let Some(wait) = self.page_in(object, index, held).map_err(FaultError::Lost)? {
+                    if let Some(wait) = self.page_in(object, index, |_| {}, held).map_err(FaultError::Lost)? {
                         return Ok(Copied::Wait(wait));
                     }
                 }
                 Step::Trail(object, index) => {
-                    if self.lay_trail(object, index, held).is_err() {
+                    if self.lay_trail(object, index, false, held).is_err() {
                         return Ok(Copied::Wait(WaitFor::Memory));
                     }
                 }
-                Step::Done | Step::Again | Step::Shadow | Step::Push(..) => {}
+                Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused => {}
             }
         }
     }

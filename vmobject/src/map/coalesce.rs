@@ -32,7 +32,9 @@ impl<M: Machine> Vm<M> {
     ) -> Result<bool, VmError> {
         let whole = IpaRange::new(entry.range.start(), range.end());
         let (Some(whole), Ok(more)) = (whole, u32::try_from(range.pages())) else { return Ok(false) };
-        let alike = entry.range.end() == range.start() && entry.prot == prot && !entry.needs_copy;
+        let alike = entry.range.end() == range.start()
+            && (entry.prot, entry.most) == (prot, prot)
+            && !entry.needs_copy;
         if !alike || entry.object == object {
             return Ok(false);
         }

@@ -1,9 +1,9 @@
-//! Copying a map: the clone primitive, and snapshots.
+//! Copying a map, or a range of it: the clone primitive, and snapshots.
 //!
 //! A copy is symmetric where it can be: both sides share each object and must shadow it before they write, so
 //! the call costs the map's entries and not its pages (D15). An object that others write to as well, or whose
 //! store must see its changes, is copied asymmetrically: the source goes on with it, and the copy gets a
-//! copy-object. An entry that a map has twice, over the same pages, is two separate ones in the copy. The source's leaves lose their write permission in
+//! copy-object; one of a device is not copied but shared. An entry that a map has twice, over the same pages, is two separate ones in the copy. The source's leaves lose their write permission in
 //! time that does not depend on how many there are ([`crate::pmap::Pmap::park`]). The whole map is copied under its
 //! lock: a fault of another vCPU comes before the copy or after it.
 //! Called by whoever clones guests. Calls `insert`, `object`.
@@ -12,14 +12,16 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 
 use super::{Entry, Map};
+use crate::addr::{Ipa, IpaRange};
 use crate::defect::Defect;
+use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
 use crate::object::ObjectId;
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
-use crate::{PROMPT, Vm, VmError};
+use crate::{Vm, VmError};
 
 /// A map as it was at one instant. Nothing runs on it and nothing changes it; guests are made from it.
 /// Give it back with [`Vm::delete_snapshot`].
@@ -33,10 +35,14 @@ impl Snapshot {
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.list.iter()
     }
+
+    pub(super) fn entries(&self) -> &[Entry] {
+        &self.list
+    }
 }
 
 /// What is charged for a list of entries.
-fn charge_of(list: &[Entry]) -> u64 {
+pub(super) fn charge_of(list: &[Entry]) -> u64 {
     list.iter().map(Entry::charge).sum()
 }
 
@@ -59,7 +65,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Arc<Map<M>>, VmError> {
         let map = self.create_map(pmap, held)?;
-        let list = self.copy_entries(source, &Arc::downgrade(&map), Kind::AsNeeded, held)?;
+        let list = self.copy_entries(source, None, &Arc::downgrade(&map), Kind::AsNeeded, held)?;
         map.entries.write(held).0.list = list;
         Ok(map)
     }
@@ -70,7 +76,50 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        self.keep_copy(source, Kind::AsNeeded, held)
+        self.keep_copy(source, None, Kind::AsNeeded, held)
+    }
+
+    /// Keeps what `source` has now in a range, all of which must be mapped. It costs what the range has of entries and
+    /// leaves, and the rest of the map does not notice.
+    pub fn copy_in<const OUTER: u8>(
+        &self,
+        source: &Map<M>,
+        range: IpaRange,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Snapshot, VmError> {
+        self.keep_copy(source, Some(range), Kind::AsNeeded, held)
+    }
+
+    /// Puts what was kept into a map, from an address on, where nothing may be yet. The snapshot stays the caller's.
+    pub fn copy_out<const OUTER: u8>(
+        &self,
+        snapshot: &Snapshot,
+        map: &Arc<Map<M>>,
+        at: Ipa,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<(), VmError> {
+        let Some(from) = snapshot.list.first().map(|entry| entry.range.start()) else { return Ok(()) };
+        let moved = |old: Ipa| at.checked_add(old.checked_sub(from)?);
+        let mut list = Vec::new();
+        list.try_reserve_exact(snapshot.list.len()).map_err(|_| VmError::NoMemory)?;
+        for entry in &snapshot.list {
+            let range = moved(entry.range.start()).zip(moved(entry.range.end()));
+            let range = range.and_then(|(start, end)| IpaRange::new(start, end)).ok_or(VmError::Range)?;
+            list.push(Entry { range, ..*entry });
+        }
+        let (mut entries, mut held) = map.entries.write(held);
+        if entries.list.len() + list.len() > MAX_ENTRIES {
+            return Err(VmError::Limit("map entries"));
+        }
+        if list.iter().any(|entry| entries.gap(entry.range).is_none()) {
+            return Err(VmError::Overlap);
+        }
+        entries.list.try_reserve(list.len()).map_err(|_| VmError::NoMemory)?;
+        for copy in self.duplicate(&list, &Arc::downgrade(map), 0, &mut held)? {
+            let place = entries.list.partition_point(|entry| entry.range.start() < copy.range.start());
+            entries.list.insert(place, copy);
+        }
+        Ok(())
     }
 
     /// The same, so that `source` goes on with its objects as they are and its depth does not grow: what it
@@ -80,16 +129,17 @@ impl<M: Machine> Vm<M> {
         source: &Map<M>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        self.keep_copy(source, Kind::Asymmetric, held)
+        self.keep_copy(source, None, Kind::Asymmetric, held)
     }
 
     fn keep_copy<const OUTER: u8>(
         &self,
         source: &Map<M>,
+        range: Option<IpaRange>,
         kind: Kind,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Snapshot, VmError> {
-        let list = self.copy_entries(source, &Weak::new(), kind, held)?;
+        let list = self.copy_entries(source, range, &Weak::new(), kind, held)?;
         self.keep(charge_of(&list), true, held);
         Ok(Snapshot { list })
     }
@@ -107,47 +157,6 @@ impl<M: Machine> Vm<M> {
         Ok(map)
     }
 
-    /// Gives a map the memory of a snapshot instead of its own: what it wrote since is gone. None of its
-    /// vCPUs may run meanwhile. Takes time in proportion to what is mapped, unless [`Vm::clear_map`] was done.
-    pub fn reset_map<const OUTER: u8>(
-        &self,
-        map: &Arc<Map<M>>,
-        snapshot: &Snapshot,
-        held: &mut Held<'_, OUTER>,
-    ) -> Result<(), VmError> {
-        let had = charge_of(&map.entries.read(held).0.list);
-        let list = self.duplicate(&snapshot.list, &Arc::downgrade(map), had, held)?;
-        self.uncommit(had.saturating_sub(charge_of(&list)), held);
-        while !self.clear_map(map, PROMPT, held) {}
-        let list = if self.has(Defect::ResetEmptiesTop) { self.emptied(map, list, held) } else { list };
-        let old = core::mem::replace(&mut map.entries.write(held).0.list, list);
-        self.drop_entries(old, held);
-        Ok(())
-    }
-
-    /// What a map has, its top objects emptied, instead of what it is to have: a defect.
-    #[cold]
-    fn emptied<const OUTER: u8>(
-        &self,
-        map: &Map<M>,
-        wanted: Vec<Entry>,
-        held: &mut Held<'_, OUTER>,
-    ) -> Vec<Entry> {
-        let shadows = |entry: &Entry, held: &mut Held<'_, OUTER>| {
-            !entry.needs_copy && self.objects.get(entry.object).read(held).0.shadow.is_some()
-        };
-        let own: Vec<Entry> = core::mem::take(&mut map.entries.write(held).0.list);
-        if !own.iter().all(|entry| shadows(entry, held)) {
-            map.entries.write(held).0.list = own;
-            return wanted;
-        }
-        for entry in &own {
-            self.lose_everything(entry.object, held);
-        }
-        self.drop_entries(wanted, held);
-        own
-    }
-
     /// Gives a snapshot back.
     pub fn delete_snapshot<const OUTER: u8>(&self, snapshot: Snapshot, held: &mut Held<'_, OUTER>) {
         let charge = charge_of(&snapshot.list);
@@ -156,19 +165,25 @@ impl<M: Machine> Vm<M> {
         self.drop_entries(snapshot.list, held);
     }
 
-    /// Copies a live map's entries, and makes its next writes copy, or push.
+    /// Copies a live map's entries, of a range if not all, and makes its next writes there copy, or push.
     fn copy_entries<const OUTER: u8>(
         &self,
         source: &Map<M>,
+        range: Option<IpaRange>,
         holder: &Weak<Map<M>>,
         kind: Kind,
-        held: &mut Held<'_, OUTER>,
+        outer: &mut Held<'_, OUTER>,
     ) -> Result<Vec<Entry>, VmError> {
-        let (mut entries, mut held) = source.entries.write(held);
+        let (mut entries, mut held) = source.entries.write(outer);
+        let part = match range {
+            None => 0..entries.list.len(),
+            Some(range) => self.clip(&mut entries, range, &mut held)?,
+        };
+        let originals = &mut entries.list[part];
         let mut views = Vec::new();
-        views.try_reserve_exact(entries.list.len()).map_err(|_| VmError::NoMemory)?;
+        views.try_reserve_exact(originals.len()).map_err(|_| VmError::NoMemory)?;
         let mut made = Ok(());
-        for entry in &entries.list {
+        for entry in &*originals {
             match self.view(entry, kind, &mut held) {
                 Ok(object) => views.push(Entry { object, ..*entry }),
                 Err(error) => {
@@ -179,40 +194,62 @@ impl<M: Machine> Vm<M> {
         }
         let list = made.and_then(|()| self.duplicate(&views, holder, 0, &mut held));
         // The copies have references of their own; those that came with the views go.
-        for (view, entry) in views.iter().zip(&entries.list) {
+        for (view, entry) in views.iter().zip(&*originals) {
             if view.object != entry.object {
                 self.unreference(view.object, &mut held);
             }
         }
         let list = list?;
         let mut park = false;
-        for (entry, copy) in entries.list.iter_mut().zip(&list) {
-            if entry.prot.allows(Prot::WRITE) && entry.object == copy.object {
+        for (entry, copy) in originals.iter_mut().zip(&list) {
+            if entry.most.allows(Prot::WRITE) && entry.object == copy.object && !entry.device {
                 park |= !entry.needs_copy;
                 entry.needs_copy = true;
                 self.links.write(&mut held).0.set_writes(entry.link, false);
             }
         }
-        if park && !self.has(Defect::CopyLeavesWritable) {
-            let parked = source.pmap.lock(&mut held).0.park();
-            self.stats.add(Event::EntryParked, parked.into());
+        if park && self.has(Defect::ParksUnlocked) {
+            drop(entries);
+            self.park_leaves(source, range, outer);
+        } else if park && !self.has(Defect::CopyLeavesWritable) {
+            self.park_leaves(source, range, &mut held);
         }
         self.stats.count(Event::MapCopied);
         Ok(list)
     }
 
+    /// Takes the permission to write from a map's leaves, those in a range if not all.
+    fn park_leaves<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        range: Option<IpaRange>,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        let (mut pmap, _held) = map.pmap.lock(held);
+        match range {
+            None => self.stats.add(Event::EntryParked, pmap.park().into()),
+            Some(range) => {
+                let keep = Prot::ALL.without(Prot::WRITE);
+                pmap.protect(range, keep, &mut |harvest| self.frames.note(harvest));
+            }
+        }
+    }
+
     /// The object that a copy of an entry is to have: the entry's own, or a copy-object with a reference.
     fn view(&self, entry: &Entry, kind: Kind, held: &mut Held<'_, MAP>) -> Result<ObjectId, VmError> {
-        let wanted = kind == Kind::Asymmetric && entry.prot.allows(Prot::WRITE);
+        if entry.device {
+            return Ok(entry.object);
+        }
+        let wanted = kind == Kind::Asymmetric && entry.most.allows(Prot::WRITE);
         // Nobody writes to what is to be copied before it is written.
-        let pushes =
-            !entry.needs_copy && (wanted || self.is_written_elsewhere(entry.object, Some(entry.link), held));
+        let pushes = !entry.needs_copy
+            && (wanted || self.is_written_elsewhere(entry.object, Some(entry.link), entry.window(), held));
         if pushes { self.copy_object(entry.object, held) } else { Ok(entry.object) }
     }
 
     /// The same entries for another holder, each with a reference, and charged except for what the holder
     /// has been charged; all or none.
-    fn duplicate<const OUTER: u8>(
+    pub(super) fn duplicate<const OUTER: u8>(
         &self,
         list: &[Entry],
         holder: &Weak<Map<M>>,
@@ -262,10 +299,12 @@ impl<M: Machine> Vm<M> {
         let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
         self.add_reference(entry.object, held)?;
         let (number, at) = (entry.object.number(), entry.range.start());
-        let attached = self.links.write(held).0.attach(holder.clone(), number, at, entry.first, pages, false);
+        let writes = entry.device && entry.most.allows(Prot::WRITE);
+        let attached =
+            self.links.write(held).0.attach(holder.clone(), number, at, entry.first, pages, writes);
         match attached {
             Ok(link) => {
-                let needs_copy = entry.needs_copy || entry.prot.allows(Prot::WRITE);
+                let needs_copy = !entry.device && (entry.needs_copy || entry.most.allows(Prot::WRITE));
                 Ok(Entry { link, needs_copy, ..*entry })
             }
             Err(error) => {

@@ -12,7 +12,7 @@ use crate::object::Kept;
 use crate::pager::WaitFor;
 use crate::prot::Prot;
 use crate::stats::Event;
-use crate::store::{Machine, StoreError};
+use crate::store::{LostPage, Machine};
 use crate::{Vm, VmError};
 
 /// How a discard went.
@@ -29,12 +29,12 @@ pub enum Discarded {
 pub enum NotDiscarded {
     /// Nothing is mapped there.
     Hole(Ipa),
-    /// The guest may not write there.
+    /// The guest may not write there, or it is a device.
     Denied(Ipa),
     /// There is no memory for the marks.
     Refused(VmError),
     /// What others are to keep cannot be read.
-    Lost(StoreError),
+    Lost(LostPage),
 }
 
 impl<M: Machine> Vm<M> {
@@ -53,7 +53,7 @@ impl<M: Machine> Vm<M> {
             let part = part.ok_or(NotDiscarded::Hole(from))?;
             let (mut entries, mut held) = map.entries.write(held);
             let entry = entries.find_mut(from).ok_or(NotDiscarded::Hole(from))?;
-            if !entry.prot.allows(Prot::WRITE) {
+            if !entry.prot.allows(Prot::WRITE) || entry.device {
                 return Err(NotDiscarded::Denied(from));
             }
             let part = part.intersection(entry.range).unwrap_or(part);

@@ -24,8 +24,13 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Unmaps part of what a map has, about `budget` table entries; true when all of it is. For a guest none
-    /// of whose vCPUs runs, before [`Vm::reset_map`]: then that has little left to do.
-    pub fn clear_map<const OUTER: u8>(&self, map: &Map<M>, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
+    /// of whose vCPUs runs.
+    pub(super) fn clear_map<const OUTER: u8>(
+        &self,
+        map: &Map<M>,
+        budget: u32,
+        held: &mut Held<'_, OUTER>,
+    ) -> bool {
         map.pmap.lock(held).0.clear(budget, &mut |harvest| self.frames.note(harvest))
     }
 

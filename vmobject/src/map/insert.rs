@@ -7,7 +7,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use super::{Entry, Map, Share};
-use crate::addr::{Ipa, IpaRange, PageIndex};
+use crate::addr::{CHUNK_PAGES, Ipa, IpaRange, PageIndex};
 use crate::defect::Defect;
 use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
@@ -83,7 +83,12 @@ impl<M: Machine> Vm<M> {
             assert_eq!(state.id(), object, "{object:?} is gone");
             (state.pages, state.pager)
         };
-        if share == Share::Copy && self.is_written_elsewhere(object, None, held) {
+        let device = matches!(pager, Pager::Device(_));
+        if device && share == Share::Copy {
+            return fail(VmError::Device, object);
+        }
+        let window = first.number()..first.number().saturating_add(pages);
+        if share == Share::Copy && self.is_written_elsewhere(object, None, window, held) {
             let copy = self.copy_object(object, held).map_err(|error| (error, object))?;
             self.unreference(object, held);
             object = copy;
@@ -112,13 +117,7 @@ impl<M: Machine> Vm<M> {
             self.stats.count(Event::ShadowMade);
         }
         let (mut entries, mut held) = map.entries.write(held);
-        let place = match entries.place(range.start()) {
-            Ok(_) => return fail(VmError::Overlap, object),
-            Err(place) => place,
-        };
-        if entries.list.get(place).is_some_and(|next| next.range.start() < range.end()) {
-            return fail(VmError::Overlap, object);
-        }
+        let Some(place) = entries.gap(range) else { return fail(VmError::Overlap, object) };
         let before = place.checked_sub(1).and_then(|before| entries.list.get_mut(before));
         if let Some(before) = before.filter(|_| !needs_copy && first == PageIndex::new(0)) {
             match self.coalesce(before, range, object, prot, &mut held) {
@@ -137,9 +136,12 @@ impl<M: Machine> Vm<M> {
             return fail(VmError::NoMemory, object);
         }
         let start = range.start();
-        let charge = Entry::charge_of(range, prot);
+        let charge = if device { 0 } else { Entry::charge_of(range, prot) };
         if let Err(error) = self.commit(charge, &mut held) {
             return fail(error, object);
+        }
+        if !needs_copy {
+            self.align(object, first, start, &mut held);
         }
         let attached = {
             let (mut links, _held) = self.links.write(&mut held);
@@ -153,7 +155,9 @@ impl<M: Machine> Vm<M> {
                 return fail(error, object);
             }
         };
-        entries.list.insert(place, Entry { range, object, first, prot, needs_copy, link });
+        entries
+            .list
+            .insert(place, Entry { range, object, first, prot, most: prot, needs_copy, device, link });
         Ok(())
     }
 
@@ -183,6 +187,23 @@ impl<M: Machine> Vm<M> {
         self.shadow_entry(entry, &mut held)
     }
 
+    /// Has an object whose page `first` a map has at an address keep its pages as the map has them, 2 MiB for 2 MiB: what
+    /// a guest discards as one is one then. Nothing is done to an object that has pages already.
+    fn align<const OUTER: u8>(
+        &self,
+        object: ObjectId,
+        first: PageIndex,
+        at: Ipa,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        let place = at.pages_above(at.chunk()).unwrap_or_default().number();
+        let (mut state, _held) = self.objects.get(object).write(held);
+        if state.pager == Pager::None && state.slots.counts().present() == 0 {
+            state.slots.begin_at(place.wrapping_sub(first.number()) % CHUNK_PAGES);
+            state.trails.clear(); // they go by places
+        }
+    }
+
     pub(super) fn shadow_entry(&self, entry: &mut Entry, held: &mut Held<'_, MAP>) -> Result<(), VmError> {
         let sole = {
             let (state, _held) = self.objects.get(entry.object).read(held);
@@ -197,11 +218,12 @@ impl<M: Machine> Vm<M> {
             let shadow = Shadow { object: entry.object, offset: entry.first, limit: pages };
             let (object, first) =
                 (self.make_object(pages, Pager::None, Some(shadow), held)?, PageIndex::new(0));
+            self.align(object, first, entry.range.start(), held);
             self.links.write(held).0.rehang(entry.link, object.number(), first);
             (entry.object, entry.first) = (object, first);
             self.stats.count(Event::ShadowMade);
         }
-        self.links.write(held).0.set_writes(entry.link, entry.prot.allows(Prot::WRITE));
+        self.links.write(held).0.set_writes(entry.link, entry.most.allows(Prot::WRITE));
         entry.needs_copy = false;
         Ok(())
     }

@@ -6,23 +6,30 @@
 //! Locks: the map, then objects, then the tables.
 //!
 //! # Invariants
-//! M1. Entries are sorted, not empty, and do not overlap.
+//! M1. Entries are sorted, not empty, and do not overlap; none allows more than it ever may.
 //! M2. An entry holds one reference to its object, and lies within it.
-//! M3. An entry without `needs_copy` that allows writing has no object whose store is only read.
+//! M3. An entry without `needs_copy` that may come to be written has no object whose store is only read.
+//! M4. An entry of a device's object is known as such, and never to be copied.
 
 mod coalesce;
 mod copy;
 mod discard;
 mod end;
 mod insert;
+mod limit;
 mod need;
+mod part;
+mod reset;
 
 pub use copy::Snapshot;
 pub use discard::{Discarded, NotDiscarded};
+pub use limit::LimitError;
+pub(crate) use limit::{Limited, Next};
 pub use need::Instruction;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 
 use crate::VmError;
@@ -57,8 +64,12 @@ pub struct Entry {
     pub first: PageIndex,
     /// What the guest may do.
     pub prot: Prot,
+    /// What it may ever come to be allowed.
+    pub most: Prot,
     /// The object is to be shadowed before the first write.
     pub needs_copy: bool,
+    /// The object is a device's: whoever has the entry has the same frames, and none of the VM's.
+    pub device: bool,
     /// Where the reverse map has it.
     pub(crate) link: MappingId,
 }
@@ -66,11 +77,17 @@ pub struct Entry {
 impl Entry {
     /// What is charged for it: what can be written may all have to be somewhere.
     pub(crate) fn charge(&self) -> u64 {
-        Self::charge_of(self.range, self.prot)
+        if self.device { 0 } else { Self::charge_of(self.range, self.most) }
     }
 
     pub(crate) fn charge_of(range: IpaRange, prot: Prot) -> u64 {
         if prot.allows(Prot::WRITE) { charge_for(range.pages()) } else { 0 }
+    }
+
+    /// The object's pages that it shows.
+    pub(crate) fn window(&self) -> Range<u32> {
+        let first = self.first.number();
+        first..u32::try_from(u64::from(first) + self.range.pages()).unwrap_or(u32::MAX)
     }
 
     /// The object's page at an address of the range.
@@ -101,6 +118,13 @@ impl Entries {
         }
     }
 
+    /// Where an entry of a range would have to go; `None` if something is there.
+    fn gap(&self, range: IpaRange) -> Option<usize> {
+        let place = self.place(range.start()).err()?;
+        let next = self.list.get(place);
+        next.is_none_or(|next| next.range.start() >= range.end()).then_some(place)
+    }
+
     /// The entry of an address; `hint` says where the last one was.
     #[inline]
     pub(crate) fn find(&self, at: Ipa, hint: &AtomicUsize) -> Option<&Entry> {
@@ -129,6 +153,7 @@ pub struct Map<M: Machine> {
     reach: Ipa,
     pub(crate) hint: AtomicUsize,
     needs: Once<Box<[need::Needs]>>,
+    limit: limit::Limit,
     pub(crate) stats: Stats,
 }
 
@@ -141,6 +166,7 @@ impl<M: Machine> Map<M> {
             pmap: Ranked::new(pmap),
             hint: AtomicUsize::new(0),
             needs: Once::new(),
+            limit: limit::Limit::none(),
             stats: Stats::new(),
         }
     }

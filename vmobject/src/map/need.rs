@@ -53,8 +53,9 @@ impl Needs {
     fn add(&self, pc: u64, frame: Pfn) {
         if self.pc.swap(pc, Relaxed) != pc {
             self.forget();
-        }
-        if !self.has(frame) {
+            self.next.store(1, Relaxed);
+            self.frames[0].store(frame.number(), Relaxed);
+        } else if !self.has(frame) {
             let place = self.next.fetch_add(1, Relaxed) % NEED_PAGES;
             self.frames[place].store(frame.number(), Relaxed);
         }

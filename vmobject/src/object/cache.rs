@@ -55,7 +55,7 @@ impl<M: Machine> Vm<M> {
 
     /// Keeps an object that has just lost its last reference, if it has an identity and there is a cache.
     pub(super) fn retire(&self, state: &mut State, held: &mut Held<'_, OBJECT>) -> bool {
-        let wanted = state.pager != Pager::None && self.objects.cache_limit.load(Relaxed) > 0;
+        let wanted = state.pager.store().is_some() && self.objects.cache_limit.load(Relaxed) > 0;
         let kept = wanted && self.objects.cache(state.id, held);
         if kept {
             (state.deactivated, state.sent) = (0, 0);

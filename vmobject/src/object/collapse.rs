@@ -211,9 +211,13 @@ impl<M: Machine> Vm<M> {
         self.end(backing, held);
         self.ask_shadows(top, held); // its marks for zeros may have gone
         // The referrer that went may have been the last to see what has come up, or what lies below.
-        for number in [Some(top.id.index), top.shadow.map(|below| below.object.index)].into_iter().flatten() {
-            if self.links.read(held).0.counts(number).1 == 0 {
-                self.objects.ask_prune(number, held);
+        if self.may_hide(top, held) {
+            self.objects.ask_prune(top.id.index, held);
+        }
+        if let Some(below) = top.shadow {
+            let (state, mut held) = self.objects.get(below.object).write_below(held);
+            if self.may_hide(&state, &mut held) {
+                self.objects.ask_prune(below.object.index, &mut held);
             }
         }
     }
@@ -277,11 +281,15 @@ impl<M: Machine> Vm<M> {
         if let Some(below) = below
             && shadow.through(below).is_some()
         {
-            let (mut below, _held) = self.objects.get(below.object).write_below(held);
+            let (mut below, mut held) = self.objects.get(below.object).write_below(held);
+            if below.refs == 1 {
+                // It was to be merged, which would have freed what is hidden.
+                self.objects.ask_prune(below.id.index, &mut held);
+            }
             below.refs = below.refs.checked_add(1)?;
         }
         self.relink(top, shadow, below, held);
-        if backing.copy == Some(top.id) {
+        if backing.copy == Some(top.id) || self.has(Defect::BypassForgetsCopy) {
             backing.copy = None; // another copy of it still receives (D3)
         }
         if top.role != Role::Plain {
@@ -294,14 +302,50 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Something that held up those who shadow an object is gone from it, a page or its role: they are looked at
-    /// again, a few of them.
+    /// again, a few of them now and the others by and by.
     pub(crate) fn ask_shadows(&self, state: &State, held: &mut Held<'_, OBJECT>) {
-        let mut next = self.links.read(held).0.children(state.id.index).next();
-        for _ in 0..MAX_SIBLINGS {
-            let Some(child) = next else { return };
+        let first = self.links.read(held).0.children(state.id.index).next();
+        self.ask_some(state.id.index, first, &mut { MAX_SIBLINGS }, held);
+    }
+
+    /// Goes on with that at a shadow, or again at the first one if that shadows something else by now.
+    pub(super) fn go_on_asking(
+        &self,
+        state: &State,
+        from: u32,
+        left: &mut u32,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Progress {
+        let number = state.id.index;
+        let next = {
+            let (links, _held) = self.links.read(held);
+            let still = links.parent(from).is_some_and(|(parent, ..)| parent == number);
+            if still { Some(from) } else { links.children(number).next() }
+        };
+        if self.ask_some(number, next, left, held) { Progress::Done } else { Progress::More }
+    }
+
+    /// Asks a shadow and those after it; false if there are more than `left`, which are asked later.
+    fn ask_some(
+        &self,
+        number: u32,
+        mut next: Option<u32>,
+        left: &mut u32,
+        held: &mut Held<'_, OBJECT>,
+    ) -> bool {
+        while let Some(child) = next {
+            if *left == 0 && self.has(Defect::AsksFewShadows) {
+                return true;
+            }
+            if *left == 0 {
+                self.objects.ask_from(number, child, held);
+                return false;
+            }
+            *left -= 1;
             self.objects.chore(child, held);
             next = self.links.read(held).0.next_sibling(child);
         }
+        true
     }
 
     fn count_moved(&self, slot: Slot) {

@@ -11,6 +11,8 @@
 //! that one becomes its *heir*: it receives, and may be written. Called by `map` and `collapse`. Locks: the
 //! older copy, the newer one, the source: each shadows the next.
 
+use core::ops::Range;
+
 use super::{Life, ObjectId, Pager, Shadow, State};
 use crate::addr::PageIndex;
 use crate::defect::Defect;
@@ -47,19 +49,20 @@ impl State {
 }
 
 impl<M: Machine> Vm<M> {
-    /// True if an object may be changed through another entry than this one, or its store must see it
+    /// True if these pages of an object may be changed through another entry than this one, or its store must see it
     /// change: then it can only be copied asymmetrically.
     pub(crate) fn is_written_elsewhere<const OUTER: u8>(
         &self,
         id: ObjectId,
         besides: Option<MappingId>,
+        pages: Range<u32>,
         held: &mut Held<'_, OUTER>,
     ) -> bool {
         let (state, mut held) = self.objects.get(id).read(held);
         match state.pager {
             Pager::Disk(_) => true,
-            Pager::Image(_) => false,
-            Pager::None => self.links.read(&mut held).0.is_written(id.index, besides),
+            Pager::Image(_) | Pager::Device(_) => false,
+            Pager::None => self.links.read(&mut held).0.is_written(id.index, besides, pages),
         }
     }
 

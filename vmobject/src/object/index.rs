@@ -3,14 +3,20 @@
 //! A three-level radix: a root that grows to the highest page present, regions of 64 leaves, leaves of 64
 //! slots of four bytes. What is not there costs nothing: a region that was never touched is no box,
 //! and a leaf whose pages are all zero is one bit. Range operations skip what is not there, so their cost
-//! follows what is present in the range (D10). Called by `object`, `fault`, `pager`.
+//! follows what is present in the range (D10). Of each 2 MiB it is known where in memory they lie, or would if their
+//! frames were side by side (`run`). Called by `object`, `fault`, `pager`.
+
+mod leaf;
+mod run;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
 
 use crate::VmError;
-use crate::addr::{PageIndex, Pfn};
+use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
+use leaf::{first_present, is_nothing, present};
+use run::Home;
 
 /// What an object knows of one of its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,23 +67,51 @@ const LEAF: usize = 1 << LEAF_SHIFT;
 const FULL: u8 = 1 << LEAF_SHIFT;
 const REGION_SHIFT: u32 = 12;
 const LEAVES: usize = 1 << (REGION_SHIFT - LEAF_SHIFT);
+/// Chunks of a region.
+const CHUNKS: usize = (1 << REGION_SHIFT) / CHUNK_PAGES as usize;
 
 struct Region {
     /// A bit for each leaf that is not there because all its pages are zero.
     zero: u64,
     /// Slots that are not absent, for each leaf that is there.
     present: [u8; LEAVES],
+    /// For each chunk.
+    homes: [Home; CHUNKS],
     leaves: [Option<Box<[u32; LEAF]>>; LEAVES],
 }
 
 impl Region {
-    const NOTHING: Self = Self { zero: 0, present: [0; LEAVES], leaves: [const { None }; LEAVES] };
+    const fn nothing() -> Self {
+        Self {
+            zero: 0,
+            present: [0; LEAVES],
+            homes: [const { Home::unknown() }; CHUNKS],
+            leaves: [const { None }; LEAVES],
+        }
+    }
+
+    /// Nothing is in it.
+    fn is_empty(&self) -> bool {
+        self.zero == 0 && self.present.iter().fold(0, |all, present| all | present) == 0
+    }
+
+    /// The first leaf that has something. Whoever empties a region a few slots at a time asks again and again.
+    fn first_held(&self) -> Option<usize> {
+        let octets = self.present.as_chunks::<8>().0;
+        let held =
+            octets.iter().enumerate().find(|(_, octet)| **octet != [0; 8]).and_then(|(eighth, octet)| {
+                octet.iter().position(|present| *present > 0).map(|leaf| 8 * eighth + leaf)
+            });
+        let zero = (self.zero != 0).then(|| self.zero.trailing_zeros() as usize);
+        held.into_iter().chain(zero).min()
+    }
 
     /// Which of a leaf's slots are not absent.
     #[inline]
     fn present(&self, leaf: usize) -> u64 {
         match &self.leaves[leaf] {
-            Some(slots) => slots.iter().rev().fold(0, |mask, &bits| mask << 1 | u64::from(bits != ABSENT)),
+            Some(_) if self.present[leaf] == FULL => u64::MAX,
+            Some(slots) => present(slots),
             None if self.zero & 1 << leaf != 0 => u64::MAX,
             None => 0,
         }
@@ -139,6 +173,12 @@ impl Run<'_> {
     pub fn iter(&self) -> impl Iterator<Item = Slot> {
         self.0.iter().map(|&bits| Slot::decode(bits))
     }
+
+    /// How many of them there are before the first that is absent.
+    #[inline]
+    pub fn held(&self) -> u32 {
+        self.0.iter().take_while(|&&bits| bits != ABSENT).fold(0, |count, _| count + 1)
+    }
 }
 
 const fn split(page: PageIndex) -> (usize, usize, usize) {
@@ -199,21 +239,25 @@ impl Index {
 
     /// Sets a slot and gives back what was there. Fails only for want of memory, and then changes
     /// nothing. A slot that was present can always be set.
-    #[inline]
     pub fn set(&mut self, page: PageIndex, to: Slot) -> Result<Slot, VmError> {
-        let (region, leaf, slot) = split(page);
-        if self.region(region).is_none_or(|home| home.leaves[leaf].is_none()) {
-            if to == Slot::Absent && self.get(page) == Slot::Absent {
-                return Ok(Slot::Absent);
-            }
-            self.grow(region, leaf)?;
+        if let Some(before) = self.replace(page, to) {
+            return Ok(before);
         }
-        let Some(Some(home)) = self.root.get_mut(region) else { return Err(VmError::NoMemory) };
-        let [home] = &mut **home;
-        let Some(slots) = &mut home.leaves[leaf] else { return Err(VmError::NoMemory) };
-        let bits = &mut slots[slot];
-        let before = Slot::decode(*bits);
-        *bits = to.encode();
+        let (region, leaf, _) = split(page);
+        if to == Slot::Absent && self.get(page) == Slot::Absent {
+            return Ok(Slot::Absent);
+        }
+        self.grow(region, leaf)?;
+        self.set(page, to)
+    }
+
+    /// The same where its leaf is there; `None`, and nothing done, where it is not.
+    #[inline]
+    pub fn replace(&mut self, page: PageIndex, to: Slot) -> Option<Slot> {
+        let (region, leaf, slot) = split(page);
+        let [home] = &mut **self.root.get_mut(region)?.as_mut()?;
+        let slots = home.leaves[leaf].as_mut()?;
+        let before = Slot::decode(core::mem::replace(&mut slots[slot], to.encode()));
         self.counts.sub(before);
         self.counts.add(to, 1);
         match (before == Slot::Absent, to == Slot::Absent) {
@@ -221,12 +265,23 @@ impl Index {
             (false, true) => {
                 home.present[leaf] -= 1;
                 if home.present[leaf] == 0 {
-                    home.leaves[leaf] = None;
+                    self.shrink(region, leaf);
                 }
             }
             (true, true) | (false, false) => {}
         }
-        Ok(before)
+        Some(before)
+    }
+
+    /// A leaf where nothing is goes, and with the last one its region.
+    #[cold]
+    fn shrink(&mut self, region: usize, leaf: usize) {
+        if let Some(Some(home)) = self.root.get_mut(region) {
+            home[0].leaves[leaf] = None;
+            if home[0].is_empty() {
+                self.root[region] = None;
+            }
+        }
     }
 
     /// Makes the region there.
@@ -239,7 +294,7 @@ impl Index {
         }
         let home = &mut self.root[region];
         if home.is_none() {
-            *home = Some(boxed(|| Region::NOTHING)?);
+            *home = Some(boxed(Region::nothing)?);
         }
         let [home] = &mut **home.as_mut().ok_or(VmError::NoMemory)?;
         Ok(home)
@@ -282,7 +337,7 @@ impl Index {
     pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
         let mut page = range.start;
         while page < range.end && self.counts.present() > 0 {
-            let (region, leaf, _) = split(page);
+            let (region, leaf, slot) = split(page);
             if region >= self.root.len() {
                 return None;
             }
@@ -290,48 +345,93 @@ impl Index {
                 page = next_multiple(page, REGION_SHIFT)?;
                 continue;
             };
-            if home.leaves[leaf].is_none() && home.zero & 1 << leaf == 0 {
+            let found = match &home.leaves[leaf] {
+                Some(slots) => first_present(slots, slot).map(|found| (found, Slot::decode(slots[found]))),
+                None if home.zero & 1 << leaf != 0 => Some((slot, Slot::Zero)),
+                None => None,
+            };
+            let Some((found, what)) = found else {
                 page = next_multiple(page, LEAF_SHIFT)?;
                 continue;
-            }
-            match self.get(page) {
-                Slot::Absent => page = page.checked_add(1)?,
-                slot @ (Slot::Zero | Slot::Resident(_) | Slot::Swapped(_)) => return Some((page, slot)),
-            }
+            };
+            let skipped = u32::try_from(found - slot).ok()?;
+            let page = page.checked_add(skipped).filter(|page| *page < range.end)?;
+            return Some((page, what));
         }
         None
     }
 
-    /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.
-    pub fn present_of_64(&self, first: PageIndex) -> u64 {
-        let (_, _, skip) = split(first);
-        let here = self.present_of_leaf(first) >> skip;
-        match first.checked_add(FULL.into()).filter(|_| skip > 0) {
-            Some(next) => here | self.present_of_leaf(next) << (LEAF - skip),
-            None => here,
+    /// Makes every page absent. `give_up` sees what each slot has, or once that a whole leaf is zero, and says whether that
+    /// is given up; if not, that is the end for now. What is highest goes first, 4096 pages at a time. True when
+    /// nothing is left.
+    pub fn drain(&mut self, mut give_up: impl FnMut(Slot) -> bool) -> bool {
+        while let Some(region) = self.root.last_mut() {
+            if let Some(home) = region {
+                let [home] = &mut **home;
+                while let Some(leaf) = home.first_held() {
+                    let Some(there) = &mut home.leaves[leaf] else {
+                        if !give_up(Slot::Zero) {
+                            return false;
+                        }
+                        home.zero &= !(1 << leaf);
+                        self.counts.zero -= Self::LEAF_PAGES;
+                        continue;
+                    };
+                    for octet in there.as_chunks_mut::<8>().0 {
+                        if home.present[leaf] == 0 {
+                            break;
+                        }
+                        if is_nothing(octet) {
+                            continue;
+                        }
+                        for slot in octet.iter_mut().filter(|slot| **slot != ABSENT) {
+                            let what = Slot::decode(*slot);
+                            if !give_up(what) {
+                                return false;
+                            }
+                            *slot = ABSENT;
+                            home.present[leaf] -= 1;
+                            self.counts.sub(what);
+                        }
+                    }
+                    home.leaves[leaf] = None;
+                }
+            }
+            self.root.pop();
         }
+        true
     }
 
-    /// The same for 64 pages a word. Where `first` begins a leaf and one region has them all, the region is looked up
-    /// once.
+    /// Which of the 64 pages from `first` on are not absent: a bit for each, that of `first` lowest.
+    pub fn present_of_64(&self, first: PageIndex) -> u64 {
+        let mut word = [0];
+        self.present_from(first, &mut word);
+        word[0]
+    }
+
+    /// The same for 64 pages a word.
+    #[inline]
     pub fn present_from(&self, first: PageIndex, words: &mut [u64]) {
-        let (region, leaf, slot) = split(first);
-        if slot == 0 && leaf + words.len() <= LEAVES {
-            let Some(region) = self.region(region) else { return words.fill(0) };
+        let (mut leaf, skip) = (first.number() >> LEAF_SHIFT, first.number() % u32::from(FULL));
+        if skip == 0 {
             for (word, leaf) in words.iter_mut().zip(leaf..) {
-                *word = region.present(leaf);
+                *word = self.present_of_leaf(leaf);
             }
             return;
         }
-        let mut from = Some(first);
+        let mut here = self.present_of_leaf(leaf);
         for word in words {
-            *word = from.map_or(0, |from| self.present_of_64(from));
-            from = from.and_then(|from| from.checked_add(1 << LEAF_SHIFT));
+            leaf += 1;
+            let next = self.present_of_leaf(leaf);
+            *word = here >> skip | next << (u32::from(FULL) - skip);
+            here = next;
         }
     }
 
-    fn present_of_leaf(&self, page: PageIndex) -> u64 {
-        let (region, leaf, _) = split(page);
+    /// Of a leaf, counted from the object's beginning.
+    #[inline]
+    fn present_of_leaf(&self, leaf: u32) -> u64 {
+        let (region, leaf) = (leaf as usize / LEAVES, leaf as usize % LEAVES);
         self.region(region).map_or(0, |region| region.present(leaf))
     }
 
@@ -383,13 +483,49 @@ mod tests {
     }
 
     #[test]
-    fn a_leaf_that_holds_nothing_any_more_costs_nothing() {
+    fn what_holds_nothing_any_more_costs_nothing() {
         let mut index = Index::new();
         index.set(P(5), Slot::Zero).unwrap();
-        let full = index.bytes();
+        let one = index.bytes();
+        index.set(P(64), Slot::Zero).unwrap();
+        index.set(P(64), Slot::Absent).unwrap();
+        assert_eq!(index.bytes(), one);
         index.set(P(5), Slot::Absent).unwrap();
-        assert!(index.bytes() < full);
+        assert!(index.bytes() <= size_of::<usize>(), "{} bytes", index.bytes());
         assert_eq!(index.counts().present(), 0);
+        assert_eq!(index.get(P(5)), Slot::Absent);
+        index.zero_leaf(P(0)).unwrap();
+        assert_eq!(index.get(P(5)), Slot::Zero);
+    }
+
+    #[test]
+    fn what_is_drained_is_shown_once_and_costs_nothing_from_then_on() {
+        let mut index = Index::new();
+        let pages = [3, 64, 65, 4096, 9000, 1 << 20];
+        for page in pages {
+            index.set(P(page), Slot::Swapped(page)).unwrap();
+        }
+        index.zero_leaf(P(128)).unwrap();
+        let mut seen = Vec::new();
+        for step in 0..7 {
+            let mut left = 1;
+            let done = index.drain(|slot| {
+                let more = left > 0;
+                left -= 1;
+                seen.extend(more.then_some(slot));
+                more
+            });
+            assert_eq!(done, step == 6, "step {step}");
+            assert_eq!(index.counts(), {
+                let mut counts = SlotCounts::default();
+                index.iter().for_each(|(_, slot)| counts.add(slot, 1));
+                counts
+            });
+        }
+        let expected = [1 << 20, 9000, 4096, 3, 64, 65].map(Slot::Swapped).into_iter().chain([Slot::Zero]);
+        assert!(seen.into_iter().eq(expected));
+        assert_eq!(index.counts().present(), 0);
+        assert!(index.root.iter().all(Option::is_none));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! An object is pages, a pager perhaps, and perhaps an object that it shadows. References are counted: a
 //! map entry and a shadow are one each, and so is whoever was handed an id by `image` or `anonymous` and
 //! has not yet put it in a map. This file says what an object is; `table` keeps them all, `shadow` makes
-//! and ends them, `collapse` shortens chains, `prune` frees what everybody hides, `work` does by and by what is not done at once.
+//! and ends them, `collapse` shortens chains, `prune` frees what everybody hides, `way` says where two views of a page part, `work` does by and by what is not done at once.
 //!
 //! Called by `map`, `fault`, `pager`. Calls `index`, `page`, `rmap`. Locks: the object, a shadow before
 //! what it shadows; then links, then the registry.
@@ -16,6 +16,7 @@
 //! O5. No object has a page at or behind its end.
 //! O6. A page that an object's newest copy sees in it and has not received is mapped nowhere writable.
 
+mod ahead;
 mod cache;
 mod collapse;
 mod copy;
@@ -26,8 +27,10 @@ mod shadow;
 mod slots;
 mod table;
 mod trail;
+mod way;
 mod work;
 
+pub(crate) use ahead::Ahead;
 pub(crate) use cache::Put;
 pub use copy::Role;
 pub(crate) use pages::Kept;
@@ -36,8 +39,8 @@ pub use table::{Object, Objects};
 pub(crate) use trail::Hop;
 use trail::Trails;
 
-use crate::addr::PageIndex;
-use crate::store::{StoreError, StoreId};
+use crate::addr::{PageIndex, Pfn};
+use crate::store::StoreId;
 use index::Slot;
 
 /// Names an object: where it is, and which of those that were there.
@@ -73,7 +76,7 @@ pub struct Shadow {
 
 impl Shadow {
     /// What an object that shadows us would shadow without us, if we shadow `below`.
-    fn through(self, below: Self) -> Option<Self> {
+    pub(crate) fn through(self, below: Self) -> Option<Self> {
         let offset = below.offset.checked_add(self.offset.number())?;
         let limit = self.limit.min(below.limit.saturating_sub(self.offset.number()));
         (limit > 0).then_some(Self { object: below.object, offset, limit })
@@ -89,14 +92,25 @@ pub enum Pager {
     Image(StoreId),
     /// A store that sees every change, when the object is cleaned.
     Disk(StoreId),
+    /// Frames from this one on that are not the VM's: a device's registers, or memory that EL2 keeps for itself. No slot
+    /// ever says anything of them.
+    Device(Pfn),
 }
 
 impl Pager {
     /// Its store: the identity of the object.
     pub const fn store(self) -> Option<StoreId> {
         match self {
-            Self::None => None,
+            Self::None | Self::Device(_) => None,
             Self::Image(store) | Self::Disk(store) => Some(store),
+        }
+    }
+
+    /// The frame of a page that is a device's.
+    pub fn device_frame(self, page: PageIndex) -> Option<Pfn> {
+        match self {
+            Self::Device(first) => first.checked_add(page.number()),
+            Self::None | Self::Image(_) | Self::Disk(_) => None,
         }
     }
 }
@@ -132,9 +146,6 @@ pub struct State {
     pub pager: Pager,
     /// Transfers in flight.
     pub paging: u32,
-    /// A page whose last transfer in failed, until somebody was told; without an error it is to be tried
-    /// alone first.
-    pub failed: Option<(PageIndex, Option<StoreError>)>,
     /// The page that we would have to have for the object below to be bypassed; all before it are hidden
     /// or absent there.
     blocked_at: u32,
@@ -142,6 +153,8 @@ pub struct State {
     blocked_since: u32,
     /// Something has shadowed it.
     shadowed: bool,
+    /// How far it is read ahead in swap.
+    pub(crate) ahead: Ahead,
     /// Shortcuts down the chain.
     pub(crate) trails: Trails,
     /// Counts the pages that this object came to have.
@@ -169,10 +182,10 @@ impl State {
             shadow: None,
             pager: Pager::None,
             paging: 0,
-            failed: None,
             blocked_at: NOWHERE,
             blocked_since: 0,
             shadowed: false,
+            ahead: Ahead::new(),
             trails: Trails::new(),
             gains: 0,
             copy: None,

@@ -80,7 +80,7 @@ impl<M: Machine> Vm<M> {
         }
         let below = match state.pager {
             Pager::None => state.shadow.map_or(0, |shadow| shadow.limit).clamp(range.start, range.end),
-            Pager::Image(_) | Pager::Disk(_) => range.end,
+            Pager::Image(_) | Pager::Disk(_) | Pager::Device(_) => range.end,
         };
         let below = if self.has(Defect::DiscardStoresAbsent) { range.start } else { below };
         let mut given = 0;

@@ -1,16 +1,18 @@
-//! Freeing what nobody can see: a page of an object that no map has, where every way down from a map
-//! ends above it.
+//! Freeing what nobody can see: a page of an object that no map shows, where every way up to a map comes by an object
+//! that hides it, or leaves it out.
 //!
 //! This is what keeps a family of clones from holding more than copies made at once would (DESIGN 8).
 //! Pages to look at come from two sides. A guest that copied a page may have been the last to see it: that
-//! page is remembered and looked at soon. And when a referrer goes, whatever all that are left hide can go
-//! too: the candidates then are the pages of one way down to a map, the shadow with fewest at every turn,
-//! since what is hidden is hidden there as well.
+//! page is remembered and looked at soon. And when a referrer goes, whatever all that are left hide or leave out can
+//! go too: then the whole object is looked through. A page that is hidden is hidden by whatever shadow shows that
+//! part of the object, so what one of those has is compared with what the object has, and only pages of both are
+//! looked at closely. Each may show another part, and be seen in parts itself: that is found out page by page.
 //!
 //! Objects are looked at one after the other, never together. That is sound because what is hidden stays
 //! hidden: a shadow keeps its slots, and when one takes another's place (collapse, bypass) it hides all
-//! that the other hid. Only a shadow that came while we looked could have been missed; the reverse map
-//! counts those. Called by `work`, and by a copy that may turn out to be a move.
+//! that the other hid. Two things can be missed. A shadow that came while we looked: the reverse map counts those. And
+//! the very page that hid ours, moved down into its place by a collapse: the object counts what it gains. What a pager has is not pruned: it is a cache, or not written yet. Called by `work`, and by a copy that
+//! may turn out to be a move.
 
 use super::index::Slot;
 use super::table::Resume;
@@ -18,8 +20,10 @@ use super::work::Progress;
 use super::{Life, Pager, State};
 use crate::Vm;
 use crate::addr::PageIndex;
+use crate::defect::Defect;
 use crate::limits::MAX_SIBLINGS;
 use crate::lock::{CALLER, Held, OBJECT};
+use crate::rmap::Looker;
 use crate::stats::Event;
 use crate::store::Machine;
 
@@ -33,6 +37,23 @@ enum Sight {
 }
 
 impl<M: Machine> Vm<M> {
+    /// True if something else than shadows shows a page of an object: a map, or whoever has its name.
+    fn is_shown(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
+        let (links, _held) = self.links.read(held);
+        let (children, mappings) = links.counts(state.id.index);
+        let known = children + mappings == state.refs && state.life == Life::Live;
+        !known || (mappings > 0 && links.next_mapping(state.id.index, None, page).is_some())
+    }
+
+    /// True if something of an object, or of what is below it, may be hidden: shadows and maps are all that refers to it,
+    /// and no map has it whole.
+    pub(crate) fn may_hide(&self, state: &State, held: &mut Held<'_, OBJECT>) -> bool {
+        let (links, _held) = self.links.read(held);
+        let (children, mappings) = links.counts(state.id.index);
+        let known = children + mappings == state.refs && state.life == Life::Live;
+        known && state.pager == Pager::None && !links.is_mapped_whole(state.id.index, state.pages)
+    }
+
     /// True if an object's shadows are all that refers to it.
     fn is_only_shadowed(&self, state: &State, held: &mut Held<'_, OBJECT>) -> bool {
         let (children, mappings) = self.links.read(held).0.counts(state.id.index);
@@ -40,95 +61,114 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Frees what is hidden in an object that has lost a referrer, from where the last call stopped. Each call
-    /// looks at one candidate at least, however small the budget: so the look comes to its end.
+    /// looks at one page at least, however small the budget: so the look comes to its end.
     pub(super) fn prune(
         &self,
         number: u32,
-        mut resume: Resume,
+        resume: Resume,
         left: &mut u32,
         held: &mut Held<'_, CALLER>,
     ) -> Progress {
         let Some(object) = self.objects.at(number) else { return Progress::Done };
-        let below = {
+        {
             let (state, mut held) = object.read(held);
-            if !self.is_only_shadowed(&state, &mut held) {
+            if !self.may_hide(&state, &mut held) || self.has(Defect::KeepsTheHidden) {
                 return Progress::Done;
             }
-            state.shadow
-        };
-        // What the referrer saw further down may be hidden now, too.
-        if let (Some(below), None) = (below, resume) {
-            self.objects.ask_prune(below.object.index, held);
+            // What the referrer saw further down may be hidden now, too.
+            if let (Some(below), None) = (state.shadow, resume) {
+                self.objects.ask_prune(below.object.index, &mut held);
+            }
         }
-        let (mut here, mut offset, mut limit) = (number, 0, u32::MAX);
-        while let Some((child, start, pages)) = self.fewest(here, left, held) {
-            offset = if here == number { start } else { offset + start };
-            limit = limit.min(pages);
-            let mut from = match resume {
-                None => PageIndex::new(0),
-                Some((at, page)) if at == child => {
-                    resume = None;
-                    page
-                }
-                // All of this one's pages were looked at before.
-                Some(_) => PageIndex::new(limit),
-            };
-            while let Some(page) = self.next_page(child, from..PageIndex::new(limit), held) {
-                *left = left.saturating_sub(1);
-                if let Some(theirs) = page.checked_add(offset) {
-                    match self.prune_page(number, theirs, left, held) {
-                        Progress::Done => {}
-                        again @ (Progress::More | Progress::Blocked) => {
-                            self.objects.ask_prune_from(number, child, page, held);
-                            return again;
-                        }
+        let mut next = self.next_page(number, resume.unwrap_or_default(), held);
+        while let Some(page) = next {
+            *left = left.saturating_sub(1);
+            let from = match self.seen_until(number, page, left, held) {
+                Some(seen) => Some(seen),
+                None => match self.prune_page(number, page, left, held) {
+                    Progress::Done => page.checked_add(1),
+                    again @ (Progress::More | Progress::Blocked) => {
+                        self.objects.ask_prune_from(number, page, held);
+                        return again;
                     }
-                }
-                let Some(next) = page.checked_add(1) else { break };
-                from = next;
-                if *left == 0 {
-                    self.objects.ask_prune_from(number, child, from, held);
-                    return Progress::More;
-                }
+                },
+            };
+            next = from.and_then(|from| self.next_page(number, from, held));
+            if let (Some(page), 0) = (next, *left) {
+                self.objects.ask_prune_from(number, page, held);
+                return Progress::More;
             }
-            if self.links.read(held).0.counts(child).1 > 0 {
-                break;
-            }
-            here = child;
-        }
-        if resume.is_some() {
-            // The way down is another one now.
-            self.objects.ask_prune(number, held);
-            return Progress::More;
         }
         Progress::Done
     }
 
-    /// The shadow of an object with the fewest slots, and its window.
-    fn fewest(&self, number: u32, left: &mut u32, held: &mut Held<'_, CALLER>) -> Option<(u32, u32, u32)> {
-        let mut next = self.links.read(held).0.children(number).next();
-        let mut best: Option<(u32, u32)> = None;
-        while let Some(child) = next {
-            *left = left.saturating_sub(1);
-            let present = self.objects.at(child)?.read(held).0.slots.counts().present();
-            if best.is_none_or(|(fewest, _)| present < fewest) {
-                best = Some((present, child));
-            }
-            next = self.links.read(held).0.next_sibling(child);
-        }
-        let (_, child) = best?;
-        let (parent, offset, limit) = self.links.read(held).0.parent(child)?;
-        (parent == number).then_some((child, offset.number(), limit))
-    }
-
-    fn next_page(
+    /// If somebody sees a page of an object on the first way up that is tried: the page from which on that need not
+    /// be so any more.
+    fn seen_until(
         &self,
         number: u32,
-        range: core::ops::Range<PageIndex>,
+        page: PageIndex,
+        left: &mut u32,
         held: &mut Held<'_, CALLER>,
     ) -> Option<PageIndex> {
+        // `here`'s page `n` is ours `n + shift`.
+        let (mut here, mut shift, mut until) = (number, 0u32, PageIndex::new(u32::MAX));
+        loop {
+            *left = left.saturating_sub(1); // so that a long way up is the last of its step
+            let ours = page.checked_sub(shift)?;
+            let known = {
+                let (state, mut held) = self.objects.at(here)?.read(held);
+                let (children, mappings) = self.links.read(&mut held).0.counts(here);
+                children + mappings == state.refs
+            };
+            if !known {
+                return Some(until);
+            }
+            let looker = self.links.read(held).0.looker(here, ours);
+            let mut child = match looker {
+                Looker::Map { end } => return Some(until.min(end.checked_add(shift).unwrap_or(until))),
+                Looker::Nobody => return None,
+                Looker::Shadow(child) => child,
+            };
+            // One that has few pages is quickly compared.
+            let (mut fewest, mut other) = (self.present(child, held)?, Some(child));
+            for _ in 1..MAX_SIBLINGS {
+                *left = left.saturating_sub(1);
+                other = other.and_then(|other| self.links.read(held).0.next_looker(other, ours));
+                let Some((sibling, present)) = other.and_then(|it| Some((it, self.present(it, held)?)))
+                else {
+                    break;
+                };
+                if present < fewest {
+                    (fewest, child) = (present, sibling);
+                }
+            }
+            let (parent, offset, limit) = self.links.read(held).0.parent(child)?;
+            let theirs =
+                ours.checked_sub(offset.number()).filter(|its| its.number() < limit && parent == here)?;
+            shift = shift.checked_add(offset.number())?;
+            until = until.min(PageIndex::new(shift.saturating_add(limit)));
+            let has = {
+                let (state, _held) = self.objects.at(child)?.read(held);
+                state.slots.next_present(theirs..PageIndex::new(limit)).map(|(page, _)| page)
+            };
+            if has == Some(theirs) {
+                return None;
+            }
+            until = until.min(has.and_then(|has| has.checked_add(shift)).unwrap_or(until));
+            here = child;
+        }
+    }
+
+    /// How many slots an object has.
+    fn present(&self, number: u32, held: &mut Held<'_, CALLER>) -> Option<u32> {
+        Some(self.objects.at(number)?.read(held).0.slots.counts().present())
+    }
+
+    /// The first page from `from` on that an object has.
+    fn next_page(&self, number: u32, from: PageIndex, held: &mut Held<'_, CALLER>) -> Option<PageIndex> {
         let (state, _held) = self.objects.at(number)?.read(held);
-        state.slots.next_present(range).map(|(page, _)| page)
+        state.slots.next_present(from..PageIndex::new(state.pages)).map(|(page, _)| page)
     }
 
     /// Frees one page of an object if nobody sees it.
@@ -141,23 +181,27 @@ impl<M: Machine> Vm<M> {
     ) -> Progress {
         let Some(object) = self.objects.at(number) else { return Progress::Done };
         let version = self.links.read(held).0.version();
-        {
+        let gains = {
             let (state, mut held) = object.read(held);
-            if state.slots.get(page) == Slot::Absent || !self.is_only_shadowed(&state, &mut held) {
+            let pruned = state.pager == Pager::None && state.slots.get(page) != Slot::Absent;
+            if !pruned || self.is_shown(&state, page, &mut held) {
                 return Progress::Done;
             }
-        }
+            state.gains
+        };
         match self.look_above(number, page, version, left, held) {
             Sight::Seen => return Progress::Done,
             Sight::Unsure => return Progress::More,
             Sight::Hidden => {}
         }
         let (mut state, mut held) = object.write(held);
-        if self.links.read(&mut held).0.version() != version {
+        // What hid the page may have come down in its place.
+        let came = state.gains != gains && !self.has(Defect::PrunesWhatCameDown);
+        if came || self.links.read(&mut held).0.version() != version {
             return Progress::More;
         }
         let slot = state.slots.get(page);
-        if slot == Slot::Absent || !self.is_only_shadowed(&state, &mut held) {
+        if slot == Slot::Absent || state.pager != Pager::None || self.is_shown(&state, page, &mut held) {
             return Progress::Done;
         }
         if !self.free_slot(slot, &mut held) {
@@ -194,7 +238,7 @@ impl<M: Machine> Vm<M> {
             let Some(object) = self.objects.at(child) else { return Sight::Unsure };
             let (state, mut held) = object.read(held);
             open = state.slots.get(ours) == Slot::Absent;
-            if open && !self.is_only_shadowed(&state, &mut held) {
+            if open && self.is_shown(&state, ours, &mut held) {
                 return Sight::Seen;
             }
             (here, at) = (child, ours);

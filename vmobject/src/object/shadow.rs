@@ -8,8 +8,9 @@
 use super::index::Slot;
 use super::{Life, NOWHERE, ObjectId, Pager, Role, Shadow, State};
 use crate::addr::{PageIndex, Pfn};
+use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
-use crate::page::Queue;
+use crate::page::{ANY, Queue, Wish};
 use crate::stats::Event;
 use crate::store::{Machine, PhysMemory as _, StoreId};
 use crate::{Vm, VmError};
@@ -60,16 +61,20 @@ impl<M: Machine> Vm<M> {
         loop {
             if let Some(id) = self.objects.find_image(store, held)? {
                 let (mut state, mut held) = self.objects.get(id).write(held);
-                if state.id != id || state.life == Life::Vacant {
+                let same = state.id == id && state.life != Life::Vacant;
+                if !same && !self.has(Defect::FindsTheDead) {
                     continue; // its name was forgotten between the two locks
                 }
-                if state.pager == Pager::Image(store) && pager == Pager::Disk(store) {
-                    return Err(VmError::ReadOnly);
-                }
+                let rewritten = state.pager == Pager::Image(store) && pager == Pager::Disk(store);
                 if state.refs == 0 {
                     self.objects.uncache(id, &mut held);
                     self.stats.count(Event::CacheHit);
                     state.life = Life::Live;
+                    if rewritten {
+                        state.pager = pager; // nobody relies on it any more, and its pages are the store's
+                    }
+                } else if rewritten {
+                    return Err(VmError::ReadOnly);
                 }
                 state.refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
                 return Ok(id);
@@ -105,21 +110,18 @@ impl<M: Machine> Vm<M> {
     pub(super) fn drop_reference(&self, state: &mut State, held: &mut Held<'_, OBJECT>) {
         assert!(state.life == Life::Live && state.refs > 0, "{:?} has no references", state.id);
         state.refs -= 1;
-        match state.refs {
-            0 => {
-                if !self.retire(state, held) {
-                    self.end(state, held);
-                }
+        let number = state.id.index;
+        if state.refs == 0 {
+            if !self.retire(state, held) {
+                self.end(state, held);
             }
-            1 => {
-                let child = self.links.read(held).0.only_child(state.id.index);
-                if let Some(child) = child {
-                    self.objects.chore(child, held);
-                }
-            }
-            _ => {
-                self.objects.ask_prune(state.id.index, held);
-            }
+            return;
+        }
+        let child = self.links.read(held).0.only_child(number).filter(|_| state.refs == 1);
+        if let Some(child) = child {
+            self.objects.chore(child, held);
+        } else if self.may_hide(state, held) {
+            self.objects.ask_prune(number, held);
         }
     }
 
@@ -133,6 +135,9 @@ impl<M: Machine> Vm<M> {
 
     /// A frame for a page of an object, entered in its slot; a swap slot that was there is the caller's. Its
     /// bytes are garbage. `None` for want of memory.
+    ///
+    /// In an object that shadows nothing it lies beside those of the page's neighbours, if that can be had. What a shadow
+    /// has is here and there, and 2 MiB begun for each page of it would soon leave none whole.
     #[inline]
     pub(crate) fn give_frame(
         &self,
@@ -142,7 +147,45 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Pfn> {
         let place = state.slots.place(page)?;
-        let frame = self.frames.allocate(state.slots.storage(), place, queue, held)?;
+        let wanted = match state.shadow {
+            Some(_) => ANY,
+            None => match state.slots.wish(place) {
+                Wish::Beside(wanted) => wanted,
+                Wish::Begin(offset) => return self.begin_chunk(state, page, place, queue, offset, held),
+            },
+        };
+        self.give(state, page, place, queue, wanted, held)
+    }
+
+    /// The same for the first page of a chunk.
+    #[cold]
+    fn begin_chunk(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        place: PageIndex,
+        queue: Queue,
+        offset: u32,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Pfn> {
+        let wanted = self.frames.whole_at(offset, held);
+        let frame = self.give(state, page, place, queue, wanted, held)?;
+        state.slots.begin_chunk(place, frame);
+        Some(frame)
+    }
+
+    /// A frame, the one that is wanted if that is free, for a page that has this place in its object's index.
+    #[inline]
+    fn give(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        place: PageIndex,
+        queue: Queue,
+        wanted: Pfn,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Pfn> {
+        let frame = self.frames.allocate(state.slots.storage(), place, queue, wanted, held)?;
         match self.objects.gain(state, page, Slot::Resident(frame), held) {
             Ok(before) => {
                 debug_assert!(!matches!(before, Slot::Resident(_)));
@@ -188,5 +231,36 @@ impl<M: Machine> Vm<M> {
             Slot::Swapped(slot) => self.swap.give(slot, held),
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::VmError;
+    use crate::lock::Held;
+    use crate::prot::Prot;
+    use crate::testing::{FakePmap, Rig, at};
+
+    #[test]
+    fn a_reference_too_many_is_refused_and_changes_nothing_d18() {
+        let rig = Rig::new(64);
+        let held = &mut Held::root();
+        let guest = rig.guest(4);
+        assert_eq!(rig.store(&guest, at(0, 0), 1), Ok(()));
+        let mut object = None;
+        rig.vm.for_each_entry(&guest, held, |entry| object = Some(entry.object));
+        let object = object.expect("an entry has one");
+        let count = |refs: u32| rig.vm.objects.get(object).write(&mut Held::root()).0.refs = refs;
+        count(u32::MAX);
+        assert_eq!(rig.vm.reference(object, held), Err(VmError::Limit("references")));
+        let clone = rig.vm.copy_map(&guest, FakePmap::default(), held);
+        assert_eq!(clone.err(), Some(VmError::Limit("references")));
+        assert!(rig.vm.snapshot(&guest, held).is_err());
+        assert_eq!(rig.vm.objects.get(object).read(held).0.refs, u32::MAX);
+        count(1);
+        rig.check();
+        assert_eq!(rig.fault(&guest, at(0, 0), Prot::WRITE), Ok(()));
+        rig.destroy(guest);
+        assert_eq!(rig.objects(), 0);
     }
 }

@@ -9,7 +9,8 @@ use core::ops::Range;
 
 use super::index::{Index, Run, Slot, SlotCounts};
 use crate::VmError;
-use crate::addr::PageIndex;
+use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
+use crate::page::Wish;
 
 /// Where each page of an object is.
 pub struct Slots {
@@ -28,6 +29,18 @@ impl Slots {
     #[inline]
     pub const fn storage(&self) -> u32 {
         self.storage
+    }
+
+    /// Has the object begin this far into the index, so that leaves of the index are ranges that guests name as one.
+    /// Only while there is nothing.
+    pub fn begin_at(&mut self, base: u32) {
+        debug_assert_eq!(self.counts().present(), 0);
+        self.base = base;
+    }
+
+    /// How far into the index the object begins.
+    pub const fn base(&self) -> u32 {
+        self.base
     }
 
     /// Where in the index a page of the object is. A page that has no number there cannot have a slot.
@@ -51,10 +64,39 @@ impl Slots {
     }
 
     /// Sets a slot; fails only for want of memory. See [`Index::set`].
-    #[inline]
     pub fn set(&mut self, page: PageIndex, to: Slot) -> Result<Slot, VmError> {
         let place = self.place(page).ok_or(VmError::Range)?;
         self.index.set(place, to)
+    }
+
+    /// Which frame the page at a place should get. See [`Index::wish`].
+    #[inline]
+    pub fn wish(&self, place: PageIndex) -> Wish {
+        self.index.wish(place)
+    }
+
+    /// The first page of a chunk got this frame, and has its slot at this place.
+    pub fn begin_chunk(&mut self, place: PageIndex, frame: Pfn) {
+        self.index.begin_chunk(place, frame);
+    }
+
+    /// True if every page of the chunk that begins at a page is absent, and it is known without a look at them.
+    #[inline]
+    pub fn is_chunk_absent(&self, first: PageIndex) -> bool {
+        self.place(first).is_some_and(|place| {
+            place.number().is_multiple_of(CHUNK_PAGES) && self.index.is_chunk_absent(place)
+        })
+    }
+
+    /// The first frame of the chunk that begins at a page, if all of it lies side by side. See [`Index::chunk_run`].
+    pub fn chunk_run(&self, first: PageIndex) -> Option<Pfn> {
+        self.index.chunk_run(self.place(first)?)
+    }
+
+    /// Sets a slot whose leaf is there. See [`Index::replace`].
+    #[inline]
+    pub fn replace(&mut self, page: PageIndex, to: Slot) -> Option<Slot> {
+        self.index.replace(self.place(page)?, to)
     }
 
     /// True if a leaf of the index begins at a page.
@@ -104,17 +146,9 @@ impl Slots {
         }
     }
 
-    /// The first place of the index that is not absent and no page of the object's: before its first, or
-    /// at or behind page `end`.
-    pub fn next_outside(&self, end: PageIndex) -> Option<(PageIndex, Slot)> {
-        let before = self.index.next_present(PageIndex::new(0)..PageIndex::new(self.base));
-        before.or_else(|| self.index.next_present(self.place(end)?..PageIndex::new(u32::MAX)))
-    }
-
-    /// Empties a place of the index, whether or not it is a page of the object's.
-    pub fn clear_place(&mut self, place: PageIndex) {
-        let cleared = self.index.set(place, Slot::Absent);
-        debug_assert!(cleared.is_ok(), "a slot that is present can be set");
+    /// Empties the index, what is no page of the object's as well. See [`Index::drain`].
+    pub fn drain(&mut self, give_up: impl FnMut(Slot) -> bool) -> bool {
+        self.index.drain(give_up)
     }
 
     /// Every place of the index that is not absent, with the page that it is.

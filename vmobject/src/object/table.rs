@@ -16,20 +16,19 @@ use super::index::Slot;
 use super::{ObjectId, State};
 use crate::VmError;
 use crate::addr::PageIndex;
-use crate::limits::{MAX_COPIED, MAX_OBJECTS, OBJECT_BLOCK};
+use crate::limits::{MAX_COPIED, MAX_OBJECTS, MAX_TRAILS, OBJECT_BLOCK};
 use crate::lock::{Descent, Held, OBJECT, REGISTRY, Ranked, RankedRw, Reading, Writing};
 use crate::store::StoreId;
 
-/// Where a look for hidden pages goes on: the shadow whose pages are the candidates, and which of them is next;
-/// `None` is at the beginning.
-pub(super) type Resume = Option<(u32, PageIndex)>;
+/// Where a look for hidden pages goes on; `None` is at the beginning.
+pub(super) type Resume = Option<PageIndex>;
 
 /// No look for hidden pages is asked for.
 const IDLE: u64 = u64::MAX;
 /// One is, from the beginning.
 const AFRESH: u64 = u64::MAX - 1;
-// No object has a number that would make a place look like one of these.
-const _: () = assert!(MAX_OBJECTS < u32::MAX);
+/// No shadow of an object is to be asked.
+const NONE: u32 = u32::MAX;
 
 /// One place for an object: its state behind its lock.
 pub struct Object {
@@ -38,6 +37,8 @@ pub struct Object {
     queued: AtomicBool,
     /// A referrer went: perhaps all that are left hide something. [`IDLE`], [`AFRESH`], or how far the look is.
     prune: AtomicU64,
+    /// The shadow of it that is to be asked next, because something that held it up is gone; [`NONE`] is.
+    asks: AtomicU32,
     /// The object that has the slots which frames know under this place's number. Changes only while the
     /// slots are exchanged, with both objects locked.
     home: AtomicU32,
@@ -106,6 +107,8 @@ struct Registry {
     chores: VecDeque<u32>,
     /// Pages that were copied from an object, and so may be hidden there now.
     copied: VecDeque<(u32, PageIndex)>,
+    /// The trails that there may be, by object and chunk, the one that was laid first first.
+    trails: VecDeque<(u32, u32)>,
 }
 
 /// All objects.
@@ -129,7 +132,9 @@ impl Objects {
         let (cache, chores) = (VecDeque::new(), VecDeque::new());
         let mut copied = VecDeque::new();
         copied.try_reserve_exact(MAX_COPIED).map_err(|_| VmError::NoMemory)?;
-        let registry = Registry { vacant, used: 0, live: 0, images, cache, chores, copied };
+        let mut trails = VecDeque::new();
+        trails.try_reserve_exact(MAX_TRAILS).map_err(|_| VmError::NoMemory)?;
+        let registry = Registry { vacant, used: 0, live: 0, images, cache, chores, copied, trails };
         Ok(Self {
             blocks: blocks.into_boxed_slice(),
             version: AtomicU64::new(0),
@@ -169,7 +174,10 @@ impl Objects {
         slot: Slot,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Slot, VmError> {
-        let before = state.slots.set(page, slot)?;
+        let before = match state.slots.replace(page, slot) {
+            Some(before) => before,
+            None => state.slots.set(page, slot)?,
+        };
         if before == Slot::Absent && state.shadowed {
             self.changed();
         }
@@ -193,12 +201,14 @@ impl Objects {
     /// Something came to be, or to lie elsewhere, in an object that others shadow: no trail is valid any more.
     #[cold]
     pub(crate) fn changed(&self) {
+        crate::point::here();
         self.version.fetch_add(1, AcqRel);
     }
 
     /// Changes when trails become invalid.
     #[inline]
     pub(crate) fn version(&self) -> u64 {
+        crate::point::here();
         self.version.load(Acquire)
     }
 
@@ -247,6 +257,7 @@ impl Objects {
                 lock: RankedRw::new(State::vacant(n)),
                 queued: AtomicBool::new(false),
                 prune: AtomicU64::new(IDLE),
+                asks: AtomicU32::new(NONE),
                 home: AtomicU32::new(n),
             }));
             Ok::<_, VmError>(objects.into_boxed_slice())
@@ -296,19 +307,16 @@ impl Objects {
         }
     }
 
-    /// Has that look go on where it stopped: at a page of the shadow whose pages are the candidates. It begins
-    /// afresh if it was asked for meanwhile.
+    /// Has that look go on at a page. It begins afresh if it was asked for meanwhile.
     pub(super) fn ask_prune_from<const OUTER: u8>(
         &self,
         number: u32,
-        child: u32,
         page: PageIndex,
         held: &mut Held<'_, OUTER>,
     ) {
         if let Some(object) = self.at(number) {
-            let place = u64::from(child) << 32 | u64::from(page.number());
             // On failure it is asked for afresh already.
-            let _ = object.prune.compare_exchange(IDLE, place, Relaxed, Relaxed);
+            let _ = object.prune.compare_exchange(IDLE, page.number().into(), Relaxed, Relaxed);
             self.chore(number, held);
         }
     }
@@ -317,13 +325,22 @@ impl Objects {
     pub(super) fn take_prune(&self, number: u32) -> Option<Resume> {
         match self.at(number)?.prune.swap(IDLE, Relaxed) {
             IDLE => None,
-            AFRESH => Some(None),
-            place => {
-                let [a, b, c, d, e, f, g, h] = place.to_be_bytes();
-                let (child, page) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
-                Some(Some((child, PageIndex::new(page))))
-            }
+            place => Some(u32::try_from(place).ok().map(PageIndex::new)),
         }
+    }
+
+    /// Has the shadows of an object asked, from this one on.
+    pub(super) fn ask_from<const OUTER: u8>(&self, number: u32, child: u32, held: &mut Held<'_, OUTER>) {
+        if let Some(object) = self.at(number) {
+            object.asks.store(child, Relaxed);
+            self.chore(number, held);
+        }
+    }
+
+    /// Which of the shadows of an object is to be asked next, if any is.
+    pub(super) fn take_asks(&self, number: u32) -> Option<u32> {
+        let child = self.at(number)?.asks.swap(NONE, Relaxed);
+        (child != NONE).then_some(child)
     }
 
     /// Remembers that a page was copied away from an object; if there are too many to remember, the whole
@@ -341,6 +358,23 @@ impl Objects {
             }
         }
         self.ask_prune(number, held);
+    }
+
+    /// Remembers that a trail was begun; the one that has to go for it.
+    pub(super) fn note_trail<const OUTER: u8>(
+        &self,
+        number: u32,
+        chunk: u32,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<(u32, u32)> {
+        let (mut registry, _held) = self.registry.lock(held);
+        if registry.trails.back() == Some(&(number, chunk)) {
+            return None;
+        }
+        let full = registry.trails.len() >= MAX_TRAILS;
+        let oldest = if full { registry.trails.pop_front() } else { None };
+        registry.trails.push_back((number, chunk));
+        oldest
     }
 
     /// The next such page.

@@ -1,28 +1,34 @@
 //! Trails: shortcuts down a long shadow chain, for one chunk of an object at a time (DESIGN 8).
 //!
-//! A fault that has to pass many objects has a trail laid for its chunk of 2 MiB: one walk down the whole chain,
-//! which notes for every stretch of [`TRAIL_STRIDE`] objects where it begins and which pages of the chunk any of
-//! them holds. A later look hops over all stretches that do not hold its page: what nobody holds costs nothing,
-//! and what one of *n* generations holds costs at most a stretch, and before it as much again to come to a
-//! generation that has a trail: a bound that does not grow with *n*.
-//! Stretches that hold nothing are not noted, so a trail has at most as many as the chunk has pages, and one.
+//! A fault that has to pass many objects has a trail laid for its chunk of 2 MiB: a walk down the chain, which notes
+//! for each page of the chunk in which stretch of [`TRAIL_STRIDE`] objects it is found first. A later look goes there at
+//! once: what nobody holds costs nothing, and what one of *n* generations holds costs at most a stretch, and before it
+//! as much again to come to a generation that has a trail: a bound that does not grow with *n*. A walk that comes
+//! to an object with a trail for the same chunk takes over what that one knows: so in a history that grows by a few pages a
+//! generation, each object is walked by for a chunk about once, however long the history.
+//!
+//! A walk may be done in parts, with guests and interrupts in between (invariant I6): until it is done a look that needs
+//! the rest asks for the next part.
 //!
 //! A trail is valid while no object that others shadow gains a page or comes to shadow something else: each such
 //! event raises one version (`Objects::changed`). A page that went away meanwhile is looked for from where it
-//! was. Called by `fault`. Locks: the object that has the trail, then those below it, hand over hand.
+//! was. Trails are a cache: [`MAX_TRAILS`] are kept, and the one that was laid first goes first. Called by `fault`.
+//! Locks: the object that has the trail, then those below it, hand over hand; the registry.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-use super::{Life, ObjectId, Pager, State};
+use super::{Life, ObjectId, Pager, Role, Shadow, State};
 use crate::addr::{CHUNK_PAGES, PageIndex};
 use crate::defect::Defect;
-use crate::limits::{MAX_TRAILS, TRAIL_STRIDE};
+use crate::limits::{CHUNK_TRAILS, TRAIL_PART, TRAIL_STRIDE};
 use crate::lock::Held;
 use crate::stats::Event;
 use crate::store::Machine;
 use crate::{Vm, VmError};
 
-const WORDS: usize = CHUNK_PAGES as usize / 64;
+const PAGES: usize = CHUNK_PAGES as usize;
+const WORDS: usize = PAGES / 64;
 
 /// A stretch of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -31,28 +37,196 @@ struct Stretch {
     object: ObjectId,
     /// How far that one's pages are shifted.
     shift: u32,
-    /// Which pages of the chunk any of its objects holds.
-    holds: [u64; WORDS],
 }
 
+/// What a walk has still before it.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    /// The next object, and how far its pages are shifted.
+    at: Stretch,
+    /// How many pages of the chunk can be seen there.
+    visible: u32,
+}
+
+impl Rest {
+    /// What lies below an object at which the chunk whose first page is `first` is shifted by `shift`.
+    fn below(shadow: Shadow, first: i64, shift: u32, visible: u32) -> Option<Self> {
+        let visible = visible.min(before(shadow.limit, first + i64::from(shift)));
+        let shift = shift.checked_add(shadow.offset.number())?;
+        (visible > 0).then_some(Self { at: Stretch { object: shadow.object, shift }, visible })
+    }
+}
+
+/// Where the pages of a chunk are.
 #[derive(Debug)]
 struct Trail {
+    /// Of the index of slots, so that the chunk is one of the guest's addresses too.
     chunk: u32,
+    /// The object's page at the chunk's first place; less than none if the object begins later.
+    first: i64,
     version: u64,
+    /// The pages that are known to be somewhere.
+    known: [u64; WORDS],
+    /// In which stretch each of them is found first.
+    of: Vec<u16>,
+    /// Each has a page that none before it has; so there are at most as many as the chunk has pages.
     stretches: Vec<Stretch>,
+    /// Where the walk goes on, if it is not done.
+    rest: Option<Rest>,
+    /// It leads by a copy-object, below which somebody may be writing.
+    by_copy: bool,
 }
 
-/// The trails of one object, by chunk; two chunks may want the same place.
+/// The trails of one object, by chunk, one or none in each place; two chunks may want the same.
 #[derive(Debug, Default)]
-pub(crate) struct Trails(Vec<Option<Trail>>);
+pub(crate) struct Trails(Vec<Box<[Trail]>>);
 
 /// Where a look goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hop {
-    /// At this page of this object.
-    To(ObjectId, PageIndex),
+    /// At this page of this object; true if that is past a copy-object.
+    To(ObjectId, PageIndex, bool),
     /// Nowhere: nobody below has the page.
     Nothing,
+    /// That is not known yet.
+    Unlaid,
+}
+
+impl Trail {
+    /// A walk that begins.
+    fn begin(chunk: u32, version: u64, state: &State) -> Result<Self, VmError> {
+        let mut of = Vec::new();
+        of.try_reserve_exact(PAGES).map_err(|_| VmError::NoMemory)?;
+        of.resize(PAGES, 0);
+        let first = i64::from(chunk) * i64::from(CHUNK_PAGES) - i64::from(state.slots.base());
+        let visible = CHUNK_PAGES.min(before(state.pages, first));
+        let rest = state.shadow.and_then(|shadow| Rest::below(shadow, first, 0, visible));
+        Ok(Self {
+            chunk,
+            first,
+            version,
+            known: [0; WORDS],
+            of,
+            stretches: Vec::new(),
+            rest,
+            by_copy: state.role != Role::Plain,
+        })
+    }
+
+    /// The page of an object at the chunk's first place.
+    fn first_at(&self, there: Stretch) -> i64 {
+        self.first + i64::from(there.shift)
+    }
+
+    /// Notes that a stretch has these pages; those that are known already it does not show.
+    fn note(&mut self, word: usize, pages: u64, stretch: u16) {
+        let mut new = pages & !self.known[word];
+        self.known[word] |= new;
+        while new != 0 {
+            let page = word * 64 + new.trailing_zeros() as usize;
+            new &= new - 1;
+            self.of[page] = stretch;
+        }
+    }
+
+    /// The number of a stretch that has pages of its own.
+    fn add(&mut self, stretch: Stretch) -> Result<u16, VmError> {
+        let number = u16::try_from(self.stretches.len()).map_err(|_| VmError::NoMemory)?;
+        self.stretches.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        self.stretches.push(stretch);
+        Ok(number)
+    }
+
+    /// Comes by an object, which is part of the stretch that begins at `start` and has that number, if it has one.
+    fn pass(
+        &mut self,
+        here: &State,
+        rest: Rest,
+        start: Stretch,
+        number: &mut Option<u16>,
+    ) -> Result<(), VmError> {
+        // One with a pager holds all.
+        let present =
+            if here.pager == Pager::None { present(here, self.first_at(rest.at)) } else { [u64::MAX; WORDS] };
+        if present.iter().fold(0, |all, word| all | word) == 0 {
+            return Ok(()); // most of a history; an array's `==` looks at it byte by byte
+        }
+        for (word, present) in present.into_iter().enumerate() {
+            let pages = present & seen(word, rest.visible);
+            if pages & !self.known[word] != 0 {
+                let number = match *number {
+                    Some(number) => number,
+                    None => *number.insert(self.add(start)?),
+                };
+                self.note(word, pages, number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over what the trail of the object that it came by knows of what lies below.
+    fn inherit(&mut self, other: &Self, rest: Rest) -> Result<(), VmError> {
+        // One more than the number that a stretch of the other has here.
+        let mut numbers = [0; PAGES];
+        for word in 0..WORDS {
+            let mut new = other.known[word] & !self.known[word] & seen(word, rest.visible);
+            self.known[word] |= new;
+            while new != 0 {
+                let page = word * 64 + new.trailing_zeros() as usize;
+                new &= new - 1;
+                let theirs = usize::from(other.of[page]);
+                if numbers[theirs] == 0 {
+                    let Stretch { object, shift } = other.stretches[theirs];
+                    let shift = shift.checked_add(rest.at.shift).ok_or(VmError::Range)?;
+                    numbers[theirs] = self.add(Stretch { object, shift })? + 1;
+                }
+                self.of[page] = numbers[theirs] - 1;
+            }
+        }
+        self.by_copy |= other.by_copy;
+        self.rest = other.rest.and_then(|theirs| {
+            let shift = theirs.at.shift.checked_add(rest.at.shift)?;
+            let at = Stretch { object: theirs.at.object, shift };
+            Some(Rest { at, visible: theirs.visible.min(rest.visible) })
+        });
+        Ok(())
+    }
+}
+
+/// How many pages there are from one on, which may be less than none, to the end.
+fn before(end: u32, from: i64) -> u32 {
+    u32::try_from((i64::from(end) - from).max(0)).unwrap_or(u32::MAX)
+}
+
+/// Which pages of a chunk an object has whose page at the chunk's first place is `first`.
+fn present(here: &State, first: i64) -> [u64; WORDS] {
+    let mut present = [0; WORDS];
+    match u32::try_from(first) {
+        Ok(first) => here.slots.present_from(PageIndex::new(first), &mut present),
+        // The object begins so many places later.
+        Err(_) => {
+            let later = usize::try_from(first.unsigned_abs()).unwrap_or(PAGES);
+            let mut found = [0; WORDS];
+            here.slots.present_from(PageIndex::new(0), &mut found);
+            let (words, bits) = (later / 64, later % 64);
+            for (word, present) in present.iter_mut().skip(words).enumerate() {
+                *present = found[word] << bits;
+                if bits > 0 && word > 0 {
+                    *present |= found[word - 1] >> (64 - bits);
+                }
+            }
+        }
+    }
+    present
+}
+
+/// Those pages of a word of the chunk that are among the first `visible`.
+const fn seen(word: usize, visible: u32) -> u64 {
+    match (visible as usize).checked_sub(word * 64) {
+        None | Some(0) => 0,
+        Some(pages @ 1..64) => (1 << pages) - 1,
+        Some(_) => u64::MAX,
+    }
 }
 
 impl Trails {
@@ -60,30 +234,59 @@ impl Trails {
         Self(Vec::new())
     }
 
-    /// Where to look for a page that the object itself has not, if there is a trail of this version.
-    pub(crate) fn hop(&self, page: PageIndex, version: u64) -> Option<Hop> {
-        let (chunk, bit) = (page.number() / CHUNK_PAGES, page.number() % CHUNK_PAGES);
+    fn of_chunk(&self, chunk: u32, version: u64) -> Option<&Trail> {
         let place = (chunk as usize).checked_rem(self.0.len())?;
-        let trail = self.0[place].as_ref().filter(|t| t.chunk == chunk && t.version == version)?;
-        let holds = |stretch: &&Stretch| stretch.holds[bit as usize / 64] & 1 << (bit % 64) != 0;
-        let Some(stretch) = trail.stretches.iter().find(holds) else { return Some(Hop::Nothing) };
-        Some(Hop::To(stretch.object, page.checked_add(stretch.shift)?))
+        self.0[place].first().filter(|trail| trail.chunk == chunk && trail.version == version)
+    }
+
+    fn hop(&self, page: PageIndex, place: PageIndex, version: u64) -> Option<Hop> {
+        let trail = self.of_chunk(place.number() / CHUNK_PAGES, version)?;
+        let page_of = (place.number() % CHUNK_PAGES) as usize;
+        if trail.known[page_of / 64] & 1 << (page_of % 64) == 0 {
+            return Some(if trail.rest.is_some() { Hop::Unlaid } else { Hop::Nothing });
+        }
+        let stretch = trail.stretches.get(usize::from(trail.of[page_of]))?;
+        Some(Hop::To(stretch.object, page.checked_add(stretch.shift)?, trail.by_copy))
+    }
+
+    /// Takes the trail of a chunk away, whatever its version.
+    fn take(&mut self, chunk: u32) -> Option<Trail> {
+        let place = (chunk as usize).checked_rem(self.0.len())?;
+        self.0[place].first().filter(|trail| trail.chunk == chunk)?;
+        core::mem::take(&mut self.0[place]).into_vec().pop()
+    }
+
+    /// True if where the trail of a chunk belongs another of this version is being laid.
+    fn has_half_laid(&self, chunk: u32, version: u64) -> bool {
+        let place = (chunk as usize).checked_rem(self.0.len());
+        let there = place.and_then(|place| self.0[place].first());
+        there.is_some_and(|other| other.version == version && other.rest.is_some())
     }
 
     fn put(&mut self, trail: Trail, chunks: u32) -> Result<(), VmError> {
         if self.0.is_empty() {
-            let places = chunks.clamp(1, MAX_TRAILS) as usize;
+            let places = chunks.clamp(1, CHUNK_TRAILS) as usize;
             self.0.try_reserve_exact(places).map_err(|_| VmError::NoMemory)?;
-            self.0.resize_with(places, || None);
+            self.0.resize_with(places, Box::default);
         }
+        let mut one = Vec::new();
+        one.try_reserve_exact(1).map_err(|_| VmError::NoMemory)?;
         let place = trail.chunk as usize % self.0.len();
-        self.0[place] = Some(trail);
+        one.push(trail);
+        self.0[place] = one.into_boxed_slice();
         Ok(())
     }
 
     /// Forgets them all.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.0 = Vec::new();
+    }
+}
+
+impl State {
+    /// Where to look for a page that the object itself has not, if there is a trail of this version.
+    pub(crate) fn hop(&self, page: PageIndex, version: u64) -> Option<Hop> {
+        if self.trails.0.is_empty() { None } else { self.trails.hop(page, self.slots.place(page)?, version) }
     }
 }
 
@@ -94,65 +297,104 @@ impl<M: Machine> Vm<M> {
         if self.has(Defect::StaleTrail) { version >> 6 } else { version }
     }
 
-    /// Lays a trail for the chunk of a page of an object. It looks at every object of the chain once.
+    /// True if an object, locked now, is still the one that a trail of this version led to, and what the trail left out
+    /// has gained nothing: it was not locked on the way, so a page may have gone up past us. If the object is another
+    /// one, all trails are given up.
+    pub(crate) fn has_hopped(&self, here: &State, object: ObjectId, version: u64) -> bool {
+        let same = here.id() == object && here.life == Life::Live;
+        if !same {
+            self.objects.changed();
+        }
+        same && (self.trails_now() == version || self.has(Defect::HopsBlindly))
+    }
+
+    /// Lays a trail for the chunk of a page of an object: all of it, or in `parts` the next few objects. True if
+    /// nobody has changed the chain since a trail was last laid here: then the look may wait for interrupts, without
+    /// its vCPU never coming to its page.
     pub(crate) fn lay_trail<const OUTER: u8>(
         &self,
         object: ObjectId,
         page: PageIndex,
+        parts: bool,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<bool, VmError> {
+        let version = self.trails_now();
+        let (oldest, calm) = {
+            let (mut state, mut held) = self.objects.get(object).write(held);
+            if state.id != object || state.life != Life::Live {
+                return Ok(false);
+            }
+            let chunk = state.slots.place(page).ok_or(VmError::Range)?.number() / CHUNK_PAGES;
+            let (known, calm, unfinished) = match state.trails.take(chunk) {
+                Some(trail) if trail.version == version => (Some(trail), true, false),
+                Some(trail) => (None, false, trail.rest.is_some()),
+                // Two that want the same place, each a part at a time, would take it from each other for ever.
+                None if state.trails.has_half_laid(chunk, version) => (None, false, true),
+                None => (None, true, false),
+            };
+            let begins = known.is_none();
+            let mut trail = match known {
+                Some(trail) => trail,
+                None => {
+                    self.stats.count(Event::TrailLaid);
+                    Trail::begin(chunk, version, &state)?
+                }
+            };
+            // Whoever keeps changing the chain would keep one that has to begin again from ever being done.
+            let left = if parts && !unfinished { TRAIL_PART } else { u32::MAX };
+            self.walk(&mut trail, left, &mut held)?;
+            let chunks = state.pages.saturating_add(state.slots.base() % CHUNK_PAGES).div_ceil(CHUNK_PAGES);
+            state.trails.put(trail, chunks)?;
+            let oldest = if begins { self.objects.note_trail(object.index, chunk, &mut held) } else { None };
+            (oldest, calm)
+        };
+        if let Some((number, chunk)) = oldest
+            && let Some(object) = self.objects.at(number)
+        {
+            drop(object.write(held).0.trails.take(chunk));
+        }
+        Ok(calm)
+    }
+
+    /// Goes on down the chain, past so many objects at most.
+    fn walk<const OUTER: u8>(
+        &self,
+        trail: &mut Trail,
+        mut left: u32,
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), VmError> {
-        let version = self.trails_now();
-        let (mut state, mut held) = self.objects.get(object).write(held);
-        if state.id != object || state.life != Life::Live {
+        let Some(mut rest) = trail.rest.take() else { return Ok(()) };
+        let mut chain = self.objects.get(rest.at.object).descend(held);
+        if !self.has_hopped(chain.here(), rest.at.object, trail.version) {
             return Ok(());
         }
-        let chunk = page.number() / CHUNK_PAGES;
-        let base = chunk * CHUNK_PAGES;
-        let mut stretches: Vec<Stretch> = Vec::new();
-        let mut visible = CHUNK_PAGES.min(state.pages.saturating_sub(base));
-        if let Some(shadow) = state.shadow {
-            let (mut next, mut shift, mut limit) = (shadow, 0u32, shadow.limit);
-            let mut chain = self.objects.get(shadow.object).descend(&mut held);
-            let mut length = 0;
-            loop {
-                visible = visible.min(limit.saturating_sub(base.saturating_add(shift)));
-                let Some(shifted) = shift.checked_add(next.offset.number()).filter(|_| visible > 0) else {
-                    break;
-                };
-                shift = shifted;
-                let here = chain.here();
-                self.stats.count(Event::ChainVisited);
-                length += 1;
-                if length == 1 || length > TRAIL_STRIDE {
-                    length = 1;
-                    stretches.pop_if(|last| last.holds == [0; WORDS]);
-                    stretches.try_reserve(1).map_err(|_| VmError::NoMemory)?;
-                    stretches.push(Stretch { object: here.id, shift, holds: [0; WORDS] });
-                }
-                let Some(stretch) = stretches.last_mut() else { break };
-                let first = base.saturating_add(shift);
-                hold(here, first..first.saturating_add(visible), &mut stretch.holds);
-                let Some(below) = here.shadow.filter(|_| here.pager == Pager::None) else { break };
-                (next, limit) = (below, below.limit);
-                self.objects.get(below.object).step_down(&mut chain);
+        let (mut length, mut start, mut number) = (0, rest.at, None);
+        loop {
+            if left == 0 {
+                trail.rest = Some(rest);
+                return Ok(());
             }
+            left -= 1;
+            if length == TRAIL_STRIDE {
+                (length, start, number) = (0, rest.at, None);
+            }
+            length += 1;
+            let here = chain.here();
+            self.stats.count(Event::ChainVisited);
+            trail.by_copy |= here.role != Role::Plain;
+            trail.pass(here, rest, start, &mut number)?;
+            let first = trail.first_at(rest.at);
+            let chunk = u32::try_from(first + i64::from(here.slots.base())).ok();
+            let chunk =
+                chunk.filter(|place| place.is_multiple_of(CHUNK_PAGES)).map(|place| place / CHUNK_PAGES);
+            if let Some(known) = chunk.and_then(|chunk| here.trails.of_chunk(chunk, trail.version)) {
+                return trail.inherit(known, rest);
+            }
+            let below = here.shadow.filter(|_| here.pager == Pager::None);
+            let below = below.and_then(|below| Rest::below(below, trail.first, rest.at.shift, rest.visible));
+            let Some(below) = below else { return Ok(()) };
+            rest = below;
+            self.objects.get(rest.at.object).step_down(&mut chain);
         }
-        let chunks = state.pages.div_ceil(CHUNK_PAGES);
-        state.trails.put(Trail { chunk, version, stretches }, chunks)?;
-        self.stats.count(Event::TrailLaid);
-        Ok(())
-    }
-}
-
-/// Notes which pages of a range an object holds; one with a pager holds all.
-fn hold(state: &State, range: core::ops::Range<u32>, holds: &mut [u64; WORDS]) {
-    let mut present = [u64::MAX; WORDS];
-    if state.pager == Pager::None {
-        present = [0; WORDS];
-        state.slots.present_from(PageIndex::new(range.start), &mut present);
-    }
-    for ((holds, present), first) in holds.iter_mut().zip(present).zip(range.clone().step_by(64)) {
-        let wanted = u64::MAX >> (64 - (range.end - first).min(64));
-        *holds |= present & wanted;
     }
 }

@@ -6,14 +6,17 @@
 //! Called by whoever has time, and by a fault that finds no memory. Calls `collapse` and `prune`.
 
 use super::table::Resume;
-use super::{Life, ObjectId, Pager, Put, State};
+use super::{Ahead, Life, ObjectId, Pager, Put, Slot, State};
 use crate::Vm;
-use crate::addr::PageIndex;
 use crate::lock::{CALLER, Held, OBJECT};
+use crate::page::ANY;
 use crate::store::Machine;
 
 /// What an object counts for besides its slots, whatever becomes of it.
 const EACH: u32 = 7;
+
+/// Frames of a dying object that are given back under one lock of the queues.
+const TOGETHER: usize = 16;
 
 /// How much of a chore is done.
 pub(super) enum Progress {
@@ -74,6 +77,12 @@ impl<M: Machine> Vm<M> {
                 Life::Vacant => return Progress::Done,
                 Life::Live if state.refs == 0 => Then::Trim(self.cool(&mut state, left, &mut held)),
                 Life::Live => {
+                    if let Some(child) = self.objects.take_asks(number)
+                        && let again @ (Progress::More | Progress::Blocked) =
+                            self.go_on_asking(&state, child, left, &mut held)
+                    {
+                        return again;
+                    }
                     let progress = self.collapse(&mut state, left, &mut held);
                     if !matches!(progress, Progress::Done) {
                         return progress;
@@ -116,15 +125,33 @@ impl<M: Machine> Vm<M> {
                 Put::Memory | Put::Store => return Progress::Blocked,
             }
         }
-        while let Some((place, slot)) = state.slots.next_outside(PageIndex::new(0)) {
+        let mut stopped = Progress::More;
+        let (mut frames, mut count) = ([ANY; TOGETHER], 0);
+        let done = state.slots.drain(|slot| {
             if *left == 0 {
-                return Progress::More;
+                return false;
             }
             *left -= 1;
-            if !self.free_slot(slot, held) {
-                return Progress::Blocked;
+            let Slot::Resident(frame) = slot else { return self.free_slot(slot, held) };
+            let page = self.frames.page(frame);
+            if page.is_busy() {
+                stopped = Progress::Blocked;
+                return false;
             }
-            state.slots.clear_place(place);
+            if page.has_clean_slot() {
+                self.drop_clean_slot(frame, held);
+            }
+            frames[count] = frame;
+            count += 1;
+            if count == TOGETHER {
+                self.frames.free_all(&frames, held);
+                count = 0;
+            }
+            true
+        });
+        self.frames.free_all(&frames[..count], held);
+        if !done {
+            return stopped;
         }
         self.vacate(state, held);
         Progress::Done
@@ -139,9 +166,9 @@ impl<M: Machine> Vm<M> {
         }
         state.slots.rewind();
         state.trails.clear();
+        state.ahead = Ahead::new();
         state.life = Life::Vacant;
         state.pager = Pager::None;
-        state.failed = None;
         let reuse = match state.id.generation.checked_add(1) {
             Some(generation) => {
                 state.id.generation = generation;

@@ -4,7 +4,7 @@
 //! never used. All fields are atomics, because they are guarded by different locks and nothing here is
 //! unsafe; every access is relaxed, the locks order them.
 //!
-//! Called by `object`, `pager`, `fault`. Calls `queues`. Locks: the queue lock, last of all.
+//! Called by `object`, `pager`, `fault`. Calls `queues` and `runs`. Locks: the queue lock, last of all.
 //!
 //! # Invariants
 //! P1. A frame is on the free list exactly when nobody owns it.
@@ -17,8 +17,10 @@
 //! P7. A page of an object whose store sees every change is dirty if it is mapped anywhere writable.
 
 mod queues;
+mod runs;
 
 pub use queues::{Queue, QueueLengths};
+pub use runs::{ANY, Wish};
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -26,12 +28,14 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering::Relaxed};
 
 use crate::VmError;
-use crate::addr::{PageIndex, Pfn};
+use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
 use crate::limits::{MAX_FRAME, MAX_RESERVE, MIN_RESERVE};
 use crate::lock::{Held, QUEUES, Ranked};
 use crate::pmap::Harvest;
+use crate::point;
 use crate::store::{Direction, IoToken};
 use queues::Queues;
+use runs::Runs;
 
 /// Owner of a frame that nobody owns.
 const NOBODY: u32 = u32::MAX;
@@ -182,6 +186,7 @@ impl VmPage {
 
     /// Says that no leaf reaches it, or that one may.
     pub(crate) fn set_unmapped(&self, unmapped: bool) {
+        point::here();
         if unmapped {
             self.flags.fetch_or(UNMAPPED, Relaxed);
         } else {
@@ -192,6 +197,7 @@ impl VmPage {
     /// A leaf is about to reach it.
     #[inline]
     pub(crate) fn map(&self) {
+        point::here();
         if self.is_unmapped() {
             self.set_unmapped(false);
         }
@@ -204,12 +210,19 @@ impl VmPage {
 
     /// Whether it was used since the last call.
     pub(crate) fn take_accessed(&self) -> bool {
+        point::here();
         self.flags.fetch_and(!ACCESSED, Relaxed) & ACCESSED != 0
     }
 
     /// True if its frame may not change and it may not be evicted.
     pub fn is_wired(&self) -> bool {
         self.wired.load(Relaxed) != 0
+    }
+
+    /// True if a swap slot holds the same contents.
+    #[inline]
+    pub fn has_clean_slot(&self) -> bool {
+        self.clean.load(Relaxed) != 0
     }
 
     /// The swap slot that holds the same contents, if one does.
@@ -272,13 +285,14 @@ impl Frames {
             let numbers = ranges.iter().map(|r| r.start.number()..r.end.number().min(MAX_FRAME));
             numbers.filter(|range| !range.is_empty())
         };
-        let base = usable().map(|range| range.start).min().ok_or(VmError::NoFrames)?;
+        let first = usable().map(|range| range.start).min().ok_or(VmError::NoFrames)?;
+        let base = first / CHUNK_PAGES * CHUNK_PAGES; // so that a place tells which 2 MiB it is of
         let end = usable().map(|range| range.end).max().ok_or(VmError::NoFrames)?;
         let span = usize::try_from(end - base).map_err(|_| VmError::NoMemory)?;
         let mut pages = Vec::new();
         pages.try_reserve_exact(span).map_err(|_| VmError::NoMemory)?;
         pages.resize_with(span, || VmPage::new(ABSENT));
-        let mut queues = Queues::new();
+        let mut queues = Queues::new(Runs::new(span)?);
         let mut total = 0;
         for number in usable().flatten() {
             let place = number - base;
@@ -291,7 +305,7 @@ impl Frames {
         }
         for place in (0..end - base).rev() {
             if pages.get(place as usize).is_some_and(|page| page.owner() == Owner::Free) {
-                queues.push_front(&pages, Queue::Free, place);
+                queues.give(&pages, place);
             }
         }
         let reserve = (total / 256).clamp(MIN_RESERVE, MAX_RESERVE).min(total / 4);
@@ -327,36 +341,45 @@ impl Frames {
         self.place(frame) as u32
     }
 
+    /// True if a frame of a range is one that the VM was given.
+    pub fn has_any(&self, range: &Range<Pfn>) -> bool {
+        let place = |frame: Pfn| (frame.number().saturating_sub(self.base) as usize).min(self.pages.len());
+        let pages = self.pages.get(place(range.start)..place(range.end));
+        pages.is_some_and(|pages| pages.iter().any(|page| page.owner() != Owner::Absent))
+    }
+
     /// The page of a frame, if the VM has such a frame.
     pub fn find(&self, frame: Pfn) -> Option<&VmPage> {
         self.pages.get(self.place(frame))
     }
 
-    /// A frame for a guest's page, put on the active queue; `None` when only the reserve is left.
+    /// A frame for a guest's page, put on a queue: the one that is wanted if that is free. `None` when only the reserve
+    /// is left.
     #[inline]
     pub fn allocate<const OUTER: u8>(
         &self,
         object: u32,
         index: PageIndex,
         queue: Queue,
+        wanted: Pfn,
         held: &mut Held<'_, OUTER>,
     ) -> Option<Pfn> {
         let (mut queues, _held) = self.queues.lock(held);
         if queues.length(Queue::Free) <= self.reserve {
             return None;
         }
-        let place = queues.pop_front(&self.pages, Queue::Free)?;
-        let page = &self.pages[place as usize];
+        let (place, page) = queues.take(&self.pages, wanted.number().wrapping_sub(self.base))?;
         page.set_owner(object, index);
-        queues.push_back(&self.pages, queue, place);
+        queues.append(&self.pages, queue, place, page);
         Some(Pfn::new(self.base + place))
     }
 
     /// A frame for a translation table, from the reserve if it must be. Its bytes are not touched.
     pub fn allocate_table<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Option<Pfn> {
         let (mut queues, _held) = self.queues.lock(held);
-        let place = queues.pop_front(&self.pages, Queue::Free)?;
-        self.pages[place as usize].owner.store(TABLE, Relaxed);
+        let (place, page) = queues.take(&self.pages, NIL)?;
+        page.set_queue(Queue::None);
+        page.owner.store(TABLE, Relaxed);
         queues.tables += 1;
         Some(Pfn::new(self.base + place))
     }
@@ -368,23 +391,30 @@ impl Frames {
         assert_eq!(page.owner(), Owner::Table, "{frame:?} is no table");
         page.owner.store(NOBODY, Relaxed);
         queues.tables -= 1;
-        queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+        queues.give(&self.pages, self.place32(frame));
     }
 
     /// Gives an object's frame back. No mapping may reach it any more (D8).
     pub fn free<const OUTER: u8>(&self, frame: Pfn, held: &mut Held<'_, OUTER>) {
+        self.free_all(&[frame], held);
+    }
+
+    /// The same for several, under one lock.
+    pub fn free_all<const OUTER: u8>(&self, frames: &[Pfn], held: &mut Held<'_, OUTER>) {
         let (mut queues, _held) = self.queues.lock(held);
-        let page = self.page(frame);
-        assert!(matches!(page.owner(), Owner::Object(..)), "{frame:?} is no object's");
-        assert!(!page.is_busy(), "{frame:?} is busy");
-        assert_eq!(page.clean_slot(), None, "{frame:?} has a swap slot");
-        queues.unlink(&self.pages, self.place32(frame));
-        page.flags.store(0, Relaxed);
-        if page.is_wired() {
-            page.owner.store(ORPHAN, Relaxed);
-        } else {
-            page.owner.store(NOBODY, Relaxed);
-            queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+        for &frame in frames {
+            let place = self.place32(frame);
+            let page = &self.pages[place as usize];
+            assert!(page.owner.load(Relaxed) < ORPHAN, "{frame:?} is no object's");
+            assert!(!page.is_busy(), "{frame:?} is busy");
+            assert!(!page.has_clean_slot(), "{frame:?} has a swap slot");
+            page.flags.store(0, Relaxed);
+            if page.is_wired() {
+                page.owner.store(ORPHAN, Relaxed);
+            } else {
+                page.owner.store(NOBODY, Relaxed);
+                queues.take_back(&self.pages, place, page);
+            }
         }
     }
 
@@ -429,14 +459,14 @@ impl Frames {
         let free = page.owner() == Owner::Orphan;
         if free {
             page.owner.store(NOBODY, Relaxed);
-            queues.push_front(&self.pages, Queue::Free, self.place32(frame));
+            queues.give(&self.pages, self.place32(frame));
         } else if !page.is_busy() {
             queues.push_back(&self.pages, Queue::Active, self.place32(frame));
         }
         free
     }
 
-    /// Keeps what a leaf remembered (I14).
+    /// Keeps what a leaf remembered (I14), of each of its pages.
     pub fn note(&self, harvest: Harvest) {
         let mut bits = 0;
         if harvest.accessed {
@@ -445,11 +475,38 @@ impl Frames {
         if harvest.dirty {
             bits |= DIRTY;
         }
-        if bits != 0
-            && let Some(page) = self.find(harvest.frame)
-        {
-            page.flags.fetch_or(bits, Relaxed);
+        if bits != 0 {
+            let pages = self.pages.get(self.place(harvest.frame)..).unwrap_or_default();
+            for page in pages.iter().take(harvest.pages as usize) {
+                // A block says of many what is known of most.
+                if page.flags.load(Relaxed) & bits != bits {
+                    page.flags.fetch_or(bits, Relaxed);
+                }
+            }
         }
+    }
+
+    /// True if no transfer has a page of the 2 MiB from a frame on, and pageout has taken none in hand.
+    pub(crate) fn are_at_rest(&self, first: Pfn) -> bool {
+        let pages = self.pages.get(self.place(first)..).unwrap_or_default();
+        let pages = pages.get(..CHUNK_PAGES as usize);
+        let flags = |pages: &[VmPage]| pages.iter().fold(0, |all, page| all | page.flags.load(Relaxed));
+        pages.is_some_and(|pages| flags(pages) & (BUSY | UNMAPPED) == 0)
+    }
+
+    /// The frame so far into aligned 2 MiB that are free whole, if there are any; else [`ANY`].
+    #[cold]
+    pub(crate) fn whole_at<const OUTER: u8>(&self, offset: u32, held: &mut Held<'_, OUTER>) -> Pfn {
+        let (queues, _held) = self.queues.lock(held);
+        match queues.whole_at(offset) {
+            NIL => ANY,
+            place => Pfn::new(self.base + place),
+        }
+    }
+
+    /// How many aligned 2 MiB of frames are free whole. It walks their list: for audits.
+    pub fn whole_runs<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.queues.lock(held).0.whole()
     }
 
     /// True while pageout takes frames from pages.

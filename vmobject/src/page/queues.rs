@@ -5,6 +5,7 @@
 
 use core::sync::atomic::Ordering::Relaxed;
 
+use super::runs::Runs;
 use super::{NIL, Owner, VmPage};
 
 /// Which list a page is on.
@@ -60,13 +61,53 @@ struct List {
 /// The lists.
 pub(super) struct Queues {
     lists: [List; 5],
+    runs: Runs,
     /// Frames that hold tables.
     pub(super) tables: u32,
 }
 
 impl Queues {
-    pub(super) const fn new() -> Self {
-        Self { lists: [List { first: NIL, last: NIL, length: 0 }; 5], tables: 0 }
+    pub(super) const fn new(runs: Runs) -> Self {
+        Self { lists: [List { first: NIL, last: NIL, length: 0 }; 5], runs, tables: 0 }
+    }
+
+    /// A page becomes free.
+    pub(super) fn give(&mut self, pages: &[VmPage], place: u32) {
+        self.put_first(pages, place, &pages[place as usize]);
+    }
+
+    /// A page that is free no more, and for a queue that [`Self::append`] is told next: the one that is wanted if that
+    /// is free.
+    #[inline]
+    pub(super) fn take<'p>(&mut self, pages: &'p [VmPage], wanted: u32) -> Option<(u32, &'p VmPage)> {
+        let list = &mut self.lists[Queue::Free as usize];
+        let is_free = |page: &&VmPage| page.queue.load(Relaxed) == Queue::Free as u8;
+        let (place, page) = match pages.get(wanted as usize).filter(is_free) {
+            Some(page) => (wanted, page),
+            None => (list.first, pages.get(list.first as usize)?),
+        };
+        let (prev, next) = (page.prev.load(Relaxed), page.next.load(Relaxed));
+        match pages.get(prev as usize) {
+            Some(before) => before.next.store(next, Relaxed),
+            None => list.first = next,
+        }
+        match pages.get(next as usize) {
+            Some(after) => after.prev.store(prev, Relaxed),
+            None => list.last = prev,
+        }
+        list.length = list.length.wrapping_sub(1); // there was one
+        self.runs.took(place);
+        Some((place, page))
+    }
+
+    /// The place so far into 2 MiB that are free whole; else none.
+    pub(super) fn whole_at(&self, offset: u32) -> u32 {
+        self.runs.whole_at(offset).unwrap_or(NIL)
+    }
+
+    /// How many aligned 2 MiB are free whole.
+    pub(super) fn whole(&self) -> u32 {
+        self.runs.whole()
     }
 
     #[inline]
@@ -84,10 +125,11 @@ impl Queues {
         }
     }
 
-    pub(super) fn push_front(&mut self, pages: &[VmPage], queue: Queue, place: u32) {
-        let page = &pages[place as usize];
-        page.set_queue(queue);
-        let list = &mut self.lists[queue as usize];
+    /// Puts a page that is on no queue first among the free.
+    #[inline]
+    fn put_first(&mut self, pages: &[VmPage], place: u32, page: &VmPage) {
+        page.set_queue(Queue::Free);
+        let list = &mut self.lists[Queue::Free as usize];
         page.prev.store(NIL, Relaxed);
         page.next.store(list.first, Relaxed);
         match pages.get(list.first as usize) {
@@ -96,11 +138,17 @@ impl Queues {
         }
         list.first = place;
         list.length += 1;
+        self.runs.gave(place);
     }
 
     #[inline]
     pub(super) fn push_back(&mut self, pages: &[VmPage], queue: Queue, place: u32) {
-        let page = &pages[place as usize];
+        self.append(pages, queue, place, &pages[place as usize]);
+    }
+
+    /// Puts a page that is on no queue at the end of one.
+    #[inline]
+    pub(super) fn append(&mut self, pages: &[VmPage], queue: Queue, place: u32, page: &VmPage) {
         page.set_queue(queue);
         if queue == Queue::None {
             return;
@@ -137,9 +185,27 @@ impl Queues {
     /// Takes a page off whatever queue it is on.
     pub(super) fn unlink(&mut self, pages: &[VmPage], place: u32) {
         let page = &pages[place as usize];
+        if self.detach(pages, page) {
+            page.next.store(NIL, Relaxed);
+            page.prev.store(NIL, Relaxed);
+            page.set_queue(Queue::None);
+        }
+    }
+
+    /// An object's page becomes free.
+    #[inline]
+    pub(super) fn take_back(&mut self, pages: &[VmPage], place: u32, page: &VmPage) {
+        self.detach(pages, page);
+        self.put_first(pages, place, page);
+    }
+
+    /// The same as [`Self::unlink`] for a page that is put on another queue at once: what itself says is left as it is.
+    /// False if it is on none.
+    #[inline]
+    fn detach(&mut self, pages: &[VmPage], page: &VmPage) -> bool {
         let queue = page.queue();
         if queue == Queue::None {
-            return;
+            return false;
         }
         let list = &mut self.lists[queue as usize];
         let (prev, next) = (page.prev.load(Relaxed), page.next.load(Relaxed));
@@ -152,13 +218,11 @@ impl Queues {
             None => list.last = prev,
         }
         list.length -= 1;
-        page.next.store(NIL, Relaxed);
-        page.prev.store(NIL, Relaxed);
-        page.set_queue(Queue::None);
+        true
     }
 
-    /// Walks every list both ways: links, marks and lengths agree, and only free pages are on the free
-    /// list (P1, P2). The place that is wrong on failure.
+    /// Walks every list both ways: links, marks and lengths agree, only free pages are on the free
+    /// list (P1, P2), and what is counted of them is so. The place that is wrong on failure.
     pub(super) fn check(&self, pages: &[VmPage]) -> Result<(), u32> {
         for queue in [Queue::Free, Queue::Active, Queue::Inactive, Queue::Laundry] {
             let list = &self.lists[queue as usize];
@@ -177,6 +241,7 @@ impl Queues {
                 return Err(list.last);
             }
         }
-        Ok(())
+        let is_free = |place: u32| pages.get(place as usize).is_some_and(|page| page.queue() == Queue::Free);
+        self.runs.check(u32::try_from(pages.len()).unwrap_or(NIL), is_free)
     }
 }

@@ -71,7 +71,7 @@ impl<M: Machine> Vm<M> {
         let changed = match state.pager {
             Pager::None => page.clean_slot().is_none(),
             Pager::Disk(_) => page.is_dirty(),
-            Pager::Image(_) => false,
+            Pager::Image(_) | Pager::Device(_) => false,
         };
         changed
             && state.life == Life::Live
@@ -80,12 +80,16 @@ impl<M: Machine> Vm<M> {
             && !page.is_busy()
     }
 
-    /// The neighbours that go along with a page, within its aligned cluster.
+    /// The neighbours that go along with a page, within its aligned cluster. Swap is not given zeros.
     fn run_around(&self, state: &State, page: PageIndex) -> Range<u32> {
         let number = page.number();
         let base = number - number % CLUSTER_PAGES;
         let end = base.saturating_add(CLUSTER_PAGES);
-        let goes = |number: u32| self.is_laundry(state, PageIndex::new(number));
+        let zeros = |slot| matches!(slot, Slot::Resident(frame) if self.machine.memory().is_zero(frame));
+        let goes = |number: u32| {
+            let page = PageIndex::new(number);
+            self.is_laundry(state, page) && (state.pager != Pager::None || !zeros(state.slots.get(page)))
+        };
         let (mut first, mut last) = (number, number);
         while first > base && goes(first - 1) {
             first -= 1;

@@ -4,8 +4,9 @@
 //! to the laundry when its leaves are gone and it was still not used, and leaves its frame when a store has
 //! its contents. A page that is used on the way is active again. One page is in hand at a time, by one CPU;
 //! no lock is held between two of its leaves, so a page that a thousand clones map is evicted in as many steps
-//! as it takes. Nothing here allocates. Called by whoever has time when memory is short.
+//! as it takes. Guests with more than their limit pay first (`collect`). Nothing here allocates. Called by whoever has time.
 
+mod collect;
 mod launder;
 mod sweep;
 mod target;
@@ -19,6 +20,7 @@ use crate::object::{Life, Pager};
 use crate::page::{Owner, Queue};
 use crate::stats::Event;
 use crate::store::Machine;
+use collect::Clocks;
 use launder::Laundered;
 use sweep::{Aim, Sweep, Swept};
 use target::{Next, Target};
@@ -39,6 +41,8 @@ struct Daemon {
     fruitless: u32,
     /// Steps to leave out, after everything was looked at in vain.
     pause: u32,
+    /// Of guests that have too much.
+    clocks: Clocks,
 }
 
 /// The pageout daemon.
@@ -64,17 +68,20 @@ pub struct PagedOut {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Frees memory if it is short, looking at no more than `budget` pages and leaves. Does nothing while
+    /// Frees memory if it is short, or if a guest has more than its limit, looking at no more than `budget` pages and leaves. Does nothing while
     /// another CPU does it.
     pub fn pageout<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> PagedOut {
         let mut done = PagedOut::default();
         let Some(mut daemon) = self.pageout.daemon.enter() else { return done };
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let mut left = budget;
+        if self.limited.is_asked() {
+            self.collect(&mut daemon, &mut left, &mut done, held);
+        }
         if daemon.pause > 0 {
             daemon.pause -= 1;
             return done;
         }
-        let held: &mut Held<'_, CALLER> = &mut held.deepen();
-        let mut left = budget;
         while left > 0 {
             if let Some(sweep) = daemon.hand.take() {
                 self.go_on(&mut daemon, sweep, &mut left, &mut done, held);
@@ -116,6 +123,11 @@ impl<M: Machine> Vm<M> {
     #[inline]
     pub fn is_short(&self) -> bool {
         self.frames.is_short()
+    }
+
+    /// True while pageout has something to do about that, or about a guest with more than its limit.
+    pub fn wants_pageout(&self) -> bool {
+        self.frames.is_short() || self.limited.is_asked()
     }
 
     /// How many frames pageout tries to keep free: it begins when fewer than `low` are, the reserve among

@@ -9,7 +9,7 @@
 use alloc::sync::Arc;
 
 use crate::Vm;
-use crate::addr::{Ipa, IpaRange, PageIndex, Pfn};
+use crate::addr::{CHUNK_PAGES, Ipa, IpaRange, PageIndex, Pfn};
 use crate::defect::Defect;
 use crate::limits::MAX_SWEEPS;
 use crate::lock::{CALLER, Held};
@@ -58,6 +58,9 @@ pub(super) enum Swept {
     Not,
 }
 
+/// Stops that a block counts for besides its own: what it says, it says of 512 pages.
+const BLOCK_STOPS: u32 = 31;
+
 enum Stop<M: Machine> {
     Map(Option<Arc<Map<M>>>, Ipa),
     Object(u32, PageIndex),
@@ -103,7 +106,11 @@ impl<M: Machine> Vm<M> {
             match stop {
                 Stop::Map(None, _) => {}
                 Stop::Map(Some(map), _) if map.is_needed(sweep.frame) => return Swept::Not,
-                Stop::Map(Some(map), at) => self.visit(&map, at, sweep, held),
+                Stop::Map(Some(map), at) => {
+                    if self.visit(&map, at, sweep, held) {
+                        *left = left.saturating_sub(BLOCK_STOPS);
+                    }
+                }
                 Stop::Object(number, page) => {
                     let Some(object) = self.objects.at(number) else { return Swept::Not };
                     // A collapse may have moved the very page up here: that hides nothing.
@@ -146,17 +153,26 @@ impl<M: Machine> Vm<M> {
         Some(Stop::Object(object, page))
     }
 
-    fn visit(&self, map: &Map<M>, at: Ipa, sweep: &Sweep, held: &mut Held<'_, CALLER>) {
-        let Some(range) = IpaRange::page_of(at) else { return };
+    /// Ages or takes away the leaf that a map has of the page; true if that was a whole block.
+    fn visit(&self, map: &Map<M>, at: Ipa, sweep: &Sweep, held: &mut Held<'_, CALLER>) -> bool {
+        let Some(range) = IpaRange::page_of(at) else { return false };
         let (mut pmap, _held) = map.pmap.lock(held);
-        if pmap.lookup(at).is_none_or(|leaf| leaf.frame != sweep.frame) {
-            return;
-        }
+        let Some(leaf) = pmap.lookup(at).filter(|leaf| leaf.frame == sweep.frame) else { return false };
         self.stats.count(Event::LeafVisited);
         let sink = &mut |harvest| self.frames.note(harvest);
+        if leaf.block {
+            // It says of all its pages that they are used, when one is; and to break it takes a table, just now. What is
+            // used is faulted back page by page.
+            if let Some(block) = IpaRange::from_pages(at.chunk(), CHUNK_PAGES) {
+                self.stats.count(Event::BlockTaken);
+                pmap.remove(block, sink);
+            }
+            return true;
+        }
         match sweep.aim {
             Aim::Age => pmap.age(range, sink),
             Aim::Unmap => pmap.remove(range, sink),
         }
+        false
     }
 }

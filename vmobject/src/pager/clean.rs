@@ -178,9 +178,9 @@ impl<M: Machine> Vm<M> {
             self.frames.enqueue(frame, Queue::None, held);
             self.frames.page(frame).set_dirty(false);
         }
-        let started = self.start(state, transfer, home, held);
+        let started = self.start(state, &transfer, home, held);
         match started {
-            Ok(()) => self.stats.count(Event::PageOut),
+            Ok(_) => self.stats.count(Event::PageOut),
             Err(error) => {
                 for &frame in transfer.frames() {
                     self.frames.page(frame).set_dirty(true);
@@ -191,7 +191,7 @@ impl<M: Machine> Vm<M> {
                 }
             }
         }
-        started
+        started.map(|_| ())
     }
 
     /// The store did not take them: they stay, changed. Each is tried alone before that is the answer.
@@ -225,7 +225,7 @@ impl<M: Machine> Vm<M> {
     fn flush(&self, state: &mut State, held: &mut Held<'_, OBJECT>) -> Result<(), StoreError> {
         let Pager::Disk(store) = state.pager else { return Ok(()) };
         let transfer = Transfer::out(state.id(), PageIndex::default(), 0);
-        let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
+        let Ok(token) = self.transfers.begin(&transfer, held) else { return Err(StoreError::Busy) };
         match self.machine.store().start_flush(store, token) {
             Ok(()) => {
                 state.paging += 1;

@@ -9,6 +9,7 @@
 //! transfers.
 
 mod clean;
+mod failed;
 mod image;
 mod shutdown;
 pub mod slots;
@@ -26,6 +27,7 @@ use crate::limits::{CLUSTER_PAGES, MAX_IO, MAX_PUTS};
 use crate::lock::{Held, IO, Ranked};
 use crate::object::ObjectId;
 use crate::store::{Direction, IoToken, StoreId};
+use failed::Failures;
 
 /// What a fault waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +77,11 @@ impl Transfer {
         pages.zip(self.frames.iter().copied()).take(self.pages as usize)
     }
 
+    /// The frame of the page that it is about.
+    pub fn frame_of_wanted(&self) -> Pfn {
+        self.frames[(self.wanted.number() - self.first.number()) as usize]
+    }
+
     /// Its frames.
     pub fn frames(&self) -> &[Pfn] {
         &self.frames[..self.pages as usize]
@@ -94,6 +101,7 @@ struct Table {
     leaving: u32,
     /// The number of the last one.
     serial: u64,
+    failures: Failures,
 }
 
 /// The transfers in flight.
@@ -119,13 +127,20 @@ impl Transfers {
         vacant.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
         places.resize_with(MAX_IO as usize, || Place { generation: 1, transfer: None });
         vacant.extend((0..MAX_IO).rev());
-        Ok(Self(Ranked::new(Table { places, vacant, puts: 0, leaving: 0, serial: 0 })))
+        Ok(Self(Ranked::new(Table {
+            places,
+            vacant,
+            puts: 0,
+            leaving: 0,
+            serial: 0,
+            failures: Failures::new()?,
+        })))
     }
 
     /// Notes a transfer that is about to start.
     pub fn begin<const OUTER: u8>(
         &self,
-        transfer: Transfer,
+        transfer: &Transfer,
         held: &mut Held<'_, OUTER>,
     ) -> Result<IoToken, VmError> {
         let (mut table, _held) = self.0.lock(held);
@@ -143,11 +158,12 @@ impl Transfers {
         table.serial += 1;
         let serial = if transfer.serial == 0 { table.serial } else { transfer.serial };
         let slot = &mut table.places[place as usize];
-        slot.transfer = Some(Transfer { serial, ..transfer });
+        slot.transfer = Some(Transfer { serial, ..*transfer });
         Ok(token(place, slot.generation))
     }
 
     /// The transfer that a token names, which is over now; `None` for a stale token.
+    #[inline]
     pub fn end<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> Option<Transfer> {
         let (place, generation) = parts(token)?;
         let (mut table, _held) = self.0.lock(held);

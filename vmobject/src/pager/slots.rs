@@ -78,6 +78,9 @@ impl SwapSlots {
     /// Takes up to `want` neighbours, at most a word's worth; as many as there are if there are not so many
     /// together.
     pub fn take(&mut self, want: u32) -> Option<Run> {
+        if self.taken + self.bad == self.slots {
+            return None;
+        }
         let want = want.clamp(1, WORD);
         let (mut best, mut from) = (None::<Run>, self.cursor);
         for _ in 0..LOOKS {

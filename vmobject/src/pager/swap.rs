@@ -1,19 +1,25 @@
-//! The swap pager: pages of anonymous memory in slots of a store (`swap_pager.c`).
+//! The swap pager: pages of anonymous memory in slots of stores (`swap_pager.c`).
 //!
 //! Which slot a page is in stands in its object's own index and nowhere else (DESIGN 4): there is no offset to
 //! go wrong when chains collapse (D2), and a slot is given back the moment its page changes (D11). A slot has
 //! one owner, a page of an object; clones share it through the object. What is written is summed, keyed by
 //! slot and by how often the slot was written, so that a store that returns something else is found out.
+//!
+//! Several stores have their slots numbered one after the other, so a slot's number says which store it is in. Slots
+//! are taken of the store with the highest priority that has some, in turn where several have the same. A store that
+//! went away, or fails again and again, gets nothing any more; what is taken there is given back as pages change.
 //! Called by `transfer`, `pageout` and whoever frees pages.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+use super::Home;
+use super::failed::Contents;
 use super::slots::{Run, SwapSlots};
 use crate::addr::Pfn;
-use crate::limits::MAX_SWAP;
+use crate::limits::{MAX_FAILED_PUTS, MAX_SWAP, MAX_SWAP_STORES};
 use crate::lock::{Held, Ranked, SWAP};
-use crate::store::{Machine, PageStore as _, PhysMemory as _, StoreId};
+use crate::store::{Direction, Machine, PageStore as _, PhysMemory as _, StoreError, StoreId};
 use crate::{Vm, VmError};
 
 /// What is known of a slot's contents.
@@ -32,20 +38,105 @@ impl Mark {
     }
 }
 
-#[derive(Default)]
+/// One store.
 struct Area {
-    store: Option<StoreId>,
+    store: StoreId,
+    priority: i32,
+    /// The number of its first slot.
+    first: u32,
     slots: SwapSlots,
     marks: Box<[Mark]>,
+    closed: Option<Closed>,
+    /// Writes that failed since the last that did not.
+    failures: u32,
+    counts: SwapCounts,
 }
 
-/// The swap store and what is taken of it.
-pub struct Swap(Ranked<SWAP, Area>);
+/// Why nothing goes to a store any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// It takes no write, however often it is asked. What it has may still be read.
+    Failing,
+    /// It went away, with all it had.
+    Gone,
+}
+
+/// What a store was asked for and did not do, in transfers; what it did, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwapCounts {
+    /// Pages that came from it.
+    pub read: u64,
+    /// Pages that went there.
+    pub written: u64,
+    /// Reads that failed.
+    pub read_failed: u64,
+    /// Writes that failed.
+    pub write_failed: u64,
+}
+
+/// The stores and what is taken of them.
+#[derive(Default)]
+struct Areas {
+    /// In the order of their slots' numbers.
+    list: Vec<Area>,
+    /// Their places in the list, the highest priority first.
+    order: Vec<usize>,
+    /// Whose turn it is among those of one priority.
+    turn: usize,
+}
+
+impl Areas {
+    /// The store of a slot, as its place in the list, and the slot's number there.
+    fn find(&self, slot: u32) -> Option<(usize, u32)> {
+        let place = self.list.iter().rposition(|area| area.first <= slot)?;
+        Some((place, slot - self.list[place].first))
+    }
+
+    /// The same for a slot that was taken.
+    fn of(&mut self, slot: u32) -> (&mut Area, u32) {
+        let Some((place, own)) = self.find(slot) else { panic!("slot {slot} is of no store") };
+        (&mut self.list[place], own)
+    }
+
+    /// Neighbouring slots of the first store that has some, by priority; those of one priority take turns.
+    fn take(&mut self, want: u32) -> Option<Run> {
+        let mut rest = self.order.as_slice();
+        while let Some(&head) = rest.first() {
+            let priority = self.list[head].priority;
+            let alike = rest.iter().take_while(|&&place| self.list[place].priority == priority).count();
+            let (group, lower) = rest.split_at(alike);
+            for step in 0..alike {
+                let place = (self.turn + step) % alike;
+                let area = &mut self.list[group[place]];
+                if area.closed.is_some() {
+                    continue;
+                }
+                if let Some(run) = area.slots.take(want) {
+                    self.turn = (place + 1) % alike;
+                    return Some(Run { first: area.first + run.first, ..run });
+                }
+            }
+            rest = lower;
+        }
+        None
+    }
+}
+
+impl Area {
+    fn info(&self) -> SwapInfo {
+        let (in_use, bad) = (self.slots.taken(), self.slots.bad());
+        let slots = if self.closed.is_some() { in_use + bad } else { self.slots.slots() };
+        SwapInfo { slots, in_use, bad }
+    }
+}
+
+/// All swap stores.
+pub struct Swap(Ranked<SWAP, Areas>);
 
 /// How much swap there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SwapInfo {
-    /// Slots.
+    /// Slots; of a store that takes nothing any more, those that are not free.
     pub slots: u32,
     /// Slots that hold a page's contents.
     pub in_use: u32,
@@ -60,54 +151,147 @@ impl SwapInfo {
     }
 }
 
+/// One swap store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SwapDevice {
+    /// Which.
+    pub store: StoreId,
+    /// Higher ones are used first, equal ones in turn.
+    pub priority: i32,
+    /// What is taken of it.
+    pub info: SwapInfo,
+    /// Why nothing goes there, if so.
+    pub closed: Option<Closed>,
+    /// What it did.
+    pub counts: SwapCounts,
+}
+
 impl Swap {
     /// No store.
     pub fn new() -> Self {
-        Self(Ranked::new(Area::default()))
+        Self(Ranked::new(Areas::default()))
     }
 
-    /// Gives it its store, of so many pages. There can be one.
+    /// Adds a store of so many pages; those of them that slots have numbers for.
     fn add<const OUTER: u8>(
         &self,
         store: StoreId,
         pages: u32,
+        priority: i32,
         held: &mut Held<'_, OUTER>,
-    ) -> Result<(), VmError> {
-        let (mut area, _held) = self.0.lock(held);
-        if area.store.is_some() {
+    ) -> Result<u32, VmError> {
+        let (mut areas, _held) = self.0.lock(held);
+        let areas = &mut *areas;
+        if areas.list.len() == MAX_SWAP_STORES || areas.list.iter().any(|area| area.store == store) {
             return Err(VmError::Limit("swap stores"));
+        }
+        let first = areas.list.last().map_or(0, |area| area.first + area.slots.slots());
+        let pages = pages.min(MAX_SWAP - first);
+        if pages == 0 {
+            return Err(VmError::Limit("swap slots"));
         }
         let mut marks = Vec::new();
         marks.try_reserve_exact(pages as usize).map_err(|_| VmError::NoMemory)?;
         marks.resize(pages as usize, Mark::default());
-        *area = Area { store: Some(store), slots: SwapSlots::new(pages)?, marks: marks.into_boxed_slice() };
-        Ok(())
+        areas.list.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        areas.order.try_reserve(1).map_err(|_| VmError::NoMemory)?;
+        let (slots, marks) = (SwapSlots::new(pages)?, marks.into_boxed_slice());
+        let counts = SwapCounts::default();
+        let place = areas.list.len();
+        areas.list.push(Area { store, priority, first, slots, marks, closed: None, failures: 0, counts });
+        let before = areas.order.iter().position(|&other| areas.list[other].priority < priority);
+        areas.order.insert(before.unwrap_or(place), place);
+        Ok(pages)
     }
 
-    /// The store, if there is one.
-    pub(super) fn store<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Option<StoreId> {
-        self.0.lock(held).0.store
+    /// Where a slot is, and how often something was written to it.
+    pub(super) fn place<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> Option<Contents> {
+        let (areas, _held) = self.0.lock(held);
+        let (place, page) = areas.find(slot)?;
+        let area = areas.list.get(place)?;
+        let generation = area.marks.get(page as usize)?.generation;
+        Some((Home { store: area.store, page }, generation))
     }
 
     /// Takes up to `want` neighbouring slots.
     pub(crate) fn take<const OUTER: u8>(&self, want: u32, held: &mut Held<'_, OUTER>) -> Option<Run> {
-        self.0.lock(held).0.slots.take(want)
+        self.0.lock(held).0.take(want)
     }
 
     /// Gives a slot back.
     pub(crate) fn give<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) {
-        self.0.lock(held).0.slots.give(slot);
+        let (mut areas, _held) = self.0.lock(held);
+        let (area, own) = areas.of(slot);
+        area.slots.give(own);
     }
 
     /// The slot does not take what is written to it: it is not used again.
     pub(super) fn spoil<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) {
-        self.0.lock(held).0.slots.spoil(slot);
+        let (mut areas, _held) = self.0.lock(held);
+        let (area, own) = areas.of(slot);
+        area.slots.spoil(own);
+    }
+
+    /// What became of a transfer of so many pages from or to a slot.
+    pub(super) fn account<const OUTER: u8>(
+        &self,
+        slot: u32,
+        way: Direction,
+        pages: u32,
+        result: Result<(), StoreError>,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        let (mut areas, _held) = self.0.lock(held);
+        let (area, _) = areas.of(slot);
+        match (way, result) {
+            (Direction::In, Ok(())) => area.counts.read += u64::from(pages),
+            (Direction::In, Err(_)) => area.counts.read_failed += 1,
+            (Direction::Out, Ok(())) => {
+                area.counts.written += u64::from(pages);
+                area.failures = 0;
+            }
+            (Direction::Out, Err(_)) => {
+                area.counts.write_failed += 1;
+                area.failures += 1;
+            }
+        }
+        if result == Err(StoreError::Gone) {
+            area.closed = Some(Closed::Gone);
+        } else if area.failures == MAX_FAILED_PUTS && area.closed.is_none() {
+            area.closed = Some(Closed::Failing);
+        }
+    }
+
+    /// Why nothing goes to a slot's store any more, if so.
+    pub(super) fn closed<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> Option<Closed> {
+        self.0.lock(held).0.of(slot).0.closed
     }
 
     /// How much there is.
     pub fn info<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> SwapInfo {
-        let (area, _held) = self.0.lock(held);
-        SwapInfo { slots: area.slots.slots(), in_use: area.slots.taken(), bad: area.slots.bad() }
+        let (areas, _held) = self.0.lock(held);
+        areas.list.iter().map(Area::info).fold(SwapInfo::default(), |all, one| SwapInfo {
+            slots: all.slots + one.slots,
+            in_use: all.in_use + one.in_use,
+            bad: all.bad + one.bad,
+        })
+    }
+
+    /// One of the stores, in the order in which they were added.
+    pub(crate) fn device<const OUTER: u8>(
+        &self,
+        place: usize,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<SwapDevice> {
+        let (areas, _held) = self.0.lock(held);
+        let area = areas.list.get(place)?;
+        let Area { store, priority, closed, counts, .. } = *area;
+        Some(SwapDevice { store, priority, info: area.info(), closed, counts })
+    }
+
+    /// Slots have numbers below this.
+    pub(crate) fn numbers<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.0.lock(held).0.list.last().map_or(0, |area| area.first + area.slots.slots())
     }
 
     /// True if slots are so few that a page that is in a frame should not keep one as well.
@@ -118,11 +302,14 @@ impl Swap {
 
     /// True if this slot is taken.
     pub(crate) fn holds<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> bool {
-        self.0.lock(held).0.slots.is_taken(slot)
+        let (areas, _held) = self.0.lock(held);
+        areas.find(slot).is_some_and(|(place, own)| areas.list[place].slots.is_taken(own))
     }
 
     fn mark<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> Mark {
-        self.0.lock(held).0.marks[slot as usize]
+        let (mut areas, _held) = self.0.lock(held);
+        let (area, own) = areas.of(slot);
+        area.marks[own as usize]
     }
 }
 
@@ -140,13 +327,32 @@ impl<M: Machine> Vm<M> {
         store: StoreId,
         held: &mut Held<'_, OUTER>,
     ) -> Result<u32, VmError> {
-        let pages = self.machine.store().pages(store);
+        self.add_swap_at(store, 0, held)
+    }
+
+    /// The same with a priority: the store with the highest is used first, those with the same one in turn, and another
+    /// when those before it are full or take nothing any more.
+    pub fn add_swap_at<const OUTER: u8>(
+        &self,
+        store: StoreId,
+        priority: i32,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<u32, VmError> {
+        let pages = self.machine.store().whole_pages(store);
         let pages = u32::try_from(pages).unwrap_or(u32::MAX).min(MAX_SWAP);
         if pages == 0 {
             return Err(VmError::Range);
         }
-        self.swap.add(store, pages, held)?;
-        Ok(pages)
+        self.swap.add(store, pages, priority, held)
+    }
+
+    /// One of the swap stores, in the order in which they were added.
+    pub fn swap_device<const OUTER: u8>(
+        &self,
+        place: usize,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<SwapDevice> {
+        self.swap.device(place, held)
     }
 
     /// How much swap there is.
@@ -158,19 +364,21 @@ impl<M: Machine> Vm<M> {
     pub(super) fn seal<const OUTER: u8>(&self, slot: u32, frame: Pfn, held: &mut Held<'_, OUTER>) {
         let mark = self.swap.mark(slot, held);
         let mut mark = Mark { generation: mark.generation.wrapping_add(1), ..mark };
-        mark.sum = self.machine.memory().sum(frame, mark.key(slot));
-        self.swap.0.lock(held).0.marks[slot as usize] = mark;
+        mark.sum = self.machine.memory().seal(frame, mark.key(slot));
+        let (mut areas, _held) = self.swap.0.lock(held);
+        let (area, own) = areas.of(slot);
+        area.marks[own as usize] = mark;
     }
 
-    /// True if a frame has what was written to a slot last.
-    pub(super) fn is_genuine<const OUTER: u8>(
+    /// True if a frame that was just read from a slot has what was written there last; it is ready for guests then.
+    pub(super) fn has_arrived<const OUTER: u8>(
         &self,
         slot: u32,
         frame: Pfn,
         held: &mut Held<'_, OUTER>,
     ) -> bool {
         let mark = self.swap.mark(slot, held);
-        self.machine.memory().sum(frame, mark.key(slot)) == mark.sum
+        self.machine.memory().publish_sealed(frame, mark.key(slot)) == mark.sum
     }
 
     /// Gives back the swap slot that a resident page keeps. The owner is locked.

@@ -1,12 +1,14 @@
 //! Transfers: starting one, and what its completion does.
 //!
-//! A page that is asked for brings along those neighbours in its aligned cluster that lie next to it in the
-//! store, too. The frames are in the index from the start, busy; one that does not get its contents goes
+//! A page that is asked for brings along those neighbours in its aligned cluster, or as much of that as `ahead` thinks
+//! will help, that lie next to it in the store, too. The frames are in the index from the start, busy; one that does not get its contents goes
 //! back. If a transfer of several pages fails, the page that was wanted is tried alone: the store may have
 //! lost only its neighbour. What goes out stays in its frame, and may be read, until the store has it; if the
 //! store says no, it stays for good (D13, I12).
 //! Called by `fault`, `pageout` and whoever delivers completions. Locks: the object, then the rest.
 
+use super::failed::Contents;
+use super::swap::Closed;
 use super::{Home, Transfer, WaitFor, image};
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
@@ -17,17 +19,20 @@ use crate::object::index::Slot;
 use crate::object::{Life, ObjectId, State};
 use crate::page::Queue;
 use crate::stats::Event;
-use crate::store::{Direction, Expected, IoToken, Machine, PageStore as _, PhysMemory as _, StoreError};
+use crate::store::{
+    Direction, Expected, IoToken, LostPage, Machine, PageStore as _, PhysMemory as _, StoreError,
+};
 
 impl<M: Machine> Vm<M> {
-    /// Starts to bring in a page that was not there a moment ago. `None`: look again, it is under way or
-    /// has changed.
+    /// Starts to bring in a page that was not there a moment ago, and tells `started` its frame while nobody can take that
+    /// away. `None`: look again, it has changed.
     pub(crate) fn page_in<const OUTER: u8>(
         &self,
         id: ObjectId,
         wanted: PageIndex,
+        started: impl FnOnce(Pfn),
         held: &mut Held<'_, OUTER>,
-    ) -> Result<Option<WaitFor>, StoreError> {
+    ) -> Result<Option<WaitFor>, LostPage> {
         let (mut state, mut held) = self.objects.get(id).write(held);
         if state.id() != id || state.life != Life::Live {
             return Ok(None);
@@ -36,28 +41,35 @@ impl<M: Machine> Vm<M> {
             let marked = self.objects.gain(&mut state, wanted, Slot::Zero, &mut held);
             return Ok(marked.err().map(|_| WaitFor::Memory));
         }
-        let Some(home) = self.home(&state, wanted, &mut held) else { return Ok(None) };
-        let failed = state.failed.take_if(|(page, _)| *page == wanted);
-        let alone = match failed {
-            Some((_, Some(error))) => return Err(error),
-            Some((_, None)) => true,
+        let Some(contents) = self.contents(&state, wanted, &mut held) else { return Ok(None) };
+        let home = contents.0;
+        let lost = |error| LostPage { store: home.store, page: home.page, error };
+        let alone = match self.transfers.take_failed(contents, &mut held) {
+            Some(Some(error)) => return Err(lost(error)),
+            Some(None) => true,
             None => false,
         };
-        let Some(transfer) = self.gather(&mut state, wanted, home, alone, &mut held) else {
+        let mut transfer = Transfer { way: Direction::In, ..Transfer::out(id, wanted, 0) };
+        if !self.gather(&mut state, &mut transfer, home, alone, &mut held) {
             return Ok(Some(WaitFor::Memory));
-        };
+        }
         let start = Home { page: home.page - (wanted.number() - transfer.first.number()), ..home };
-        match self.start(&mut state, transfer, start, &mut held) {
-            Ok(()) => {
+        match self.start(&mut state, &transfer, start, &mut held) {
+            Ok(token) => {
                 self.stats.count(Event::PageIn);
-                Ok(None)
+                started(transfer.frame_of_wanted());
+                Ok(Some(WaitFor::Io(token)))
             }
             Err(error) => {
                 self.scatter(&mut state, &transfer, &mut held);
+                // What has a copy there only is not to be dropped for it.
+                if let (StoreError::Gone, Slot::Swapped(slot)) = (error, state.slots.get(wanted)) {
+                    self.swap.account(slot, Direction::In, 0, Err(error), &mut held);
+                }
                 match error {
                     StoreError::Busy => Ok(Some(WaitFor::Memory)),
                     StoreError::Io | StoreError::Refused | StoreError::Gone | StoreError::Corrupt => {
-                        Err(error)
+                        Err(lost(error))
                     }
                 }
             }
@@ -65,11 +77,21 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Where the contents of a page are that is not in a frame, if they are in a store.
-    fn home(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Home> {
+    pub(super) fn home(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> Option<Home> {
+        self.contents(state, page, held).map(|(home, _)| home)
+    }
+
+    /// The same, and how often something was written there.
+    pub(super) fn contents(
+        &self,
+        state: &State,
+        page: PageIndex,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Contents> {
         match state.slots.get(page) {
             Slot::Absent if self.expected(state, page) == Expected::Zeros => None,
-            Slot::Absent => image::home(state, page),
-            Slot::Swapped(slot) => self.swap.store(held).map(|store| Home { store, page: slot }),
+            Slot::Absent => image::home(state, page).map(|home| (home, 0)),
+            Slot::Swapped(slot) => self.swap.place(slot, held),
             Slot::Zero | Slot::Resident(_) => None,
         }
     }
@@ -78,10 +100,10 @@ impl<M: Machine> Vm<M> {
     pub(super) fn start(
         &self,
         state: &mut State,
-        transfer: Transfer,
+        transfer: &Transfer,
         home: Home,
         held: &mut Held<'_, OBJECT>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<IoToken, StoreError> {
         let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
         for &frame in transfer.frames() {
             self.frames.page(frame).set_busy(token, transfer.way);
@@ -90,7 +112,7 @@ impl<M: Machine> Vm<M> {
         match self.machine.store().start(home.store, way, first, transfer.frames(), token) {
             Ok(()) => {
                 state.paging += 1;
-                Ok(())
+                Ok(token)
             }
             Err(error) => {
                 self.transfers.end(token, held);
@@ -103,22 +125,27 @@ impl<M: Machine> Vm<M> {
     }
 
     /// Gives frames to the wanted page, and to those neighbours that lie next to it in the store while there
-    /// are frames; `None` if not even the wanted page gets one.
+    /// are frames; false if not even the wanted page gets one.
     fn gather(
         &self,
         state: &mut State,
-        wanted: PageIndex,
+        transfer: &mut Transfer,
         home: Home,
         alone: bool,
         held: &mut Held<'_, OBJECT>,
-    ) -> Option<Transfer> {
-        let wanted = wanted.number();
-        let base = wanted - wanted % CLUSTER_PAGES;
-        let end = base.saturating_add(CLUSTER_PAGES).min(state.pages);
-        let mut frames = [Pfn::default(); CLUSTER_PAGES as usize];
+    ) -> bool {
+        let wanted = transfer.wanted.number();
+        let window = match (alone, state.slots.get(PageIndex::new(wanted))) {
+            (true, _) => 1,
+            (false, Slot::Swapped(_)) => state.ahead.window(PageIndex::new(wanted)),
+            (false, Slot::Absent | Slot::Zero | Slot::Resident(_)) => CLUSTER_PAGES,
+        };
+        let base = wanted - wanted % window;
+        let end = base.saturating_add(window).min(state.pages);
+        let frames = &mut transfer.frames;
         let mut give = |state: &mut State, number: u32, held: &mut Held<'_, OBJECT>| {
             let page = PageIndex::new(number);
-            let found = self.home(state, page, held)?;
+            let found = if number == wanted { home } else { self.home(state, page, held)? };
             let near = i64::from(found.page) - i64::from(home.page) == i64::from(number) - i64::from(wanted);
             if found.store != home.store || !near {
                 return None;
@@ -131,24 +158,21 @@ impl<M: Machine> Vm<M> {
             frames[(number - base) as usize] = frame;
             Some(())
         };
-        give(state, wanted, held)?;
+        if give(state, wanted, held).is_none() {
+            return false;
+        }
         let (mut first, mut last) = (wanted, wanted);
-        while !alone && last + 1 < end && give(state, last + 1, held).is_some() {
+        while last + 1 < end && give(state, last + 1, held).is_some() {
             last += 1;
         }
-        while !alone && first > base && give(state, first - 1, held).is_some() {
+        while first > base && give(state, first - 1, held).is_some() {
             first -= 1;
         }
-        frames.copy_within((first - base) as usize..=(last - base) as usize, 0);
-        Some(Transfer {
-            object: state.id(),
-            way: Direction::In,
-            first: PageIndex::new(first),
-            wanted: PageIndex::new(wanted),
-            pages: last - first + 1,
-            frames,
-            serial: 0,
-        })
+        if first > base {
+            frames.copy_within((first - base) as usize..=(last - base) as usize, 0);
+        }
+        (transfer.first, transfer.pages) = (PageIndex::new(first), last - first + 1);
+        true
     }
 
     /// Takes back what [`Self::gather`] gave.
@@ -185,17 +209,20 @@ impl<M: Machine> Vm<M> {
             self.frames.page(frame).set_clean_slot(Some(slot));
             self.seal(slot, frame, held);
         }
-        let store = self.swap.store(held).ok_or(StoreError::Gone);
-        let started = store.and_then(|store| self.start(state, transfer, Home { store, page: slot }, held));
+        let place = self.swap.place(slot, held).ok_or(StoreError::Gone);
+        let started = place.and_then(|(home, _)| self.start(state, &transfer, home, held));
         match started {
-            Ok(()) => self.stats.count(Event::PageOut),
-            Err(_) => {
+            Ok(_) => self.stats.count(Event::PageOut),
+            Err(error) => {
+                if error != StoreError::Busy {
+                    self.swap.account(slot, Direction::Out, 0, Err(error), held);
+                }
                 for &frame in transfer.frames() {
                     self.drop_clean_slot(frame, held);
                 }
             }
         }
-        started
+        started.map(|_| ())
     }
 
     /// Delivers a completion; how many frames that freed. Whoever waits for the token may try again after
@@ -216,11 +243,16 @@ impl<M: Machine> Vm<M> {
             self.frames.page(frame).clear_busy();
         }
         state.paging -= 1;
+        let first = transfer.frames().first();
+        if let Some(slot) = first.and_then(|&frame| self.frames.page(frame).clean_slot()) {
+            self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
+        }
         let freed = match (transfer.way, result) {
             (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, &mut held),
             (Direction::In, Err(error)) => {
                 self.scatter(&mut state, &transfer, &mut held);
-                state.failed = Some((transfer.wanted, (transfer.pages == 1).then_some(error)));
+                let error = (transfer.pages == 1).then_some(error);
+                self.is_not_in(&state, transfer.wanted, error, &mut held);
                 self.stats.count(Event::PageInFailed);
                 transfer.pages
             }
@@ -245,6 +277,19 @@ impl<M: Machine> Vm<M> {
         freed
     }
 
+    /// A page that was wanted did not come: whoever wanted it is told, or first tries it alone.
+    fn is_not_in(
+        &self,
+        state: &State,
+        page: PageIndex,
+        error: Option<StoreError>,
+        held: &mut Held<'_, OBJECT>,
+    ) {
+        if let Some(contents) = self.contents(state, page, held) {
+            self.transfers.failed(contents, error, held);
+        }
+    }
+
     /// The bytes are there. Those that are not what was written go back, and fail whoever wanted them.
     fn is_in(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
         let tight = self.swap.is_tight(held);
@@ -252,22 +297,27 @@ impl<M: Machine> Vm<M> {
         for (page, frame) in transfer.iter() {
             let slot = self.frames.page(frame).clean_slot();
             let genuine = match slot {
-                Some(slot) => self.is_genuine(slot, frame, held),
+                Some(slot) => self.has_arrived(slot, frame, held),
                 None => self.is_as_stored(state, page, frame),
             };
             if !genuine {
                 self.send_back(state, page, frame, held);
                 self.stats.count(Event::PageInCorrupt);
+                if let Some(slot) = slot {
+                    self.swap.account(slot, Direction::In, 0, Err(StoreError::Corrupt), held);
+                }
                 freed += 1;
                 if page == transfer.wanted {
-                    state.failed = Some((page, Some(StoreError::Corrupt)));
+                    self.is_not_in(state, page, Some(StoreError::Corrupt), held);
                 }
                 continue;
             }
-            if slot.is_some() && tight {
-                self.drop_clean_slot(frame, held);
+            match slot {
+                Some(_) if tight => self.drop_clean_slot(frame, held),
+                Some(_) => {}
+                None => self.machine.memory().publish(frame),
             }
-            self.machine.memory().publish(frame);
+            self.stats.count(Event::PageRead);
             if page == transfer.wanted {
                 self.frames.page(frame).touch();
             }
@@ -305,6 +355,11 @@ impl<M: Machine> Vm<M> {
             return false;
         }
         match resident.clean_slot() {
+            Some(slot) if self.swap.closed(slot, held) == Some(Closed::Gone) => {
+                // It is in its frame and nowhere else.
+                self.drop_clean_slot(frame, held);
+                return false;
+            }
             Some(_) => {}
             None if image::home(state, page).is_some() && !resident.is_dirty() => {}
             None => return false,
@@ -318,11 +373,14 @@ impl<M: Machine> Vm<M> {
     }
 
     /// The store did not take them: they stay. A slot is bad only if it failed alone; otherwise each page is
-    /// tried alone, in the same slot.
+    /// tried alone, in the same slot, unless the store takes nothing any more.
     fn is_still_here(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
         for (page, frame) in transfer.iter() {
             let Some(slot) = self.frames.page(frame).clean_slot() else { continue };
-            if transfer.pages == 1 {
+            if self.swap.closed(slot, held).is_some() {
+                self.drop_clean_slot(frame, held);
+                self.frames.enqueue(frame, Queue::Active, held);
+            } else if transfer.pages == 1 {
                 self.frames.page(frame).set_clean_slot(None);
                 self.swap.spoil(slot, held);
                 self.stats.count(Event::SlotSpoiled);

@@ -34,6 +34,13 @@ impl FakeMemory {
     }
 }
 
+impl FakeMemory {
+    /// Some frames hold what nobody has written: whoever gets one back that it had before must not take it for its own.
+    pub fn spoil(&self, which: impl Fn(Pfn) -> bool) {
+        self.frames.lock().retain(|&frame, _| !which(frame));
+    }
+}
+
 impl PhysMemory for FakeMemory {
     fn zero(&self, frame: Pfn) {
         self.zeroed.fetch_add(1, Relaxed);
@@ -185,6 +192,9 @@ impl PageStore for FakeStore {
         let contents = self.contents.lock();
         contents.get(&store).map_or(0, |bytes| bytes.len().div_ceil(PAGE) as u64)
     }
+    fn whole_pages(&self, store: StoreId) -> u64 {
+        self.contents.lock().get(&store).map_or(0, |bytes| (bytes.len() / PAGE) as u64)
+    }
     fn expects(&self, store: StoreId, page: u64) -> Expected {
         self.expected.lock().get(&(store, page)).copied().unwrap_or(Expected::Anything)
     }
@@ -204,7 +214,7 @@ impl FakeLeaf {
     }
 
     const fn harvest(self, at: Ipa) -> Harvest {
-        Harvest { at, frame: self.leaf.frame, accessed: self.accessed, dirty: self.dirty }
+        Harvest { at, frame: self.leaf.frame, pages: 1, accessed: self.accessed, dirty: self.dirty }
     }
 }
 
@@ -218,11 +228,29 @@ pub struct FakePmap {
     pub entered: u32,
     /// Times that somebody looked for a leaf.
     pub looked: AtomicU32,
+    /// Blocks that were broken into pages.
+    pub broken: u32,
 }
 
 impl FakePmap {
     fn room(&self) -> Result<(), OutOfTables> {
         if self.out_of_tables.load(Relaxed) { Err(OutOfTables) } else { Ok(()) }
+    }
+
+    /// A part of each chunk of a range that is not there whole is about to change: a block there is broken.
+    fn trim(&mut self, range: IpaRange) {
+        let last = Ipa::new(range.end().bits().saturating_sub(PAGE_SIZE));
+        for at in [range.start(), last] {
+            let Some(chunk) = IpaRange::from_pages(at.chunk(), crate::addr::CHUNK_PAGES) else { continue };
+            if chunk.intersection(range) != Some(chunk) && self.is_block(at) {
+                self.broken += 1;
+                self.leaves.range_mut(chunk.as_range()).for_each(|(_, leaf)| leaf.leaf.block = false);
+            }
+        }
+    }
+
+    fn is_block(&self, at: Ipa) -> bool {
+        self.leaves.get(&at.page()).is_some_and(|leaf| leaf.leaf.block)
     }
 
     /// Every leaf.
@@ -243,9 +271,17 @@ impl Pmap for FakePmap {
     fn reach(&self) -> Ipa {
         Ipa::new(1 << 39)
     }
+    fn is_bare(&self, at: Ipa) -> bool {
+        let chunk = IpaRange::from_pages(at.chunk(), crate::addr::CHUNK_PAGES);
+        chunk.is_some_and(|chunk| self.leaves.range(chunk.as_range()).next().is_none())
+    }
     fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
         self.room()?;
         self.entered += 1;
+        if self.leaves.get(&at.page()).is_some_and(|old| old.leaf == Leaf { frame, prot, block: true }) {
+            return Ok(());
+        }
+        IpaRange::page_of(at).into_iter().for_each(|page| self.trim(page));
         if let Some(old) = self.leaves.insert(at.page(), FakeLeaf::new(frame, prot)) {
             sink(old.harvest(at.page()));
         }
@@ -258,6 +294,9 @@ impl Pmap for FakePmap {
         prot: Prot,
     ) -> Result<u32, OutOfTables> {
         self.room()?;
+        if self.is_block(first) {
+            return Ok(0);
+        }
         let mut count = 0;
         for (page, frame) in (0..).zip(frames) {
             let (Some(frame), Some(at)) = (frame, first.checked_add(page * PAGE_SIZE)) else { continue };
@@ -277,13 +316,20 @@ impl Pmap for FakePmap {
         Ok(count)
     }
     fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+        self.room()?;
+        assert!(at.is_chunk_aligned() && first.is_chunk_aligned(), "a block is aligned");
         let range = IpaRange::from_pages(at, crate::addr::CHUNK_PAGES).ok_or(OutOfTables)?;
+        self.remove(range, sink);
+        self.entered += 1;
         for (page, number) in range.iter_pages().zip(first.number()..) {
-            self.enter(page, Pfn::new(number), prot, sink)?;
+            let mut leaf = FakeLeaf::new(Pfn::new(number), prot);
+            leaf.leaf.block = true;
+            self.leaves.insert(page, leaf);
         }
         Ok(())
     }
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {
+        self.trim(range);
         self.leaves.retain(|&at, &mut leaf| {
             let keep = !range.contains(at);
             if !keep {
@@ -291,6 +337,14 @@ impl Pmap for FakePmap {
             }
             keep
         });
+    }
+    fn remove_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>) {
+        for at in pages {
+            IpaRange::page_of(at).into_iter().for_each(|page| self.trim(page));
+            if let Some(leaf) = self.leaves.remove(&at) {
+                sink(leaf.harvest(at));
+            }
+        }
     }
     fn clear(&mut self, budget: u32, sink: Sink<'_>) -> bool {
         for _ in 0..budget.max(1) {
@@ -300,6 +354,7 @@ impl Pmap for FakePmap {
         self.leaves.is_empty()
     }
     fn protect(&mut self, range: IpaRange, keep: Prot, sink: Sink<'_>) {
+        self.trim(range);
         for (&at, leaf) in self.leaves.range_mut(range.as_range()) {
             sink(leaf.harvest(at));
             (leaf.accessed, leaf.dirty) = (false, false);
@@ -328,6 +383,10 @@ impl Pmap for FakePmap {
     }
     fn tables(&self) -> u32 {
         1
+    }
+    fn blocks(&self) -> u32 {
+        let first = |at: &&Ipa| at.is_chunk_aligned() && self.is_block(**at);
+        u32::try_from(self.leaves.keys().filter(first).count()).unwrap_or(u32::MAX)
     }
 }
 

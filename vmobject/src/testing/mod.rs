@@ -18,7 +18,7 @@ use crate::lock::Held;
 use crate::map::{Discarded, Entry, Map, NotDiscarded, Share, Snapshot};
 use crate::object::ObjectId;
 use crate::object::index::Slot;
-use crate::page::VmPage;
+use crate::page::{Owner, VmPage};
 use crate::pager::{Cleaned, Down, Left, Shutdown};
 use crate::prot::Prot;
 use crate::store::{Direction, PhysMemory as _, StoreError, StoreId};
@@ -37,6 +37,9 @@ pub struct Rig {
     /// The memory system under test.
     pub vm: Vm<FakeMachine>,
 }
+
+/// The number of a rig's first frame.
+const FIRST: u32 = 0x1000;
 
 /// A map of the rig's.
 pub type TestMap = Arc<Map<FakeMachine>>;
@@ -73,11 +76,16 @@ impl Rig {
 
     /// The same with a machine that was prepared.
     pub fn with(machine: FakeMachine, frames: u32) -> Self {
-        let range = Pfn::new(0x1000)..Pfn::new(0x1000 + frames);
+        let range = Pfn::new(FIRST)..Pfn::new(FIRST + frames);
         match Vm::new(machine, core::slice::from_ref(&range)) {
             Ok(vm) => Self { vm },
             Err(error) => panic!("the rig has no memory: {error:?}"),
         }
+    }
+
+    /// All of its frames.
+    pub fn frames(&self) -> impl Iterator<Item = Pfn> + use<> {
+        (FIRST..FIRST + self.vm.memory(&mut Held::root()).total).map(Pfn::new)
     }
 
     /// A map with nothing in it.
@@ -152,7 +160,7 @@ impl Rig {
 
     /// What the tables say, after as many faults as that takes.
     fn translate(&self, map: &TestMap, at: Ipa, access: Prot) -> Result<Pfn, Refused> {
-        for _ in 0..8 {
+        for _ in 0..500 {
             match map.with_pmap(&mut Held::root(), |pmap| pmap.access(at, access)) {
                 Some(frame) => return Ok(frame),
                 None => self.fault(map, at, access)?,
@@ -179,7 +187,7 @@ impl Rig {
         let sight = self.vm.survey(entry, at.page(), held);
         let machine = self.vm.machine();
         Some(match (sight.slot, sight.store) {
-            (Slot::Resident(frame), home) if self.vm.frames.page(frame).is_filling() => {
+            (Slot::Resident(frame), home) if self.vm.frames.find(frame).is_some_and(VmPage::is_filling) => {
                 let swapped = self.vm.frames.page(frame).clean_slot().map(|slot| (SWAP, slot));
                 let (store, page) = swapped.or(home.map(|(store, page)| (store, page.number())))?;
                 machine.store.page(store, page.into())[at.offset_in_page()]
@@ -201,7 +209,7 @@ impl Rig {
     /// otherwise alike.
     pub fn mark(&self, object: ObjectId, page: u32) -> Mark {
         let held = &mut Held::root();
-        let (state, _held) = self.vm.objects.get(object).read(held);
+        let (state, mut held) = self.vm.objects.get(object).read(held);
         let slot = state.slots.get(PageIndex::new(page));
         let resident = match slot {
             Slot::Resident(frame) => Some(self.vm.frames.page(frame)),
@@ -217,7 +225,7 @@ impl Rig {
             busy: resident.is_some_and(VmPage::is_busy),
             filling: resident.is_some_and(VmPage::is_filling),
             has_slot: resident.is_some_and(|page| page.clean_slot().is_some()),
-            failed: state.failed.is_some_and(|(failed, _)| failed.number() == page),
+            failed: self.vm.has_failed(&state, PageIndex::new(page), &mut held),
         }
     }
 
@@ -330,9 +338,16 @@ impl Rig {
             freed += done.freed;
             if !done.more {
                 self.vm.set_free_target(0, 0);
+                self.vm.machine().memory.spoil(|frame| self.vm.owner(frame) == Owner::Free);
                 return freed;
             }
         }
+    }
+
+    /// Memory is short no more.
+    pub fn ease(&self) {
+        self.vm.set_free_target(0, 0);
+        self.vm.pageout(1, &mut Held::root());
     }
 
     /// Pages out everything that can go, delivering what that starts.

@@ -34,8 +34,8 @@ struct Node {
 
 #[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Form {
-    /// For each guest, then for the snapshot: its object, and whether it is to be shadowed.
-    roots: Vec<(u32, bool)>,
+    /// For each guest, then for the snapshot: its object, whether it is to be shadowed, whether it may be written.
+    roots: Vec<(u32, bool, bool)>,
     kept: bool,
     nodes: Vec<Node>,
     columns: Vec<Column>,
@@ -130,7 +130,10 @@ fn form(world: &World, holders: &[&Holder<'_>], objects: &[Known]) -> Form {
         Node { role: object.role, refs: object.refs, below, copy }
     });
     Form {
-        roots: holders.iter().map(|holder| (name(Some(holder.object)), holder.needs_copy)).collect(),
+        roots: holders
+            .iter()
+            .map(|holder| (name(Some(holder.object)), holder.needs_copy, holder.eager.sealed))
+            .collect(),
         kept: world.kept.is_some(),
         nodes: nodes.collect(),
         columns: (0..world.scope.pages).map(|page| column(world, holders, &named, page)).collect(),

@@ -9,9 +9,9 @@ use vmobject::defect::Defect;
 use vmobject::fault::{Copied, FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, NotDiscarded, Snapshot};
-use vmobject::pmap::Pmap as _;
+use vmobject::page::Owner;
 use vmobject::prot::Prot;
-use vmobject::store::StoreError;
+use vmobject::store::{LostPage, PhysMemory as _, StoreError};
 use vmobject::testing::{FakePmap, Rig, TestMap, at};
 
 /// No world is larger than that.
@@ -47,7 +47,7 @@ pub(crate) enum Op {
     Freeze(u8),
     Reset(u8),
     Kill(u8),
-    /// The guest's leaves may not be written any more.
+    /// The guest may not write its memory any more, or it may again; what was mapped stays as it is then.
     Protect(u8),
     /// A guest is made from the snapshot.
     Make,
@@ -73,6 +73,8 @@ pub(crate) struct Eager {
     pub(crate) bytes: [u8; MAX_PAGES],
     /// The pages that have a frame: a bit for each.
     pub(crate) frames: u8,
+    /// It may not write.
+    pub(crate) sealed: bool,
 }
 
 pub(crate) struct World {
@@ -182,7 +184,7 @@ impl World {
             Op::Reset(guest) => {
                 let (snapshot, kept) = self.kept.as_ref().expect("there is a snapshot");
                 let (map, eager) = self.guests[usize::from(guest)].as_mut().expect("it lives");
-                self.rig.vm.reset_map(map, snapshot, held).unwrap();
+                self.rig.vm.reset_map(map, snapshot, &|_| {}, held).unwrap();
                 *eager = *kept;
             }
             Op::Kill(guest) => {
@@ -190,7 +192,11 @@ impl World {
                 self.rig.vm.destroy_map(map, held);
             }
             Op::Protect(guest) => {
-                self.guest(guest).1.with_pmap(held, FakePmap::park);
+                let range = IpaRange::from_pages(at(0, 0), self.scope.pages.into()).expect("some pages");
+                let (rig, map, eager) = self.guest(guest);
+                eager.sealed = !eager.sealed;
+                let prot = if eager.sealed { Prot::ALL.without(Prot::WRITE) } else { Prot::ALL };
+                assert_eq!(rig.vm.protect(map, range, prot, held), Ok(()));
             }
             Op::Make => {
                 let (snapshot, kept) = self.kept.as_ref().expect("there is a snapshot");
@@ -239,16 +245,19 @@ impl World {
         let faulted = if mapped { Ok(Faulted::Mapped) } else { rig.vm.fault(map, address, access, held) };
         match faulted {
             Ok(Faulted::Mapped) => {}
-            Ok(Faulted::Wait(WaitFor::Io(_))) | Err(FaultError::Lost(StoreError::Io)) => return,
+            Ok(Faulted::Wait(WaitFor::Io(_)))
+            | Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) => return,
             Ok(Faulted::Wait(WaitFor::Memory)) => {
                 // The page may be there, and only its table is not.
                 eager.frames |= u8::from(tableless) << page;
                 return;
             }
+            Err(FaultError::Denied { wanted: Prot::WRITE, .. }) if eager.sealed => return,
             Err(other) => panic!("{address:?}: {other:?}"),
         }
         eager.frames |= 1 << page;
         if access.allows(Prot::WRITE) {
+            assert!(!eager.sealed, "a guest writes what it may not");
             assert_eq!(rig.store(map, address, writes), Ok(()));
             eager.bytes[number] = writes;
             self.writes = writes;
@@ -265,7 +274,8 @@ impl World {
                 eager.bytes[usize::from(page)] = 0;
                 eager.frames &= !(1 << page);
             }
-            Ok(Discarded::Wait(_)) | Err(NotDiscarded::Lost(StoreError::Io)) => {}
+            Ok(Discarded::Wait(_)) | Err(NotDiscarded::Lost(LostPage { error: StoreError::Io, .. })) => {}
+            Err(NotDiscarded::Denied(_)) if eager.sealed => {}
             Err(other) => panic!("page {page}: {other:?}"),
         }
     }
@@ -296,6 +306,19 @@ impl World {
             .sum();
         let mut swapped = 0;
         self.rig.vm.for_each_object(&mut Held::root(), |object| swapped += object.counts.swapped);
+        // However they were copied, there are no more pages with something in them than holders see, each for itself.
+        let see: usize = self
+            .guests
+            .iter()
+            .flatten()
+            .map(|(_, eager)| eager)
+            .chain(self.kept.iter().map(|(_, eager)| eager))
+            .map(|eager| eager.bytes.iter().filter(|byte| **byte != 0).count())
+            .sum();
+        let (vm, memory) = (&self.rig.vm, &self.rig.vm.machine().memory);
+        let frames = self.rig.frames().filter(|&frame| matches!(vm.owner(frame), Owner::Object(..)));
+        let written = frames.filter(|&frame| !memory.is_zero(frame)).count() + swapped as usize;
+        assert!(written <= see, "{written} pages are not zero, holders see {see}");
         let used = self.scope.frames - self.rig.free();
         assert!(used + swapped <= eager, "{used} frames, {swapped} slots, eager copies {eager}");
         if let Some((snapshot, eager)) = &self.kept {
@@ -338,7 +361,7 @@ impl World {
             match read {
                 Ok(Copied::Done) => return byte[0],
                 Ok(Copied::Wait(_)) => assert!(self.rig.deliver_all() > 0),
-                Err(FaultError::Lost(StoreError::Io)) => {}
+                Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) => {}
                 Err(other) => panic!("snapshot, page {page}: {other:?}"),
             }
         }

@@ -19,10 +19,11 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Guest RAM in MiB, touched in full, for which a clone's pause is measured.
-const SIZES: [u64; 3] = [64, 256, 1024];
+const SIZES: [u64; 4] = [64, 256, 1024, 4096];
 const PAGE: u64 = 4096;
 
-fn figure(metric: &str, unit: &str, params: &[(&str, u64)], values: &mut [u64]) -> Result<Figure> {
+/// The median of what was measured, with its spread.
+pub(super) fn figure(metric: &str, unit: &str, params: &[(&str, u64)], values: &mut [u64]) -> Result<Figure> {
     values.sort_unstable();
     let (Some(&min), Some(&max)) = (values.first(), values.last()) else {
         anyhow::bail!("{metric}: nothing was measured")
@@ -123,6 +124,12 @@ pub(super) fn private(_: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     let words = ["--timeout", "600", "--host-memory", "1G"];
     let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("private"))?;
     step("booting Linux", || machine.console.wait("guest ready"))?;
+    // It is idle once its shell has asked for a line and its drivers have settled.
+    step("it comes to rest", || {
+        machine.console.wait("/ # ")?;
+        std::thread::sleep(Duration::from_secs(10));
+        Ok::<_, anyhow::Error>(())
+    })?;
     machine.ask("pause 1")?;
     let before = machine.ask("memory")?;
     let children = machine.fork(1, CHILDREN)?;
@@ -190,11 +197,25 @@ fn surviving(options: Run, dir: &Path) -> Result<String> {
     Ok(format!("{parent}\n{orphan}"))
 }
 
+/// Builds a tiny guest and puts it there; the file.
+pub(super) fn write_guest(toolchain: &Toolchain, name: &str, dir: &Path) -> Result<String> {
+    fs::create_dir_all(dir)?;
+    let image = dir.join(format!("{name}.bin"));
+    fs::write(&image, build::guest(toolchain, name)?)?;
+    Ok(image.display().to_string())
+}
+
 /// What a guest told on a console that is not attached, once it has said `last`.
-fn log_that_says(machine: &mut Monitored, guest: u64, last: &str) -> Result<String> {
+pub(super) fn log_that_says(machine: &mut Monitored, guest: u64, last: &str) -> Result<String> {
     let says = |log: &Value| log["log"].as_str().is_some_and(|told| told.contains(last));
     let log = machine.until(&format!("log {guest}"), says)?;
     Ok(log["log"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Instructions from a guest's call that forks it to the first exit that its child causes: with one CPU the child runs
+/// next.
+pub(super) fn first_exits(forks: &Counter) -> Result<Figure> {
+    figure("clone.total", "insn", &[("ram_mib", SIZES[0])], &mut forks.until_next_exit().to_vec())
 }
 
 /// The same for the smallest, followed instruction by instruction.
@@ -221,7 +242,8 @@ pub(super) fn follow_survivors(toolchain: &Toolchain, hypervisor: &Path, dir: &P
     })
 }
 
-fn follow(
+/// Follows a run of a guest that `run` starts with what QEMU is to log, its files in `dir`.
+pub(super) fn follow(
     guest: &[u8],
     hypervisor: &Path,
     dir: &Path,
@@ -239,9 +261,10 @@ fn fork(guest: &[u8], mib: u64, dir: &Path, trace: Option<qemu::Trace>) -> Resul
     let image = dir.join("fork.bin");
     fs::write(&image, guest)?;
     let (image, memory) = (image.display().to_string(), format!("{mib}M"));
+    let host = format!("{}M", 2048.max(1024 + mib * 3 / 2));
     let mut words =
-        vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "600"];
-    words.extend(["--host-memory", "2G", "--grant-fork", "64", "--append", "often"]);
+        vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "900"];
+    words.extend(["--host-memory", &host, "--grant-fork", "64", "--append", "often"]);
     words.extend(["--memory", &memory, "--kernel", &image]);
     let mut options = Run::from_words(&words)?;
     options.trace = trace;

@@ -67,6 +67,11 @@ impl Code {
         (0x400..0x800).contains(&vector) && vector.is_multiple_of(0x80)
     }
 
+    /// An instruction of a lower exception level, not an interrupt, has brought it to EL2 here.
+    fn is_exit(&self, at: u64) -> bool {
+        at.wrapping_sub(self.vectors) == 0x400
+    }
+
     /// Interrupts are not kept waiting across this: WFI, MSR DAIFClr with the interrupts' bit, or MRS of ICC_IAR1_EL1,
     /// which takes the one that is pending as an exception would.
     fn lets_interrupts_in(&self, at: u64) -> bool {
@@ -109,22 +114,40 @@ pub(crate) struct Counter {
     figures: Vec<Operations>,
     /// The most in a row with interrupts masked, and where they were.
     longest: (u64, Vec<u64>),
+    /// Since an operation began that has not ended: instructions, and exits.
+    open: Option<(u64, u64)>,
+    /// Instructions from the beginning of an operation to the exit after its own, where that came first: a call that
+    /// another guest goes on from.
+    until_next_exit: Vec<u64>,
 }
 
 impl Counter {
     fn new(code: Code) -> Self {
         let now = vec![0; code.words.len()];
-        let (cpus, figures, longest) = (BTreeMap::new(), Vec::new(), (0, Vec::new()));
-        Self { code, cpus, measuring: false, now, operations: 0, figures, longest }
+        Self {
+            code,
+            cpus: BTreeMap::new(),
+            measuring: false,
+            now,
+            operations: 0,
+            figures: Vec::new(),
+            longest: (0, Vec::new()),
+            open: None,
+            until_next_exit: Vec::new(),
+        }
     }
 
     /// A CPU executes what is at an address.
     fn instruction(&mut self, cpu: u64, at: u64) {
         if let Some(which) = self.code.marks.get(&at) {
             match *which {
-                mark::BEGIN => self.measuring = true,
+                mark::BEGIN => {
+                    self.measuring = true;
+                    self.open = Some((0, 0));
+                }
                 mark::END => {
                     self.measuring = false;
+                    self.open = None;
                     self.operations += 1;
                 }
                 _ => self.report(),
@@ -137,6 +160,7 @@ impl Counter {
         {
             *count += 1;
         }
+        self.follow_open(at);
         let arrives = self.code.is_arrival(at);
         let masked = self.cpus.entry(cpu).or_default();
         if arrives || self.code.lets_interrupts_in(at) {
@@ -152,6 +176,18 @@ impl Counter {
             if masked.at.len() < LONGEST_KEPT {
                 masked.at.push(at);
             }
+        }
+    }
+
+    /// Counts an instruction of EL2 for the operation that has not ended.
+    fn follow_open(&mut self, at: u64) {
+        let Some((instructions, exits)) = &mut self.open else { return };
+        *exits += u64::from(self.code.is_exit(at));
+        if *exits == 2 {
+            self.until_next_exit.push(*instructions);
+            self.open = None;
+        } else {
+            *instructions += 1;
         }
     }
 
@@ -178,6 +214,11 @@ impl Counter {
             *instructions.entry(*at).or_default() += 1;
         }
         Operations { count: 1, instructions }
+    }
+
+    /// Instructions of EL2 from each operation's beginning to the exit after its own.
+    pub(crate) fn until_next_exit(&self) -> &[u64] {
+        &self.until_next_exit
     }
 
     /// The operations of every figure, in the order of their lines.
@@ -304,6 +345,16 @@ mod tests {
         assert_eq!((first.count, second.count), (2, 1));
         assert_eq!(first.instructions, BTreeMap::from([(0x1400, 2), (0x1404, 1)]));
         assert!(second.instructions.is_empty());
+    }
+
+    #[test]
+    fn an_operation_that_another_guest_goes_on_from_lasts_until_that_ones_first_exit() {
+        let mut counter = counter();
+        // An interrupt in the other is none of its own; an operation that ends by itself does not count.
+        for at in [1, 0x1400, 0x1404, 0x1480, 0x1484, 0x1400, 0x1404, 2, 1, 0x1400, 2, 0x1400] {
+            counter.instruction(0, at);
+        }
+        assert_eq!(counter.until_next_exit(), [4]);
     }
 
     #[test]

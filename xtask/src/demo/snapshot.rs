@@ -3,6 +3,7 @@
 //! What is written is the guest at one instant, however long the writing takes: it counts on meanwhile, and goes on later
 //! from where it was at that instant, with its pages read when they are touched.
 
+use super::found::Found;
 use super::{booted, dir};
 use crate::monitored::{Monitored, number, text};
 use crate::progress::step;
@@ -88,15 +89,14 @@ pub(super) fn show(cpu: &str) -> Result<()> {
     let (resident, copies) =
         (number(&memory, "/owners/guests_resident")?, number(&memory, "/owners/if_nothing_were_shared")?);
     println!("A second guest is made from it. Both have the working set whole; they count {one} and {two}.");
-    println!("\n{:<34} {:>10}", "guest pages, KiB", "");
-    for (what, pages) in [
-        ("stored", found.header.stored),
-        ("resident, both guests", resident),
-        ("resident if nothing were shared", copies),
-    ] {
-        println!("{what:<34} {:>10}", pages * 4);
-    }
-    machine.shutdown()
+    let mut told = Found::new("snapshot", cpu);
+    told.guests(&machine.ask("guests")?)?;
+    told.fact("KiB stored while the guest ran", found.header.stored * 4);
+    told.fact("KiB resident, of two guests made from it", resident * 4);
+    told.fact("KiB if each had a copy", copies * 4);
+    told.show();
+    machine.shutdown()?;
+    told.leave()
 }
 
 /// How far a guest has counted.

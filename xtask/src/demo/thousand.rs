@@ -1,9 +1,10 @@
 //! `demo thousand`: as many Linux guests as the machine takes, all alive, all answering.
 
+use super::found::Found;
 use super::{booted, last_fork, shuffled};
-use crate::monitored::{Monitored, number, rows};
+use crate::monitored::{Monitored, introduction, number};
 use crate::progress::step;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
 
 /// MiB of the host.
@@ -23,23 +24,25 @@ pub(super) fn show(cpu: &str, count: usize) -> Result<()> {
     let answers = step("each says its number, its name and random bytes", || hear(&mut machine, &children))?;
     ensure!(answers.len() == count, "{} of {count} children drew random bytes of their own", answers.len());
     // The audit comes later: it follows every relative's chain, which takes minutes for a thousand.
-    let guests = machine.ask("guests")?;
-    let mut private: Vec<u64> =
-        rows(&guests)?.iter().map(|row| number(row, "/private_pages")).collect::<Result<_>>()?;
+    let mut found = Found::new("thousand", cpu);
+    found.guests(&machine.ask("guests")?)?;
+    let mut private: Vec<u64> = found.guests.iter().map(|guest| guest.private_kib).collect();
     private.sort_unstable();
     let memory = machine.ask("memory")?;
     let pages = |place: &str| number(&memory, place);
     let mib = |pages: u64| pages >> 8;
-    println!("\n{:<44} {:>8}", "Linux guests alive, each of which answered", rows(&guests)?.len());
-    println!("{:<44} {:>8}", "MiB of RAM that they see", rows(&guests)?.len() * 256);
-    println!("{:<44} {:>8}", "MiB resident", mib(pages("/owners/guests_resident")?));
-    println!("{:<44} {:>8}", "MiB of tables", mib(pages("/frames/tables")?));
-    println!("{:<44} {:>8}", "MiB free", mib(pages("/frames/free")?));
+    let alive = found.guests.len() as u64;
+    found.fact("Linux guests alive, each of which answered", alive);
+    found.fact("MiB of RAM that they see", alive * 256);
+    found.fact("MiB resident", mib(pages("/owners/guests_resident")?));
+    found.fact("MiB if each had a copy", mib(pages("/owners/if_nothing_were_shared")?));
+    found.fact("MiB of tables", mib(pages("/frames/tables")?));
+    found.fact("MiB free", mib(pages("/frames/free")?));
     for (what, place) in [("least", 0), ("median", private.len() / 2), ("most", private.len() - 1)] {
-        let kib = private.get(place).copied().unwrap_or_default() * 4;
-        println!("{:<44} {kib:>8}", format!("KiB that a guest has of its own, {what}"));
+        let kib = private.get(place).copied().unwrap_or_default();
+        found.fact(format!("KiB that a guest has of its own, {what}"), kib);
     }
-    println!();
+    found.show();
     step("killing them in no order", || {
         shuffled(&children).into_iter().try_for_each(|child| machine.ask(&format!("kill {child}")).map(drop))
     })?;
@@ -52,7 +55,8 @@ pub(super) fn show(cpu: &str, count: usize) -> Result<()> {
         mib(after)
     );
     ensure!(after < before + before / 8, "memory did not come back");
-    machine.shutdown()
+    machine.shutdown()?;
+    found.leave()
 }
 
 /// What each child answers. A few dozen begin at a time, and then stand still until all have answered; then all run.
@@ -61,16 +65,10 @@ fn hear(machine: &mut Monitored, children: &[u64]) -> Result<BTreeSet<String>> {
     for some in children.chunks(32) {
         for child in some {
             machine.ask(&format!("resume {child}"))?;
-            let line = format!(
-                "hostname clone-{child}; echo I-am-$(hostname) $(head -c 8 /dev/urandom | od -An -tx1) said-$((6*7))"
-            );
-            machine.ask(&format!("send {child} \"{line}\""))?;
+            machine.ask(&format!("send {child} \"{}\"", introduction()))?;
         }
         for child in some {
-            machine.ask(&format!("wait {child} \" said-42\""))?;
-            let line = machine.last_line(*child, " said-42")?;
-            let bytes = line.strip_prefix(&format!("I-am-clone-{child} "));
-            answers.insert(bytes.with_context(|| format!("clone {child} says {line}"))?.to_owned());
+            answers.insert(machine.introduced(*child)?);
             machine.ask(&format!("pause {child}"))?;
         }
     }

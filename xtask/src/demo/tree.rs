@@ -3,6 +3,7 @@
 //! Nobody outside does anything: a loop in a shell calls `fork-guest 2` three times, so each relative comes out of it with a
 //! path of three places, and one guest has become twenty-seven.
 
+use super::found::Found;
 use super::{booted, shuffled};
 use crate::monitored::{Monitored, number, rows};
 use crate::progress::step;
@@ -54,17 +55,19 @@ pub(super) fn show(cpu: &str) -> Result<()> {
     let memory = machine.ask("memory")?;
     let (resident, copies) =
         (number(&memory, "/owners/guests_resident")?, number(&memory, "/owners/if_nothing_were_shared")?);
-    println!(
-        "\n{relatives} guests, none of them told from outside: {} MiB resident; {} MiB if each had a copy.",
-        resident >> 8,
-        copies >> 8
-    );
+    let mut found = Found::new("fork-tree", cpu);
+    found.guests(&guests)?;
+    found.fact("Linux guests, none of them told from outside", relatives);
+    found.fact("MiB resident", resident >> 8);
+    found.fact("MiB if each had a copy", copies >> 8);
+    found.show();
     ensure!(copies > resident * 4, "so little is shared: {memory}");
     cut(&mut machine, &leaves)?;
     let after = number(&machine.settled()?, "/owners/guests_resident")?;
     println!("The first is alone again; {} MiB resident before, {} MiB after.", before >> 8, after >> 8);
     ensure!(after < before + before / 8, "memory did not come back");
-    machine.shutdown()
+    machine.shutdown()?;
+    found.leave()
 }
 
 /// Every relative's path, with its number.

@@ -43,7 +43,8 @@ const SELF_TESTS: [(&str, &str, &str, &str); 5] = [
 ];
 
 pub(super) fn trials() -> Vec<Trial> {
-    let tiny_guests = ["hello", "touch", "smp", "irq", "wfi", "mmio", "wild", "gicfuzz", "asid", "fpstate"];
+    let tiny_guests =
+        ["hello", "touch", "smp", "irq", "wfi", "mmio", "wild", "gicfuzz", "asid", "fpstate", "balloon"];
     let mut trials: Vec<Trial> = tiny_guests.into_iter().map(tiny).collect();
     let linux: &[(&str, &[&str])] = &[
         ("linux_6_12_on_neoverse_n1", &["--cpu", "neoverse-n1", "--host-cpus", "2"]),

@@ -1,7 +1,7 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
 use super::machine::{STAYS, boot, monitored, start, tiny_guest};
-use crate::monitored::{Monitored, number, rows};
+use crate::monitored::{Monitored, introduction, number, rows};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -11,9 +11,14 @@ pub(super) fn trials() -> Vec<Trial> {
     let models = ["cortex-a53", "neoverse-n1", "max"];
     let each = |cpu: &'static str| {
         let name = format!("relatives_of_a_fork_see_what_they_should_on_{}", cpu.replace('-', "_"));
-        boot(name, move |name| relatives(name, cpu))
+        boot(name, move |name| relatives(name, cpu, CHUNK))
     };
     let mut trials: Vec<Trial> = models.into_iter().map(each).collect();
+    trials.extend(["cortex-a53", "max"].map(|cpu| {
+        let name =
+            format!("relatives_of_a_fork_see_what_they_should_page_by_page_on_{}", cpu.replace('-', "_"));
+        boot(name, move |name| relatives(name, cpu, CHUNK - 1))
+    }));
     trials.extend(["cortex-a53", "max"].map(|cpu| {
         let name = format!("a_clone_and_a_reset_guest_have_every_register_on_{}", cpu.replace('-', "_"));
         boot(name, move |name| registers(name, cpu))
@@ -29,15 +34,30 @@ pub(super) fn trials() -> Vec<Trial> {
     ));
     trials.push(boot("clones_of_a_running_linux_go_on_alone_and_come_back", linux_clones));
     trials.push(boot("a_reset_clone_is_what_its_snapshot_was", linux_reset));
+    trials.push(boot(
+        "twenty_four_clones_of_a_linux_live_at_once_on_a_small_host_and_each_has_its_own_number_name_and_bytes",
+        |name| all_alive(name, 24, &["--timeout", "600", "--memory", "128M", "--host-memory", "384M"]),
+    ));
     trials
 }
 
+/// What takes too long for every run.
+pub(super) fn matrix() -> Vec<Trial> {
+    vec![boot("matrix_256_clones_of_a_linux_live_at_once_on_a_host_with_2_gib", |name| {
+        all_alive(name, 256, &["--timeout", "3600", "--host-memory", "2G"])
+    })]
+}
+
+/// Pages of 2 MiB: the guest has them all in one chunk, and its children map that as one block until they write to it.
+const CHUNK: u64 = 512;
+
 /// Parent, two children and a grandchild: each looks at every page after all have written. Contents at both ends of the
-/// CPU range, with hardware dirty state and without.
-fn relatives(name: &str, cpu: &str) -> Result<()> {
+/// CPU range, with hardware dirty state and without, with blocks and, where one page of the chunk is not there, with pages.
+fn relatives(name: &str, cpu: &str, pages: u64) -> Result<()> {
     let file = tiny_guest(name, "fork")?;
+    let append = format!("granted pages={pages}");
     let words =
-        ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--append", "granted"];
+        ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--append", &append];
     let mut machine = monitored(name, &[&words[..], &["--kernel", &file]].concat())?;
     machine.console.wait("fork: place 0")?;
     let mut seen = BTreeSet::new();
@@ -59,6 +79,12 @@ fn relatives(name: &str, cpu: &str) -> Result<()> {
         seen.iter().filter_map(|line| line.split(" of ").next()?.split("place ").nth(1)).collect();
     ensure!(places == BTreeSet::from(["0 depth 0", "1 depth 0", "1 depth 1", "2 depth 0"]), "{places:?}");
     machine.ask("check")?;
+    let mut blocks = 0;
+    for guest in &guests {
+        blocks += number(&machine.ask(&format!("stats {guest}"))?, "/memory/block_mapped")?;
+    }
+    // The two that found all of it in their parent.
+    ensure!(blocks == if pages == CHUNK { 2 } else { 0 }, "{blocks} blocks were mapped");
     for guest in guests.iter().rev() {
         machine.ask(&format!("send {guest} x"))?;
         machine.ask(&format!("wait {guest} gone")).or_else(|error| {
@@ -191,6 +217,42 @@ fn linux_clones(name: &str) -> Result<()> {
     let after = resident(&mut machine)?;
     // The parent went on meanwhile; four children with 256 MiB each did not stay.
     ensure!(after < before + 2048, "{before} pages before, {after} after all clones are dead");
+    machine.shutdown()
+}
+
+/// So many clones of one Linux, made by one call, all run; each says its own number, which it asks its machine for, its own
+/// name, and random bytes that nobody else says. Afterwards all still run, and what they had comes back.
+fn all_alive(name: &str, clones: usize, words: &[&str]) -> Result<()> {
+    let mut machine = monitored(name, words)?;
+    machine.console.wait("guest ready")?;
+    machine.talk(1, "echo up-$((40+2))", "up-42")?;
+    let before = resident(&mut machine)?;
+    let mut family = machine.fork(1, clones)?;
+    family.push(1);
+    for guest in &family {
+        machine.ask(&format!("send {guest} \"{}\"", introduction()))?;
+    }
+    let bytes: BTreeSet<String> =
+        family.iter().map(|&guest| machine.introduced(guest)).collect::<Result<_>>()?;
+    ensure!(
+        bytes.len() == family.len(),
+        "{} of {} drew random bytes of their own",
+        bytes.len(),
+        family.len()
+    );
+    let guests = machine.ask("guests")?;
+    let running = rows(&guests)?.iter().filter(|row| row["state"] == "running").count();
+    ensure!(running == family.len(), "{running} of {} run: {guests}", family.len());
+    machine.check()?;
+    for child in family.iter().rev().skip(1) {
+        machine.ask(&format!("kill {child}"))?;
+    }
+    machine.talk(1, "echo still-$((40+2))", "still-42")?;
+    machine.ask("pause 1")?;
+    let after = number(&machine.settled()?, "/owners/guests_resident")?;
+    // The first went on meanwhile.
+    ensure!(after < before + 2048, "{before} pages before, {after} after all clones are dead");
+    machine.check()?;
     machine.shutdown()
 }
 

@@ -200,6 +200,9 @@ fn console(name: &str) -> Result<()> {
     machine.console.wait("meanwhile-41")?;
     machine.console.send("echo $(hostname)-$((40+2))\n")?;
     machine.console.wait("guest0-42")?;
+    // Pasted: more at once than one interrupt takes in.
+    machine.console.send(&format!(": {}; echo pasted-$((40+2))\n", "x".repeat(600)))?;
+    machine.console.wait("pasted-42")?;
 
     machine.console.send("\x14attach guest1\r")?;
     machine.console.wait("[guest 2 \"guest1\"]")?;

@@ -7,6 +7,7 @@ use crate::monitored::{Monitored, number, rows, text};
 use crate::run::Run;
 use crate::stored;
 use anyhow::{Context, Result, bail, ensure};
+use hv_abi::image::PAGE;
 use libtest_mimic::Trial;
 use serde_json::Value;
 use std::fs;
@@ -31,6 +32,8 @@ pub(super) fn trials() -> Vec<Trial> {
     }));
     trials.push(boot("two_machines_go_on_from_one_export", two_machines));
     trials.push(boot("what_cannot_be_stored_or_resumed_is_refused_by_name", refusals));
+    trials.push(boot("a_damaged_page_of_a_stored_guest_is_told_with_its_image_and_its_place", damaged_pages));
+    trials.push(boot("a_disk_that_says_nothing_keeps_neither_a_job_nor_the_machine_waiting", stalls));
     trials
 }
 
@@ -256,7 +259,7 @@ fn refusals(name: &str) -> Result<()> {
         Err(_) => fs::read_to_string(logs(name).join("elsewhere/hv.log"))?,
     };
     ensure!(told.contains("it ran on a CPU with MIDR 0x414fd0c1"), "{told}");
-    let at = (stored.start() + stored.pages + stored.table_pages()) * hv_abi::image::PAGE as u64 + 9;
+    let at = (stored.start() + stored.pages + stored.table_pages()) * PAGE as u64 + 9;
     let raw = fs::OpenOptions::new().read(true).write(true).open(&file)?;
     let mut byte = [0];
     raw.read_exact_at(&mut byte, at)?;
@@ -272,4 +275,83 @@ fn refusals(name: &str) -> Result<()> {
     let again = machine.ask("create --from golden name=again")?["created"].as_u64().context("no guest")?;
     machine.ask(&format!("kill {again}"))?;
     machine.shutdown()
+}
+
+/// Every page of a stored guest that is not zeros is damaged, but for the one with its generation id, without which it would
+/// not begin: the first that it needs is told in the log, the first that is to be stored again to whoever asked for that.
+fn damaged_pages(name: &str) -> Result<()> {
+    let (file, guest) = (fresh(name)?, tiny_guest(name, "hello")?);
+    let image = format!("{},new", file.display());
+    let words = ["--timeout", "60", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
+    let mut machine = monitored(name, &[&words[..], &["--image", &image], &STAYS].concat())?;
+    machine.ask("save 1 golden --wait")?;
+    machine.shutdown()?;
+    let header = stored::whole(&file)?.header;
+    let raw = fs::OpenOptions::new().read(true).write(true).open(&file)?;
+    let place = |page: u64| (header.start() + page) * PAGE as u64;
+    for page in 0..header.pages {
+        let mut bytes = [0; PAGE];
+        raw.read_exact_at(&mut bytes, place(page))?;
+        if bytes[16..].iter().any(|byte| *byte != 0) {
+            raw.write_all_at(&[!bytes[9]], place(page) + 9)?;
+        }
+    }
+    let (image, second) = (file.display().to_string(), logs(name).join("second.img"));
+    let _ = fs::remove_file(&second);
+    let second = format!("{},new", second.display());
+    let words = ["--timeout", "60", "--image", &image, "--image", &second];
+    let mut machine = another(name, "later", &[&words[..], &STAYS].concat())?;
+    let told = |words: &str| -> Result<()> {
+        let line = words.lines().find(|line| line.contains(" of stored guest \"golden\", generation 1, "));
+        let line = line.with_context(|| format!("nobody says which image it is:\n{words}"))?;
+        let (_, page) = line.split_once(": page ").with_context(|| format!("no page: {line}"))?;
+        let page = page.split(' ').next().unwrap_or_default().parse().with_context(|| line.to_owned())?;
+        let end = format!("at byte {:#x} of its disk: what came back is not what was written", place(page));
+        ensure!(line.contains(&end), "it should say \"{end}\": {line}");
+        Ok(())
+    };
+    let why = machine.refused("save 1 second --wait")?;
+    ensure!(why.contains(" of the guest cannot be read: "), "{why}");
+    told(&why)?;
+    let log = fs::read_to_string(logs(name).join("later/hv.log"))?;
+    told(
+        log.split_once("guest 1: no page at ").with_context(|| format!("the guest misses nothing: {log}"))?.1,
+    )?;
+    machine.check()?;
+    machine.shutdown()
+}
+
+/// Disks that take one write and no more: a job that waits for one fails when that has gone on for long enough, and the
+/// monitor's `shutdown` waits no longer for another.
+fn stalls(name: &str) -> Result<()> {
+    const SILENT: &str = "a disk has said nothing for 30 seconds";
+    let (file, guest) = (fresh(name)?, tiny_guest(name, "hello")?);
+    let second = logs(name).join("second.img");
+    let _ = fs::remove_file(&second);
+    let (first, second) = (format!("{},new", file.display()), format!("{},new", second.display()));
+    let words = ["--timeout", "240", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
+    let images = ["--image", &first, "--image", &second, "--images-stall"];
+    let mut machine = monitored(name, &[&words[..], &images, &STAYS].concat())?;
+    let why = machine.refused("save 1 golden --wait")?;
+    ensure!(why.contains(SILENT), "{why}");
+    let busy = machine.refused("save 1 golden")?;
+    ensure!(busy.contains("is being stored"), "the disk still has pages of the last one: {busy}");
+    // The guest lives, and nothing of it is lost.
+    machine.check()?;
+    machine.ask("pause 1")?;
+    machine.ask("resume 1")?;
+    let job = number(&machine.ask("save 1 second")?, "/job")?;
+    let begun = |jobs: &Value| {
+        let mut rows = jobs.as_array().into_iter().flatten();
+        rows.any(|row| row["id"] == job && row["state"] == "running" && row["stored_pages"] != 0)
+    };
+    machine.until("jobs", begun)?;
+    // Now it has pages that the disk will not take.
+    std::thread::sleep(Duration::from_secs(2));
+    machine.ask("shutdown")?;
+    let Err(end) = machine.console.finish() else { bail!("the machine ended as if all were well") };
+    ensure!(format!("{end:#}").contains("(exit status: 1)"), "{end:#}");
+    let log = fs::read_to_string(logs(name).join("hv.log"))?;
+    ensure!(log.matches(SILENT).count() == 2, "{log}");
+    Ok(())
 }

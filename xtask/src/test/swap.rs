@@ -11,11 +11,55 @@ pub(super) fn trials() -> Vec<Trial> {
     vec![
         boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing),
         boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
-        boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, "neoverse-n1")),
-        boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| linux(name, "cortex-a53")),
+        boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, &SMALL)),
+        boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| {
+            linux(name, &Tested { cpu: "cortex-a53", ..SMALL })
+        }),
+        boot("a_guest_with_the_least_it_may_have_gets_on_and_costs_its_neighbour_less_than_a_tenth", limited),
         boot("who_finds_swap_full_waits_visibly_and_goes_on_when_there_is_room", full),
     ]
 }
+
+/// What takes too long for every run.
+pub(super) fn matrix() -> Vec<Trial> {
+    let full = Tested { guests: 4, memory: 512, host: 640, swap: 3072, set: 400, rounds: 3, ..SMALL };
+    let many = Tested { cpu: "cortex-a53", cpus: 4, vcpus: 4, ..full };
+    vec![
+        boot("matrix_four_linux_guests_of_512_mib_on_a_host_of_640_find_every_byte", move |name| {
+            linux(name, &full)
+        }),
+        boot("matrix_four_linux_guests_of_512_mib_with_4_vcpus_on_4_cpus_without_dirty_state", move |name| {
+            linux(name, &many)
+        }),
+    ]
+}
+
+/// Linux guests on a host that is too small for them; sizes in MiB.
+#[derive(Clone, Copy)]
+struct Tested {
+    cpu: &'static str,
+    cpus: u64,
+    vcpus: u64,
+    guests: u64,
+    memory: u64,
+    host: u64,
+    swap: u64,
+    /// What each fills and compares: as good as all that its kernel leaves.
+    set: u64,
+    rounds: u64,
+}
+
+const SMALL: Tested = Tested {
+    cpu: "neoverse-n1",
+    cpus: 2,
+    vcpus: 1,
+    guests: 2,
+    memory: 256,
+    host: 160,
+    swap: 512,
+    set: 100,
+    rounds: 1,
+};
 
 /// What a thrashing guest says at its end: pages that it gave up. `None` while it has not ended.
 fn given_up(machine: &mut Monitored, guest: &str) -> Result<Option<u64>> {
@@ -139,26 +183,73 @@ fn clones(name: &str) -> Result<()> {
 }
 
 /// Linux guests whose memory is over three times the host's, each of which fills and compares what it can.
-fn linux(name: &str, cpu: &str) -> Result<()> {
-    let words = ["--timeout", "300", "--host-memory", "160M", "--memory", "256M", "--guests", "2"];
-    let more = ["--swap", "512M", "--cpu", cpu, "--host-cpus", "2"];
-    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
-    let guests = ["guest0", "guest1"];
-    for guest in guests {
+fn linux(name: &str, of: &Tested) -> Result<()> {
+    let &Tested { cpu, cpus, vcpus, guests, memory, host, swap, set, rounds } = of;
+    let timeout = 300 + 20 * guests * set * rounds;
+    let words = format!(
+        "--timeout {timeout} --host-memory {host}M --memory {memory}M --guests {guests} --swap {swap}M --cpu {cpu} \
+         --host-cpus {cpus} --vcpus {vcpus}"
+    );
+    let mut machine = monitored(name, &[&words.split(' ').collect::<Vec<_>>()[..], &STAYS].concat())?;
+    let guests: Vec<String> = (0..guests).map(|number| format!("guest{number}")).collect();
+    for guest in &guests {
         machine.ask(&format!("wait {guest} \"guest ready: {guest}\""))?;
     }
-    for guest in guests {
-        machine.ask(&format!("send {guest} memtest 100 1"))?;
+    for guest in &guests {
+        machine.ask(&format!("send {guest} memtest {set} {rounds}"))?;
     }
-    for guest in guests {
-        machine.ask(&format!("wait {guest} \"memtest: 100 MiB, 1 rounds, ok\""))?;
+    for guest in &guests {
+        machine.ask(&format!("wait {guest} \"memtest: {set} MiB, {rounds} rounds, ok\""))?;
     }
     machine.check()?;
     let swap = at_rest(&mut machine)?;
     ensure!(number(&swap, "/pages/written")? > 64 << 8, "so little swapped proves nothing: {swap}");
-    for guest in guests {
+    for guest in &guests {
         machine.ask(&format!("kill {guest}"))?;
     }
+    nothing_left(&mut machine)?;
+    machine.shutdown()
+}
+
+/// A guest that needs another page with every instruction has as little as it may; another one, whose memory fits, does
+/// the same work alone and then beside it.
+fn limited(name: &str) -> Result<()> {
+    let thrash = tiny_guest(name, "thrash")?;
+    let words =
+        ["--icount", "--timeout", "300", "--host-cpus", "1", "--host-memory", "256M", "--swap", "256M"];
+    let fits = ["--memory", "16M", "--kernel", &thrash, "--append", "linger rounds=4"];
+    let mut machine = monitored(name, &[&words[..], &fits, &STAYS].concat())?;
+    machine.ask("wait guest \"guest thrash: ok\"")?;
+    let alone = number(&machine.ask("stats guest")?, "/scheduler/ticks")?;
+    machine.ask("kill guest")?;
+
+    let thrashes = "memory=32M append=\"linger rounds=1000000 words=1 stride=97\"";
+    machine.ask(&format!("create name=thrasher kernel=kernel {thrashes}"))?;
+    let limit = machine.ask("limit thrasher")?;
+    ensure!(limit["limit_pages"].is_null(), "it was not limited: {limit}");
+    let least = number(&limit, "/least_pages")?;
+    let told = machine.refused(&format!("limit thrasher resident={}K", (least - 1) * 4))?;
+    ensure!(told.contains(&format!("resident={}K", least * 4)), "the least is {least} pages: {told}");
+    machine.ask(&format!("limit thrasher resident={}K", least * 4))?;
+    machine.ask("wait thrasher \"round 1 is read\"")?;
+
+    let before = machine.ask("stats thrasher")?;
+    machine.ask("create name=again kernel=kernel memory=16M append=\"linger rounds=4\"")?;
+    machine.ask("wait again \"guest thrash: ok\"")?;
+    let beside = number(&machine.ask("stats again")?, "/scheduler/ticks")?;
+    let after = machine.ask("stats thrasher")?;
+    ensure!(beside * 10 < alone * 11, "{alone} instructions alone, {beside} beside one that thrashes");
+    let waits = |stats: &Value| number(stats, "/memory/fault_wait");
+    // Each costs it a slice of the neighbour's.
+    ensure!(waits(&after)? > waits(&before)? + 20, "it did not thrash meanwhile: {before}, {after}");
+    let own = number(&machine.guest("thrasher")?, "/own_pages")?;
+    ensure!(own <= least, "it has {own} pages and may have {least}");
+    ensure!(number(&machine.guest("again")?, "/swapped_pages")? == 0, "the neighbour pays as well");
+    machine.ask("kill again")?;
+    machine.ask("wait thrasher \"round 2 is read\"")?;
+    machine.check()?;
+    machine.ask("limit thrasher resident=none")?;
+    machine.ask("kill thrasher")?;
     nothing_left(&mut machine)?;
     machine.shutdown()
 }

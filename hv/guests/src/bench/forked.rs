@@ -32,12 +32,12 @@ pub(super) fn run(machine: &Machine, empty: u64) {
     let measure =
         |metric, touch, which| faults(metric, touch, PAGES, empty, region(which), region(which + 1));
     let place = if machine.flag("survive") {
-        if fork() == 1 {
+        if fork(1) == 1 {
             power::off();
         }
         sleep();
         measure("fault.write_protect", Touch::Write, 0);
-        let place = fork();
+        let place = fork(1);
         if place == 0 {
             println!("bench: the parent goes");
             power::off();
@@ -46,7 +46,7 @@ pub(super) fn run(machine: &Machine, empty: u64) {
         measure("fault.cow_last_ref", Touch::Write, 2);
         place
     } else {
-        let place = fork();
+        let place = fork(1);
         if place == 1 {
             measure("fault.shared_read", Touch::Read, 0);
             measure("fault.cow", Touch::Write, 2);
@@ -59,9 +59,9 @@ pub(super) fn run(machine: &Machine, empty: u64) {
     console::read();
 }
 
-/// Which of the two this is: 0 in the parent, 1 in the child.
-fn fork() -> u64 {
-    let [answer, place, ..] = hvc(vendor::FORK.into(), [1, 0, 0]);
+/// Which of the relatives this is: 0 the parent, from 1 on a child.
+pub(super) fn fork(children: u64) -> u64 {
+    let [answer, place, ..] = hvc(vendor::FORK.into(), [children, 0, 0]);
     assert_eq!(answer.cast_signed(), status::SUCCESS, "the fork");
     place
 }

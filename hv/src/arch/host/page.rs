@@ -22,6 +22,14 @@ pub unsafe fn copy(to: *mut u8, from: *const u8) {
     unsafe { to.copy_from_nonoverlapping(from, PAGE) }
 }
 
+/// No sum: what has no CRC instructions does without.
+///
+/// # Safety
+/// As the real one's.
+pub unsafe fn crc(_page: *const u8, _key: u64) -> Option<u32> {
+    None
+}
+
 /// Cleans a page.
 ///
 /// # Safety

@@ -128,7 +128,8 @@ impl Disk {
     /// Takes what was opened or stored.
     fn take(&mut self, opened: Opened) {
         let Opened { header, text, sums, state } = opened;
-        mm::disks().set_view(self.half(header.slot), Some(View { header, sums }));
+        let view = View { name: self.name.clone(), header, sums };
+        mm::disks().set_view(self.half(header.slot), Some(view));
         self.content = Content::Image { header, text, state: Arc::new(state) };
     }
 }

@@ -7,7 +7,7 @@
 //! requests on a copy of the memory, and neither side loses or doubles one. Called by `guest::disks`.
 
 use super::queue::{Chain, MAX_CHAIN, Segment, Walk, gather, length, locate, scatter};
-use super::{Asked, Fault, RING_INDIRECT, Ram, Transport};
+use super::{Asked, Fault, PART, RING_INDIRECT, Ram, Transport};
 use serde::{Deserialize, Serialize};
 
 /// Bytes in a sector, the unit of everything on the wire.
@@ -21,8 +21,6 @@ pub const SLOTS: usize = 4;
 pub const RING: usize = SLOTS;
 /// Descriptors read in one step.
 const DESCRIPTORS: usize = 8;
-/// What is cleared in one step: as much as the memory manager marks as one.
-const CLEARED: u64 = 2 << 20;
 /// Ranges of one discard or write-zeroes request, and sectors of each.
 const MAX_RANGES: u32 = 16;
 const MAX_RANGE: u32 = 1 << 22;
@@ -47,7 +45,7 @@ pub trait Medium: Ram {
     fn load(&mut self, at: u64, out: &mut [u8]) -> Result<(), Fault<Self::Wait>>;
     /// Writes bytes of one page of the disk.
     fn store(&mut self, at: u64, bytes: &[u8]) -> Result<(), Fault<Self::Wait>>;
-    /// Makes whole pages of the disk zero.
+    /// Makes whole pages of the disk zero: at most [`PART`], and not across a boundary of that.
     fn clear(&mut self, at: u64, bytes: u64) -> Result<(), Fault<Self::Wait>>;
     /// Makes what was stored before request `slot` asked for the `first` time durable; false when it is to be
     /// asked again for more.
@@ -163,7 +161,7 @@ impl Blk {
         }
         let features = RING_INDIRECT | SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | more;
         Self {
-            transport: Transport::new(DEVICE, features),
+            transport: Transport::new(DEVICE, features, 1),
             bytes: sectors.saturating_mul(SECTOR),
             read_only,
             id: name,
@@ -221,11 +219,11 @@ impl Blk {
     pub fn write(&mut self, offset: u64, bytes: usize, value: u64) -> bool {
         match self.transport.write(offset, bytes, value) {
             Asked::Nothing => false,
-            Asked::Notify => {
+            Asked::Notify(_) => {
                 self.notified = true;
                 true
             }
-            Asked::Forget => {
+            Asked::Forget(_) => {
                 self.slots.iter_mut().for_each(|slot| slot.phase = Phase::Free);
                 (self.notified, self.ring_waits) = (false, false);
                 false
@@ -263,7 +261,7 @@ impl Blk {
 
     /// Does one piece of work.
     pub fn step<M: Medium>(&mut self, medium: &mut M) -> Did<M::Wait> {
-        if !self.transport.is_running() {
+        if !self.transport.runs(0) {
             return Did::Nothing;
         }
         let runs = |slot: &Slot| slot.phase != Phase::Free && !slot.waits;
@@ -279,10 +277,10 @@ impl Blk {
         }
         let free = self.slots.iter().position(|slot| slot.phase == Phase::Free);
         let Some(number) = free.filter(|_| self.notified && !self.ring_waits) else { return Did::Nothing };
-        match self.transport.queue().pop(medium) {
+        match self.transport.queue(0).pop(medium) {
             Ok(Some(head)) => {
                 let slot = &mut self.slots[number];
-                let walk = slot.chain.begin(self.transport.queue(), head);
+                let walk = slot.chain.begin(self.transport.queue(0), head);
                 (slot.phase, slot.waits, slot.head) = (Phase::Chain(walk), false, head);
                 Did::Some
             }
@@ -457,7 +455,7 @@ impl Blk {
         let (at, _) = locate(chain.writable(), last).ok_or(Fault::Bad)?;
         let head = *head;
         medium.write(at, &[status as u8])?;
-        if self.transport.queue().push(medium, head, bytes.saturating_add(1))? {
+        if self.transport.queue(0).push(medium, head, bytes.saturating_add(1))? {
             self.transport.used();
         }
         Ok(())
@@ -482,7 +480,7 @@ fn piece<'p>(
 fn clear<M: Medium>(medium: &mut M, zero: Zero, zeros: &[u8; PAGE_BYTES]) -> Result<u64, Fault<M::Wait>> {
     let Zero { exactly, at, bytes, .. } = zero;
     if at % PAGE == 0 && bytes >= PAGE {
-        let whole = (bytes & !(PAGE - 1)).min(CLEARED - at % CLEARED);
+        let whole = (bytes & !(PAGE - 1)).min(PART - at % PART);
         medium.clear(at, whole)?;
         return Ok(whole);
     }

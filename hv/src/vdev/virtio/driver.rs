@@ -1,7 +1,7 @@
 //! The other side, for tests: RAM, a disk that may say "wait", and a driver of the queue.
 
 use super::blk::{Blk, Did, Medium, SLOTS};
-use super::{Fault, Ram};
+use super::{Fault, PART, Ram};
 use std::collections::BTreeMap;
 use std::{vec, vec::Vec};
 
@@ -130,7 +130,7 @@ impl Medium for Bench {
     fn clear(&mut self, at: u64, bytes: u64) -> Result<(), Fault<u64>> {
         self.wait()?;
         assert!(at.is_multiple_of(4096) && bytes.is_multiple_of(4096), "parts of pages are not cleared");
-        assert_eq!(at / (2 << 20), (at + bytes - 1) / (2 << 20), "too much at once");
+        assert_eq!(at / PART, (at + bytes - 1) / PART, "too much at once");
         let range = place(at, 0, usize::try_from(bytes).unwrap(), self.disk.len()).unwrap();
         self.disk[range].fill(0);
         Ok(())

@@ -6,9 +6,13 @@
 //! that a driver says is taken for a lie: a ring or chain that cannot be right stops the device until the driver
 //! resets it (2.1.2), and harms nobody else.
 //!
-//! * [`queue`] - the split ring and chains of descriptors.
+//! * [`queue`] - the split rings and chains of descriptors.
 //! * [`blk`] - the disk.
+//! * [`balloon`] - what gives RAM back.
 
+pub mod balloon;
+#[cfg(test)]
+mod balloon_tests;
 pub mod blk;
 #[cfg(test)]
 mod blk_tests;
@@ -19,6 +23,7 @@ mod fuzz_tests;
 pub mod queue;
 
 use super::low;
+use arrayvec::ArrayVec;
 use queue::Queue;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +35,9 @@ pub enum Fault<W> {
     /// Never: nothing is there that may be used.
     Bad,
 }
+
+/// What is made zero in one step: as much as the memory manager marks as one (interrupts wait meanwhile, I6).
+pub const PART: u64 = 256 << 10;
 
 /// A guest's RAM, and nothing else of its address space.
 pub trait Ram {
@@ -64,6 +72,7 @@ const QUEUE_DRIVER: u64 = 0x090;
 const QUEUE_DEVICE: u64 = 0x0a0;
 const SHM_LEN: u64 = 0x0b0;
 const SHM_BASE: u64 = 0x0b8;
+const CONFIG_GENERATION: u64 = 0x0fc;
 const CONFIG: u64 = 0x100;
 
 /// "virt", little-endian.
@@ -85,18 +94,21 @@ pub const RING_INDIRECT: u64 = 1 << 28;
 /// Feature: virtio 1, which is all that we speak.
 pub const VERSION_1: u64 = 1 << 32;
 
+/// The most queues of a device.
+const MAX_QUEUES: usize = 4;
+
 /// What a register write asks of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// Nothing.
     Nothing,
-    /// To look at its queue.
-    Notify,
-    /// To forget what it was doing: its queue is gone.
-    Forget,
+    /// To look at this queue.
+    Notify(usize),
+    /// To forget what it was doing with this queue, or with all: it is gone.
+    Forget(Option<usize>),
 }
 
-/// The registers of a device with one queue.
+/// The registers of a device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Transport {
     device: u32,
@@ -107,12 +119,14 @@ pub struct Transport {
     selected: u32,
     status: u32,
     interrupt: u32,
-    queue: Queue,
+    /// Moves whenever the configuration does.
+    generation: u32,
+    queues: ArrayVec<Queue, MAX_QUEUES>,
 }
 
 impl Transport {
-    /// A device of this kind, with these features, out of reset.
-    pub fn new(device: u32, features: u64) -> Self {
+    /// A device of this kind, with these features and so many queues, out of reset.
+    pub fn new(device: u32, features: u64, queues: usize) -> Self {
         Self {
             device,
             offered: features | VERSION_1,
@@ -122,13 +136,15 @@ impl Transport {
             selected: 0,
             status: 0,
             interrupt: 0,
-            queue: Queue::default(),
+            generation: 0,
+            queues: (0..queues.min(MAX_QUEUES)).map(|_| Queue::default()).collect(),
         }
     }
 
     /// True when it is such a device, with nothing in it that could not be: for one that was stored.
     fn is_like(&self, other: &Self) -> bool {
-        (self.device, self.offered) == (other.device, other.offered) && self.queue.is_sound()
+        (self.device, self.offered, self.queues.len()) == (other.device, other.offered, other.queues.len())
+            && self.queues.iter().all(Queue::is_sound)
     }
 
     /// The interrupt line.
@@ -136,9 +152,14 @@ impl Transport {
         self.interrupt != 0
     }
 
-    /// True when the driver has set everything up and nothing has gone wrong since.
+    /// True when the driver has set the device up and nothing has gone wrong since.
     pub const fn is_running(&self) -> bool {
-        self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK && self.queue.is_ready()
+        self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+    }
+
+    /// True when it has set this queue up, too.
+    pub fn runs(&self, queue: usize) -> bool {
+        self.is_running() && self.queues.get(queue).is_some_and(Queue::is_ready)
     }
 
     /// True when both sides have the feature.
@@ -146,14 +167,22 @@ impl Transport {
         self.offered & self.wanted & feature != 0
     }
 
-    /// The queue.
-    pub const fn queue(&mut self) -> &mut Queue {
-        &mut self.queue
+    /// One of the queues that the device was made with.
+    pub fn queue(&mut self, number: usize) -> &mut Queue {
+        &mut self.queues[number]
     }
 
     /// Tells the driver that a buffer was used.
     pub const fn used(&mut self) {
         self.interrupt |= USED_BUFFER;
+    }
+
+    /// Tells the driver that the configuration has changed.
+    pub const fn changed(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        if self.is_running() {
+            self.interrupt |= CONFIG_CHANGED;
+        }
     }
 
     /// The driver broke the rules: nothing happens any more until it resets the device, and it is told.
@@ -172,20 +201,20 @@ impl Transport {
         if bytes != 4 {
             return 0;
         }
-        let first = self.selected == 0;
+        let queue = usize::try_from(self.selected).ok().and_then(|number| self.queues.get(number));
         match offset {
             MAGIC => MAGIC_VALUE,
             VERSION => 2,
             DEVICE_ID => u64::from(self.device),
             VENDOR_ID => VENDOR,
             DEVICE_FEATURES => u64::from(half(self.offered, self.offered_half)),
-            QUEUE_NUM_MAX if first => u64::from(queue::SIZE_MAX),
-            QUEUE_READY if first => u64::from(self.queue.is_ready()),
+            QUEUE_NUM_MAX if queue.is_some() => u64::from(queue::SIZE_MAX),
+            QUEUE_READY => u64::from(queue.is_some_and(Queue::is_ready)),
             INTERRUPT_STATUS => u64::from(self.interrupt),
             STATUS => u64::from(self.status),
             // There is no shared memory: its length and base are all ones.
             SHM_LEN | 0x0b4 | SHM_BASE | 0x0bc => 0xffff_ffff,
-            // The configuration never changes, so its generation is 0, as everything else is.
+            CONFIG_GENERATION => u64::from(self.generation),
             _ => 0,
         }
     }
@@ -196,6 +225,7 @@ impl Transport {
             return Asked::Nothing;
         }
         let word = low(value);
+        let selected = usize::try_from(self.selected).unwrap_or(usize::MAX);
         match offset {
             DEVICE_FEATURES_SEL => self.offered_half = word,
             DRIVER_FEATURES_SEL => self.wanted_half = word,
@@ -204,41 +234,36 @@ impl Transport {
                 set_half(&mut self.wanted, self.wanted_half, word);
             }
             QUEUE_SEL => self.selected = word,
-            QUEUE_NOTIFY if word == 0 && self.is_running() => return Asked::Notify,
+            QUEUE_NOTIFY => {
+                let number = usize::try_from(word).unwrap_or(usize::MAX);
+                if self.runs(number) {
+                    return Asked::Notify(number);
+                }
+            }
             INTERRUPT_ACK => self.interrupt &= !word,
             STATUS => return self.set_status(word),
-            QUEUE_READY if self.selected == 0 => {
-                if word & 1 == 0 {
-                    self.queue = Queue::default();
-                    return Asked::Forget;
+            QUEUE_NUM..=QUEUE_DEVICE_HIGH => {
+                let Some(queue) = self.queues.get_mut(selected) else { return Asked::Nothing };
+                match offset {
+                    QUEUE_READY if word & 1 == 0 => {
+                        *queue = Queue::default();
+                        return Asked::Forget(Some(selected));
+                    }
+                    QUEUE_READY => queue.start(),
+                    _ if queue.is_ready() => {}
+                    _ => set_queue(queue, offset, word),
                 }
-                self.queue.start();
             }
-            QUEUE_NUM..=QUEUE_DEVICE_HIGH if self.selected == 0 => self.set_queue(offset, word),
             _ => {}
         }
         Asked::Nothing
     }
 
-    /// Where the queue is; a queue in use stays where it is.
-    fn set_queue(&mut self, offset: u64, word: u32) {
-        if self.queue.is_ready() {
-            return;
-        }
-        let which = u32::from(offset & 4 != 0);
-        match offset & !4 {
-            QUEUE_NUM => self.queue.size = u16::try_from(word).unwrap_or(0),
-            QUEUE_DESC => set_half(&mut self.queue.table, which, word),
-            QUEUE_DRIVER => set_half(&mut self.queue.available, which, word),
-            QUEUE_DEVICE => set_half(&mut self.queue.used, which, word),
-            _ => {}
-        }
-    }
-
     fn set_status(&mut self, word: u32) -> Asked {
         if word == 0 {
-            *self = Self::new(self.device, self.offered);
-            return Asked::Forget;
+            let fresh = Self::new(self.device, self.offered, self.queues.len());
+            *self = Self { generation: self.generation, ..fresh };
+            return Asked::Forget(None);
         }
         let mut status = word & 0xff | self.status & NEEDS_RESET;
         let acceptable = self.wanted & !self.offered == 0 && self.wanted & VERSION_1 != 0;
@@ -254,6 +279,18 @@ impl Transport {
 }
 
 const QUEUE_DEVICE_HIGH: u64 = QUEUE_DEVICE + 4;
+
+/// Where a queue is that is not in use yet.
+fn set_queue(queue: &mut Queue, offset: u64, word: u32) {
+    let which = u32::from(offset & 4 != 0);
+    match offset & !4 {
+        QUEUE_NUM => queue.size = u16::try_from(word).unwrap_or(0),
+        QUEUE_DESC => set_half(&mut queue.table, which, word),
+        QUEUE_DRIVER => set_half(&mut queue.available, which, word),
+        QUEUE_DEVICE => set_half(&mut queue.used, which, word),
+        _ => {}
+    }
+}
 
 /// The lower or upper word; there are no others.
 fn half(value: u64, which: u32) -> u32 {

@@ -121,10 +121,53 @@ pub struct Walk {
     indirect: bool,
 }
 
+/// One descriptor of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// The memory that it names.
+    pub segment: Segment,
+    /// The device writes there; else it reads.
+    pub writable: bool,
+    /// There is no other behind it.
+    pub last: bool,
+}
+
 impl Walk {
+    /// Where to begin to read the chain with this head.
+    pub fn begin(queue: &Queue, head: u16) -> Self {
+        let (table, entries) = (queue.table, u32::from(queue.size));
+        Self { table, entries, next: u32::from(head), seen: 0, indirect: false }
+    }
+
     /// True unless none could be like this: for one that was stored.
     pub(super) const fn is_sound(&self) -> bool {
         self.seen <= MAX_CHAIN
+    }
+
+    /// Reads one more descriptor; `None` when it only led to a table of the driver's own, which `indirect` allows.
+    pub fn step<R: Ram>(&mut self, indirect: bool, ram: &mut R) -> Result<Option<Link>, Fault<R::Wait>> {
+        if self.next >= self.entries || self.seen >= MAX_CHAIN {
+            return Err(Fault::Bad);
+        }
+        let at = self.table.checked_add(DESCRIPTOR * u64::from(self.next)).ok_or(Fault::Bad)?;
+        let mut raw = [0; 16];
+        ram.read(at, &mut raw)?;
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = raw;
+        let at = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        let bytes = u32::from_le_bytes([i, j, k, l]);
+        let (flags, next) = (u16::from_le_bytes([m, n]), u16::from_le_bytes([o, p]));
+        if flags & INDIRECT != 0 {
+            let entries = bytes / 16;
+            if !indirect || self.indirect || flags & NEXT != 0 || bytes % 16 != 0 || entries == 0 {
+                return Err(Fault::Bad);
+            }
+            *self = Self { table: at, entries, next: 0, seen: self.seen, indirect: true };
+            return Ok(None);
+        }
+        self.seen += 1;
+        self.next = u32::from(next);
+        let (segment, writable) = (Segment { at, bytes }, flags & WRITE != 0);
+        Ok(Some(Link { segment, writable, last: flags & NEXT == 0 }))
     }
 }
 
@@ -154,8 +197,7 @@ impl Chain {
     /// Where to begin to read the chain with this head.
     pub fn begin(&mut self, queue: &Queue, head: u16) -> Walk {
         *self = Self::default();
-        let (table, entries) = (queue.table, u32::from(queue.size));
-        Walk { table, entries, next: u32::from(head), seen: 0, indirect: false }
+        Walk::begin(queue, head)
     }
 
     /// Reads one more descriptor; true when it was the last. `indirect` says that the driver may use tables of
@@ -166,33 +208,13 @@ impl Chain {
         indirect: bool,
         ram: &mut R,
     ) -> Result<bool, Fault<R::Wait>> {
-        if walk.next >= walk.entries || walk.seen >= MAX_CHAIN {
-            return Err(Fault::Bad);
-        }
-        let at = walk.table.checked_add(DESCRIPTOR * u64::from(walk.next)).ok_or(Fault::Bad)?;
-        let mut raw = [0; 16];
-        ram.read(at, &mut raw)?;
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = raw;
-        let at = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        let bytes = u32::from_le_bytes([i, j, k, l]);
-        let (flags, next) = (u16::from_le_bytes([m, n]), u16::from_le_bytes([o, p]));
-        walk.seen += 1;
-        if flags & INDIRECT != 0 {
-            let entries = bytes / 16;
-            if !indirect || walk.indirect || flags & NEXT != 0 || bytes % 16 != 0 || entries == 0 {
-                return Err(Fault::Bad);
-            }
-            *walk = Walk { table: at, entries, next: 0, seen: walk.seen - 1, indirect: true };
-            return Ok(false);
-        }
-        let writable = flags & WRITE != 0;
+        let Some(Link { segment, writable, last }) = walk.step(indirect, ram)? else { return Ok(false) };
         if !writable && self.segments.len() > self.readable {
             return Err(Fault::Bad);
         }
-        self.segments.try_push(Segment { at, bytes }).map_err(|_| Fault::Bad)?;
+        self.segments.try_push(segment).map_err(|_| Fault::Bad)?;
         self.readable += usize::from(!writable);
-        walk.next = u32::from(next);
-        Ok(flags & NEXT == 0)
+        Ok(last)
     }
 }
 

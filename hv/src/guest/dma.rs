@@ -1,0 +1,91 @@
+//! How devices reach a guest's memory: through the fault path, like everybody (invariant I4).
+//!
+//! What a driver names is RAM or it is nothing: holes, device registers, flash banks and the disks above RAM are
+//! refused here. Nothing waits: an access that would have to says for what. Called by `disks` and `balloon`.
+
+use alloc::format;
+use alloc::string::String;
+
+use hv_abi::machine::RAM_BASE;
+use vmobject::addr::{Ipa, IpaRange};
+use vmobject::fault::{Copied, FaultError, WaitFor};
+use vmobject::lock::Held;
+use vmobject::map::{Discarded, NotDiscarded};
+
+use super::{Complaint, Guest, rank};
+use crate::mm;
+use crate::vdev::virtio::{Fault, Ram};
+
+/// What became of an access.
+pub type Reached<T> = Result<T, Fault<WaitFor>>;
+
+/// A guest's memory, for one of its devices.
+pub struct Dma<'r, 'h> {
+    /// Whose.
+    pub guest: &'r Guest,
+    /// What the caller holds.
+    pub held: &'r mut Held<'h, { rank::DEVICES }>,
+}
+
+impl Dma<'_, '_> {
+    /// Where in the map some bytes of RAM are: nothing else is reached this way.
+    pub fn ram(&self, at: u64, bytes: u64) -> Reached<Ipa> {
+        let end = at.checked_add(bytes).filter(|_| at >= RAM_BASE);
+        let inside = end.is_some_and(|end| end - RAM_BASE <= self.guest.config.memory);
+        if inside { Ok(Ipa::new(at)) } else { Err(Fault::Bad) }
+    }
+
+    /// Reads from the guest's map.
+    pub fn load(&mut self, at: Ipa, out: &mut [u8]) -> Reached<()> {
+        let copied = mm::vm().read(&self.guest.map, at, out, self.held);
+        self.copied(copied)
+    }
+
+    /// Writes to the guest's map.
+    pub fn store(&mut self, at: Ipa, bytes: &[u8]) -> Reached<()> {
+        let copied = mm::vm().write(&self.guest.map, at, bytes, self.held);
+        self.copied(copied)
+    }
+
+    /// Makes pages of the guest's map zero.
+    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<()> {
+        let end = at.checked_add(bytes).ok_or(Fault::Bad)?;
+        let range = IpaRange::new(at, end).ok_or(Fault::Bad)?;
+        match mm::vm().discard(&self.guest.map, range, self.held) {
+            Ok(Discarded::Done(_)) => Ok(()),
+            Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
+            Err(NotDiscarded::Lost(lost)) => Err(self.fails(|| mm::told(FaultError::Lost(lost)))),
+            Err(error) => Err(self.fails(|| format!("{error:?}"))),
+        }
+    }
+
+    fn copied(&self, copied: Result<Copied, FaultError>) -> Reached<()> {
+        match copied {
+            Ok(Copied::Done) => Ok(()),
+            Ok(Copied::Wait(what)) => Err(Fault::Wait(what)),
+            Err(error) => Err(self.fails(|| mm::told(error))),
+        }
+    }
+
+    /// Says once why a request fails.
+    fn fails(&self, why: impl FnOnce() -> String) -> Fault<WaitFor> {
+        if self.guest.complain_once(Complaint::Request) {
+            log::warn!("guest {}: a request of a device fails: {}", self.guest.id, why());
+        }
+        Fault::Bad
+    }
+}
+
+impl Ram for Dma<'_, '_> {
+    type Wait = WaitFor;
+
+    fn read(&mut self, at: u64, out: &mut [u8]) -> Reached<()> {
+        let at = self.ram(at, out.len() as u64)?;
+        self.load(at, out)
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
+        let at = self.ram(at, bytes.len() as u64)?;
+        self.store(at, bytes)
+    }
+}
