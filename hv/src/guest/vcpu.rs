@@ -253,7 +253,8 @@ impl Vcpu {
     pub fn word(&self) -> &'static str {
         let cause = self.cause.load(Ordering::Relaxed);
         match self.state() {
-            State::Blocked if cause == Cause::Transfer as u8 => "transfer",
+            // Where no other vCPU wants its CPU it keeps that meanwhile.
+            State::Blocked | State::Running if cause == Cause::Transfer as u8 => "transfer",
             State::Blocked if cause == Cause::Memory as u8 => "no-memory",
             state @ (State::Off | State::Ready | State::Running | State::Blocked) => state.name(),
         }

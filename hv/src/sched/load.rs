@@ -31,6 +31,8 @@ pub struct Cpu {
     pub flush: bool,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
+    /// Ticks of that turn in which it stood still, and waited for a disk.
+    pub stood: u64,
     /// Before this, chores have had their share of a busy CPU.
     pub chores_due: u64,
     /// vCPUs that wait for a time.
@@ -41,7 +43,16 @@ impl Cpu {
     /// A CPU with nothing loaded.
     pub fn new(id: usize) -> Self {
         let sleepers = Sleepers::new();
-        Self { id, loaded: None, fp_live: false, flush: false, slice_end: 0, chores_due: 0, sleepers }
+        Self {
+            id,
+            loaded: None,
+            fp_live: false,
+            flush: false,
+            slice_end: 0,
+            stood: 0,
+            chores_due: 0,
+            sleepers,
+        }
     }
 
     /// True when a vCPU's registers are in this CPU.

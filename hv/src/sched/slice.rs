@@ -18,7 +18,7 @@ use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
 
 use super::load::{Cpu, ticks};
-use super::{Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, start, wake};
+use super::{ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, start, wake};
 
 /// The interrupt by which CPUs kick each other.
 const KICK_SGI: u32 = 0;
@@ -76,8 +76,10 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
     if !cpu.has_loaded(entry) {
         cpu.unload(outside, held);
     }
+    vcpu.set_cause(Cause::Event);
     vcpu.set_state(State::Running);
     let begun = timer::now();
+    cpu.stood = 0;
     let leaves = {
         let (mut context, mut held) = vcpu.context.lock(held);
         if !cpu.has_loaded(entry) {
@@ -96,7 +98,8 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
         go(cpu, entry, &mut context, outside, &mut held)
     };
     // Another CPU may run it already.
-    vcpu.counts.ticks.fetch_add(timer::now().wrapping_sub(begun), Ordering::Relaxed);
+    let ran = timer::now().wrapping_sub(begun).wrapping_sub(cpu.stood);
+    vcpu.counts.ticks.fetch_add(ran, Ordering::Relaxed);
     leave(cpu, entry, leaves, outside, held);
 }
 
@@ -166,7 +169,7 @@ fn go(
         }
         if what != Exit::Resume {
             cpu.fp_live = run.fp_live;
-            if let Some(leaves) = decide(cpu, entry, what, held) {
+            if let Some(leaves) = decide(cpu, entry, &mut run, (what, trap), outside, held) {
                 return leaves;
             }
         }
@@ -212,7 +215,14 @@ fn kick(cpu: &mut Cpu, entry: &VcpuRef, run: &mut Run<'_>, held: &mut Held<'_, {
 
 /// What becomes of an exit that does not simply go on; `None` goes on after all.
 #[cold]
-fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank::VCPU }>) -> Option<Leaves> {
+fn decide(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    run: &mut Run<'_>,
+    (what, trap): (Exit, Trap),
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Option<Leaves> {
     match what {
         Exit::Resume => None,
         Exit::Off => Some(Leaves::Off),
@@ -227,14 +237,73 @@ fn decide(cpu: &mut Cpu, entry: &VcpuRef, what: Exit, held: &mut Held<'_, { rank
                 Waiting::Memory => Cause::Memory,
             });
             let added = WAITERS.add(waiting, entry, held);
-            // Look once more now that a completion would find us: it may have come before.
-            if matches!(waiting, Waiting::Io(token) if !crate::mm::vm().in_flight(token, held)) {
-                return None;
+            let mut came = false;
+            if let (true, Waiting::Io(token)) = (added, waiting) {
+                // Look once more now that a completion would find us: it may have come before.
+                came = !crate::mm::vm().in_flight(token, held);
+                if !came && has_nothing_else(cpu, held) {
+                    if let Some(leaves) = stand_still(cpu, entry, outside, held) {
+                        return Some(leaves);
+                    }
+                    came = !crate::mm::vm().in_flight(token, held);
+                }
+            }
+            if came {
+                return again(cpu, entry, run, trap, outside, held);
             }
             let told = added && matches!(waiting, Waiting::Io(_));
             block(cpu, entry, if told { u64::MAX } else { timer::now().saturating_add(ticks(PATIENCE_MS)) })
         }
     }
+}
+
+/// What a vCPU waited for is there: what it faulted for is served once more, before the guest runs.
+fn again(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    run: &mut Run<'_>,
+    trap: Trap,
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Option<Leaves> {
+    run.vcpu.set_cause(Cause::Event);
+    let Trap::Sync { esr, far, hpfar } = trap else { return None };
+    match exit::sync(run, esr, far, hpfar, held) {
+        // It faults again, and waits again.
+        Exit::Resume | Exit::Wait(_) => None,
+        what @ (Exit::Off | Exit::End(_) | Exit::Fork(..) | Exit::Idle) => {
+            decide(cpu, entry, run, (what, trap), outside, held)
+        }
+    }
+}
+
+/// True when a CPU would sleep if its vCPU left it.
+fn has_nothing_else(cpu: &Cpu, held: &mut Held<'_, { rank::VCPU }>) -> bool {
+    let vm = crate::mm::vm();
+    let busy = super::CHORES.load(Ordering::SeqCst) || super::jobs::are_running();
+    !busy && !vm.wants_pageout() && !vm.has_chores(held) && !contended(cpu.id, held)
+}
+
+/// Waits for an interrupt without putting away the vCPU that waits for a disk, and takes it: a page comes back sooner
+/// than that would take. Says whether the vCPU has to leave.
+fn stand_still(
+    cpu: &mut Cpu,
+    entry: &VcpuRef,
+    outside: &dyn Outside,
+    held: &mut Held<'_, { rank::VCPU }>,
+) -> Option<Leaves> {
+    ASLEEP[cpu.id].store(true, Ordering::SeqCst);
+    // As in `idle`: whoever comes after this sees the flag.
+    if !contended(cpu.id, held) {
+        cpu.sleepers.next().map_or_else(timer::disarm_host, timer::arm_host);
+        let begun = timer::now();
+        irq::wait_for_interrupt();
+        cpu.stood = cpu.stood.wrapping_add(timer::now().wrapping_sub(begun));
+    }
+    ASLEEP[cpu.id].store(false, Ordering::SeqCst);
+    let leaves = interrupted(cpu, entry, outside, held);
+    arm(cpu, entry, held);
+    leaves
 }
 
 /// A WFI: waits unless an interrupt is there already.

@@ -64,7 +64,10 @@ fn measure(machine: &mut Monitored, fill: &str, swapped: bool, figures: &mut Vec
                 break told;
             }
             tries += 1;
-            ensure!(tries < 4, "behind {depth} generations {came} pages came from the disk while it was measured");
+            ensure!(
+                tries < 4,
+                "behind {depth} generations {came} pages came from the disk while it was measured"
+            );
         };
         let found = told.lines().filter_map(Figure::from_line).filter(|f| f.metric == "fault.cow@depth");
         figures.extend(found.map(|mut figure| {

@@ -61,16 +61,14 @@ pub unsafe fn copy(to: *mut u8, from: *const u8) {
 }
 
 /// Cleans and invalidates a page, and sums it behind a key with the CPU's own CRC-32C: a third of the instructions of
-/// anything else. `None` where the CPU has none.
+/// anything else. `None` where the CPU has none, or lines of another size.
 ///
 /// # Safety
 /// `page` is page-aligned and mapped.
 pub unsafe fn crc(page: *const u8, key: u64) -> Option<u32> {
-    if read_sysreg!("s3_0_c0_c6_0") >> 16 & 0xf == 0 {
+    if read_sysreg!("s3_0_c0_c6_0") >> 16 & 0xf == 0 || !usual_lines() {
         return None;
     }
-    // SAFETY: the caller's promise.
-    unsafe { clean_invalidate(page) };
     // SAFETY: the caller's promise, and the CPU has these instructions.
     Some(unsafe { hv_page_crc(page, key) })
 }
