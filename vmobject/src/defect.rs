@@ -21,7 +21,8 @@ macro_rules! defects {
             /// Those for which another CPU has to come in between: `interleavings` finds them.
             pub const RACES: &[Self] =
                 &[Self::SeesWhatFills, Self::HopsBlindly, Self::FindsTheDead, Self::ParksUnlocked,
-                    Self::PrunesWhatCameDown, Self::ReadsPastAPush];
+                    Self::PrunesWhatCameDown, Self::ReadsPastAPush, Self::PushesUnseen, Self::ForgetsALiveCopy,
+                    Self::EndsUnlocked];
 
             /// Those for which two steps have to meet at one page out of many, as they hardly ever do by chance: a test in
             /// `pageout` has them meet.
@@ -91,6 +92,12 @@ defects! {
     PrunesWhatCameDown;
     /// Who looks through a copy-object does not see that its source gained the page behind him.
     ReadsPastAPush;
+    /// The same where only a map shows the copy-object: that it gained the page is told to nobody.
+    PushesUnseen;
+    /// A copy that was found stale is forgotten, though it has come to receive again meanwhile (D3).
+    ForgetsALiveCopy;
+    /// A transfer is over before its object is locked: who looks in between finds nothing that failed.
+    EndsUnlocked;
 }
 
 /// Which defect there is, if any.

@@ -25,8 +25,15 @@ pub const CLUSTER_PAGES: u32 = 16;
 pub const AROUND_PAGES: u32 = 64;
 /// Transfers in flight.
 pub const MAX_IO: u32 = 256;
-/// Transfers out in flight.
-pub const MAX_PUTS: u32 = 32;
+/// Transfers out in flight to one swap store, or from one object to its own: one that hangs holds up no other.
+pub const PUTS_OF_ONE: u32 = 8;
+/// Transfers out in flight to swap: as many as all stores may have.
+pub const MAX_SWAP_PUTS: u32 = 64;
+const _: () = assert!(MAX_SWAP_PUTS as usize == PUTS_OF_ONE as usize * MAX_SWAP_STORES);
+/// Transfers out in flight to all other stores together.
+pub const MAX_DISK_PUTS: u32 = 32;
+/// Steps of pageout in which nothing is written, after a store took nothing.
+pub const BLOCKED_STEPS: u32 = 16;
 /// Pages of all swap stores that are used: 64 GiB.
 pub const MAX_SWAP: u32 = 1 << 24;
 /// Swap stores.

@@ -185,6 +185,30 @@ impl<const RANK: u8, T> RankedRw<RANK, T> {
         Descent { guard: self.reading(), held: Held(PhantomData) }
     }
 
+    /// The same at an object that may be anything by now, and above what the caller holds: `None` if it cannot be had
+    /// for as long as it is `still` what it was.
+    pub(crate) fn descend_while<'h, const OUTER: u8>(
+        &'h self,
+        still: impl Fn() -> bool,
+        _outer: &'h mut Held<'_, OUTER>,
+    ) -> Option<Descent<'h, RANK, T>> {
+        const { assert!(OUTER <= RANK, "lock taken against the order in lock.rs") };
+        Some(Descent { guard: self.reading_while(still)?, held: Held(PhantomData) })
+    }
+
+    fn reading_while(&self, still: impl Fn() -> bool) -> Option<Reading<'_, T>> {
+        point::here();
+        loop {
+            if let Some(guard) = self.0.try_read() {
+                return Some(guard);
+            }
+            if !still() {
+                return None;
+            }
+            point::blocked();
+        }
+    }
+
     /// Locks for reading a lock of the same rank beside one that is held, unless somebody has it: who
     /// does not wait cannot be in a deadlock.
     pub(crate) fn try_read_beside<'h>(&'h self, _outer: &'h mut Held<'_, RANK>) -> Option<Reading<'h, T>> {
@@ -210,6 +234,16 @@ impl<'h, const RANK: u8, T> Descent<'h, RANK, T> {
     /// One step down, to what the present object shadows.
     pub(crate) fn step(&mut self, next: &'h RankedRw<RANK, T>) {
         self.guard = next.reading();
+    }
+
+    /// The same to an object that may be anything by now; see [`RankedRw::descend_while`].
+    pub(crate) fn step_while(&mut self, next: &'h RankedRw<RANK, T>, still: impl Fn() -> bool) -> bool {
+        let guard = next.reading_while(still);
+        let had = guard.is_some();
+        if let Some(guard) = guard {
+            self.guard = guard;
+        }
+        had
     }
 
     /// The object where we are.

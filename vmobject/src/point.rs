@@ -40,6 +40,14 @@ pub(crate) fn here() {
     pass(Point::Free);
 }
 
+/// Whoever calls this cannot go on before somebody else has.
+#[inline]
+pub(crate) fn blocked() {
+    #[cfg(feature = "points")]
+    pass(Point::Blocked);
+    core::hint::spin_loop();
+}
+
 /// Takes a lock: by trying, where there are points, and else by waiting.
 #[cfg(feature = "points")]
 pub(crate) fn take<G>(mut attempt: impl FnMut() -> Option<G>, _wait: impl FnOnce() -> G) -> G {
@@ -48,8 +56,7 @@ pub(crate) fn take<G>(mut attempt: impl FnMut() -> Option<G>, _wait: impl FnOnce
         if let Some(guard) = attempt() {
             return guard;
         }
-        pass(Point::Blocked);
-        core::hint::spin_loop();
+        blocked();
     }
 }
 

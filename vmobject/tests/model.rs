@@ -12,11 +12,12 @@
 )]
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, Weak};
 
 use vmobject::addr::{IpaRange, PAGE_SIZE};
 use vmobject::fault::{FaultError, Faulted, WaitFor, Wired, Wiring};
 use vmobject::lock::Held;
-use vmobject::map::{Discarded, NotDiscarded, Share, Snapshot};
+use vmobject::map::{Discarded, Map, NotDiscarded, Share, Snapshot};
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
 use vmobject::store::{LostPage, StoreError, StoreId};
@@ -81,6 +82,8 @@ struct World {
     asymmetric: bool,
     owned: Vec<TestMap>,
     wired: Vec<Wired>,
+    /// Whose access had to wait last, and for which page.
+    parked: Option<(Weak<Map<FakeMachine>>, u32)>,
     frames: u32,
     met: Met,
 }
@@ -162,7 +165,18 @@ impl World {
         }
         let (guests, kept, wired) = (Vec::new(), Vec::new(), Vec::new());
         let (asymmetric, owned) = (seed % 2 == 1, Vec::new());
-        Self { rig, random, guests, kept, asymmetric, owned, wired, frames, met: Met::default() }
+        Self {
+            rig,
+            random,
+            guests,
+            kept,
+            asymmetric,
+            owned,
+            wired,
+            parked: None,
+            frames,
+            met: Met::default(),
+        }
     }
 
     fn some_guest(&mut self) -> Option<usize> {
@@ -374,10 +388,17 @@ impl World {
         }
     }
 
-    /// One access that may have to wait; then it is simply not made, as by a vCPU that is parked.
+    /// One access that may have to wait; then it is simply not made, as by a vCPU that is parked. Half of those come
+    /// back and try once more, if nothing else is accessed before.
     fn access(&mut self) {
         let Some(which) = self.some_guest() else { return };
-        let (page, place) = (self.random.below(PAGES), self.random.below(2) as usize);
+        let parked = self.parked.take().filter(|(map, _)| map.strong_count() > 0);
+        let came = parked.filter(|_| self.random.one_in(2)).and_then(|(map, page)| {
+            let which = self.guests.iter().position(|guest| Arc::as_ptr(&guest.map) == map.as_ptr())?;
+            Some((which, page))
+        });
+        let (which, page) = came.unwrap_or((which, self.random.below(PAGES)));
+        let place = self.random.below(2) as usize;
         let (write, el2, value) = (self.random.one_in(2), self.random.one_in(4), self.random.next() as u8);
         let guest = &mut self.guests[which];
         let (address, held) = (at(page, PLACES[place]), &mut Held::root());
@@ -387,6 +408,7 @@ impl World {
             Ok(Faulted::Mapped) => {}
             Ok(Faulted::Wait(WaitFor::Io(_))) => {
                 self.met.waits += 1;
+                self.parked = Some((Arc::downgrade(&guest.map), page));
                 return;
             }
             Ok(Faulted::Wait(WaitFor::Memory)) => {

@@ -142,7 +142,13 @@ fn write_disks(held: &mut Held<'_, 0>) -> bool {
                 if left.unwritten > 0 {
                     ::log::error!("{} pages of disks could not be written", left.unwritten);
                 }
-                return left.unwritten == 0;
+                let lost = mm::vm().stats().page_lost;
+                if lost > 0 {
+                    ::log::error!(
+                        "{lost} pages of disks whose guests had ended could not be written, and are lost"
+                    );
+                }
+                return left.unwritten == 0 && lost == 0;
             }
             Down::More | Down::Wait(_) => complete(held),
         }

@@ -86,8 +86,8 @@ impl<M: Machine> Vm<M> {
                 Some(Hop::Nothing) => break Found::Nothing,
                 Some(Hop::To(object, page, by_copy)) => {
                     since = since.or_else(|| by_copy.then(|| self.objects.version()));
-                    self.objects.get(object).step_down(chain);
-                    if !self.has_hopped(chain.here(), object, version) {
+                    let hopped = self.objects.get(object).hop_down(chain, || self.trails_now() == version);
+                    if !hopped || !self.has_hopped(chain.here(), object, version) {
                         break Found::Changed;
                     }
                     (index, sole, since_hop) = (page, false, 0);

@@ -88,6 +88,15 @@ enum Purpose<'b> {
     Wire(&'b mut Option<Pfn>),
 }
 
+impl Purpose<'_> {
+    /// Somebody waits for a page: it is not to go again before he has had it.
+    fn needs<M: Machine>(&self, map: &Map<M>, frame: Pfn) {
+        if let Self::Enter(Some(by)) = *self {
+            map.need(by, frame);
+        }
+    }
+}
+
 /// What came of doing what an attempt asked for.
 enum Helped {
     /// Try again.
@@ -114,6 +123,8 @@ enum Step {
     Push(ObjectId, PageIndex),
     /// EL2 does not touch a device for a guest.
     Refused,
+    /// The store does not give the page.
+    Lost(LostPage),
 }
 
 /// The page that a fault is about.
@@ -195,6 +206,10 @@ impl<M: Machine> Vm<M> {
         first: Result<Step, FaultError>,
         held: &mut Held<'_, CALLER>,
     ) -> Result<Copied, FaultError> {
+        if let Ok(Step::Wait(wait @ WaitFor::Io(_))) = first {
+            map.stats.count(Event::FaultWait);
+            return Ok(Copied::Wait(wait));
+        }
         let mut step = first?;
         for _ in 1..MAX_RESTARTS {
             let wait = match self.help(map, at, step, purpose, held) {
@@ -246,16 +261,12 @@ impl<M: Machine> Vm<M> {
             Step::Done | Step::Again => Ok(Helped::Again),
             Step::Wait(wait) => Ok(Helped::Wait(wait)),
             Step::Refused => Err(FaultError::Hole(at)),
+            Step::Lost(lost) => Err(FaultError::Lost(lost)),
             Step::Shadow => Ok(then(self.resolve_copy(map, at, held).err().map(|_| WaitFor::Memory))),
-            Step::PageIn(object, index) => {
-                // It is not to go again before whoever waits has had it.
-                let needed = |frame| {
-                    if let Purpose::Enter(Some(by)) = *purpose {
-                        map.need(by, frame);
-                    }
-                };
-                self.page_in(object, index, needed, held).map(then).map_err(FaultError::Lost)
-            }
+            Step::PageIn(object, index) => self
+                .page_in((object, index), map.number(), |frame| purpose.needs(map, frame), held)
+                .map(then)
+                .map_err(FaultError::Lost),
             Step::Trail(object, index) => {
                 let parts = matches!(purpose, Purpose::Enter(_));
                 Ok(match self.lay_trail(object, index, parts, held) {
@@ -322,8 +333,26 @@ impl<M: Machine> Vm<M> {
             Slot::Absent if top.shadow.is_some() => self.below_top(map, place, purpose, &mut top, &mut held),
             Slot::Zero if top.pager != Pager::None => self.zero_over_store(place, &mut top, &mut held),
             Slot::Absent | Slot::Zero => self.zero_fill(map, place, purpose, &mut top, &mut held),
-            Slot::Swapped(_) => Step::PageIn(top.id(), place.index),
+            Slot::Swapped(slot) => self.swapped(map, place, purpose, (&mut top, slot), &mut held),
             Slot::Resident(frame) => self.resident(map, place, purpose, (&top, frame), &mut held),
+        }
+    }
+
+    /// The top object has the page in a slot of swap.
+    #[inline(never)]
+    fn swapped(
+        &self,
+        map: &Map<M>,
+        place: Place<'_>,
+        purpose: &Purpose<'_>,
+        (top, slot): (&mut State, u32),
+        held: &mut Held<'_, OBJECT>,
+    ) -> Step {
+        let needs = |frame| purpose.needs(map, frame);
+        match self.swap_in(top, (place.index, slot), map.number(), needs, held) {
+            Ok(Some(wait)) => Step::Wait(wait),
+            Ok(None) => Step::Again,
+            Err(lost) => Step::Lost(lost),
         }
     }
 
@@ -397,10 +426,16 @@ impl<M: Machine> Vm<M> {
             Some(Hop::Nothing) => return self.zero_fill(map, place, purpose, top, held),
             Some(Hop::Unlaid) => return Step::Trail(top.id(), place.index),
         };
-        let mut chain = self.objects.get(object).descend(held);
-        if hop.is_some() && !self.has_hopped(chain.here(), object, version) {
-            return Step::Again;
-        }
+        let below = self.objects.get(object);
+        let mut chain = if hop.is_some() {
+            let hopped = below.descend_while(|| self.trails_now() == version, held);
+            match hopped.filter(|chain| self.has_hopped(chain.here(), object, version)) {
+                Some(chain) => chain,
+                None => return Step::Again,
+            }
+        } else {
+            below.descend(held)
+        };
         let mut found = self.look(&mut chain, index, by_copy.then_some(since));
         if let (Found::Page(page), Some(_)) = (&mut found, hop) {
             (page.depth, page.sole) = (page.depth + 1, false);
@@ -501,14 +536,12 @@ impl<M: Machine> Vm<M> {
         step
     }
 
-    /// A transfer has the page. It is not to go again before whoever waits has had it.
+    /// A transfer has the page.
     #[cold]
     fn await_page(&self, map: &Map<M>, purpose: &Purpose<'_>, frame: Pfn) -> Step {
         let page = self.frames.page(frame);
         page.map();
-        if let Purpose::Enter(Some(by)) = *purpose {
-            map.need(by, frame);
-        }
+        purpose.needs(map, frame);
         Step::Wait(WaitFor::Io(page.transfer()))
     }
 

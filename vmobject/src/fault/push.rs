@@ -11,7 +11,7 @@ use crate::addr::{PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
-use crate::pager::WaitFor;
+use crate::pager::{NOBODY, WaitFor};
 use crate::stats::Event;
 use crate::store::{LostPage, Machine, PhysMemory as _};
 
@@ -41,7 +41,7 @@ impl<M: Machine> Vm<M> {
         match self.try_push(source, copy, page, held) {
             Attempt::Done => Ok(None),
             Attempt::Wait(wait) => Ok(Some(wait)),
-            Attempt::PageIn(object, index) => self.page_in(object, index, |_| {}, held),
+            Attempt::PageIn(object, index) => self.page_in((object, index), NOBODY, |_| {}, held),
             Attempt::Trail(object, index) => {
                 Ok(self.lay_trail(object, index, false, held).err().map(|_| WaitFor::Memory))
             }

@@ -10,6 +10,7 @@ use crate::Vm;
 use crate::addr::Ipa;
 use crate::lock::Held;
 use crate::map::Snapshot;
+use crate::pager::NOBODY;
 use crate::prot::Prot;
 use crate::store::{Machine, PhysMemory as _};
 
@@ -51,7 +52,9 @@ impl<M: Machine> Vm<M> {
             match step {
                 Step::Wait(wait) => return Ok(Copied::Wait(wait)),
                 Step::PageIn(object, index) => {
-                    if let Some(wait) = self.page_in(object, index, |_| {}, held).map_err(FaultError::Lost)? {
+                    if let Some(wait) =
+                        self.page_in((object, index), NOBODY, |_| {}, held).map_err(FaultError::Lost)?
+                    {
                         return Ok(Copied::Wait(wait));
                     }
                 }
@@ -60,7 +63,7 @@ impl<M: Machine> Vm<M> {
                         return Ok(Copied::Wait(WaitFor::Memory));
                     }
                 }
-                Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused => {}
+                Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused | Step::Lost(_) => {}
             }
         }
     }

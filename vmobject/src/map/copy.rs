@@ -297,20 +297,11 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Entry, VmError> {
         let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
-        self.add_reference(entry.object, held)?;
-        let (number, at) = (entry.object.number(), entry.range.start());
         let writes = entry.device && entry.most.allows(Prot::WRITE);
-        let attached =
-            self.links.write(held).0.attach(holder.clone(), number, at, entry.first, pages, writes);
-        match attached {
-            Ok(link) => {
-                let needs_copy = !entry.device && (entry.needs_copy || entry.most.allows(Prot::WRITE));
-                Ok(Entry { link, needs_copy, ..*entry })
-            }
-            Err(error) => {
-                self.unreference(entry.object, held);
-                Err(error)
-            }
-        }
+        let link = self.refer_by(entry.object, held, |links, number| {
+            links.attach(holder.clone(), number, entry.range.start(), entry.first, pages, writes)
+        })?;
+        let needs_copy = !entry.device && (entry.needs_copy || entry.most.allows(Prot::WRITE));
+        Ok(Entry { link, needs_copy, ..*entry })
     }
 }

@@ -10,6 +10,7 @@ use crate::defect::Defect;
 use crate::lock::{Held, MAP};
 use crate::object::Kept;
 use crate::pager::WaitFor;
+use crate::point;
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::{LostPage, Machine};
@@ -67,8 +68,9 @@ impl<M: Machine> Vm<M> {
                         Err(error) => return Err(NotDiscarded::Lost(error)),
                     }
                 }
-                Err(Kept::Busy(frame)) => {
-                    return Ok(Discarded::Wait(WaitFor::Io(self.frames.page(frame).transfer())));
+                Err(Kept::Busy(token)) => {
+                    point::here();
+                    return Ok(Discarded::Wait(WaitFor::Io(token)));
                 }
                 Err(Kept::Refused(error)) => return Err(NotDiscarded::Refused(error)),
             }

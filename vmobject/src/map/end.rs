@@ -77,6 +77,7 @@ impl<M: Machine> Vm<M> {
             self.drop_entry(entry, held);
         }
         self.drop_needs(map, held);
+        self.transfers.forget_failed(map.number(), held);
         let (mut maps, _held) = self.maps.lock(held);
         let gone = Arc::as_ptr(map);
         maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);

@@ -216,10 +216,9 @@ impl<M: Machine> Vm<M> {
         } else {
             let pages = u32::try_from(entry.range.pages()).map_err(|_| VmError::Range)?;
             let shadow = Shadow { object: entry.object, offset: entry.first, limit: pages };
-            let (object, first) =
-                (self.make_object(pages, Pager::None, Some(shadow), held)?, PageIndex::new(0));
+            let object = self.make_object_for(Some(entry.link), pages, Pager::None, Some(shadow), held)?;
+            let first = PageIndex::new(0);
             self.align(object, first, entry.range.start(), held);
-            self.links.write(held).0.rehang(entry.link, object.number(), first);
             (entry.object, entry.first) = (object, first);
             self.stats.count(Event::ShadowMade);
         }

@@ -156,6 +156,16 @@ impl<M: Machine> Vm<M> {
         entries.iter().map(|entry| self.own_of(entry, &mut held)).sum()
     }
 
+    /// Pages of its own that are on their way to swap.
+    pub(crate) fn own_leaving(&self, map: &Map<M>, held: &mut Held<'_, CALLER>) -> u32 {
+        let (entries, mut held) = map.entries.read(held);
+        let leaving = |entry: &Entry| {
+            let (state, _held) = self.objects.get(entry.object).read(&mut held);
+            if is_own(entry, &state) { state.leaving } else { 0 }
+        };
+        entries.iter().map(leaving).sum()
+    }
+
     fn own_of(&self, entry: &Entry, held: &mut Held<'_, MAP>) -> u32 {
         let (state, _held) = self.objects.get(entry.object).read(held);
         if is_own(entry, &state) { state.slots.counts().resident } else { 0 }

@@ -84,10 +84,8 @@ impl<M: Machine> Vm<M> {
         let more = (front.charge() + back.charge()).saturating_sub(whole.charge());
         self.commit(more, held)?;
         let pages = u32::try_from(before.pages()).map_err(|_| VmError::Range);
-        let cut = self.add_reference(whole.object, held).and_then(|()| {
-            let cut = pages.and_then(|pages| self.links.write(held).0.cut(whole.link, pages));
-            cut.inspect_err(|_| self.unreference(whole.object, held))
-        });
+        let cut = pages
+            .and_then(|pages| self.refer_by(whole.object, held, |links, _| links.cut(whole.link, pages)));
         back.link = cut.inspect_err(|_| self.uncommit(more, held))?;
         entries.list[place] = front;
         entries.list.insert(place + 1, back);

@@ -278,17 +278,19 @@ impl<M: Machine> Vm<M> {
             }
         }
         let below = if full { None } else { backing.shadow };
-        if let Some(below) = below
-            && shadow.through(below).is_some()
-        {
-            let (mut below, mut held) = self.objects.get(below.object).write_below(held);
-            if below.refs == 1 {
-                // It was to be merged, which would have freed what is hidden.
-                self.objects.ask_prune(below.id.index, &mut held);
+        match below.filter(|&below| shadow.through(below).is_some()) {
+            Some(lower) => {
+                let (mut lower, mut held) = self.objects.get(lower.object).write_below(held);
+                if lower.refs == 1 {
+                    // It was to be merged, which would have freed what is hidden.
+                    self.objects.ask_prune(lower.id.index, &mut held);
+                }
+                lower.refs = lower.refs.checked_add(1)?;
+                // With its lock: who counts references and shadows finds them equal.
+                self.relink(top, shadow, below, &mut held);
             }
-            below.refs = below.refs.checked_add(1)?;
+            None => self.relink(top, shadow, below, held),
         }
-        self.relink(top, shadow, below, held);
         if backing.copy == Some(top.id) || self.has(Defect::BypassForgetsCopy) {
             backing.copy = None; // another copy of it still receives (D3)
         }

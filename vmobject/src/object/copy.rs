@@ -13,7 +13,7 @@
 
 use core::ops::Range;
 
-use super::{Life, ObjectId, Pager, Shadow, State};
+use super::{Life, NOWHERE, ObjectId, Pager, Shadow, State};
 use crate::addr::PageIndex;
 use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
@@ -140,8 +140,13 @@ impl<M: Machine> Vm<M> {
         stale: ObjectId,
         held: &mut Held<'_, OUTER>,
     ) {
-        let (mut state, _held) = self.objects.get(source).write(held);
-        if state.copy == Some(stale) {
+        let (mut state, mut held) = self.objects.get(source).write(held);
+        let receives = match self.objects.get(stale).try_read_beside(&mut held) {
+            // Who found it stale may be late: another copy that came in between may be gone again.
+            Some(copy) => copy.id == stale && copy.receives_from(source),
+            None => true, // perhaps: whoever asked looks again
+        };
+        if state.copy == Some(stale) && (!receives || self.has(Defect::ForgetsALiveCopy)) {
             state.copy = None;
         }
     }
@@ -168,6 +173,7 @@ impl<M: Machine> Vm<M> {
             if let Some((old, shadow)) = old.as_mut().and_then(|old| old.shadow.map(|shadow| (old, shadow))) {
                 old.shadow = Some(Shadow { object: new.id, ..shadow });
                 old.role = Role::Plain;
+                old.blocked_at = NOWHERE; // that was about another object
                 links.orphan(old.id.index);
                 links.adopt(old.id.index, new.id.index, shadow.offset, shadow.limit);
                 new.refs += 1; // the older copy's reference to the source is the newer one's now
@@ -210,7 +216,7 @@ impl<M: Machine> Vm<M> {
         let (mut source, _held) = self.objects.get(shadow.object).write_below(held);
         if source.copy == Some(copy.id) {
             source.copy = Some(heir.id);
-            heir.role = Role::Heir;
+            (heir.role, heir.shadowed) = (Role::Heir, true);
         }
     }
 }

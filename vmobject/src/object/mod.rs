@@ -40,7 +40,8 @@ pub(crate) use trail::Hop;
 use trail::Trails;
 
 use crate::addr::{PageIndex, Pfn};
-use crate::store::StoreId;
+use crate::pager::Transfer;
+use crate::store::{Direction, StoreId};
 use index::Slot;
 
 /// Names an object: where it is, and which of those that were there.
@@ -146,13 +147,16 @@ pub struct State {
     pub pager: Pager,
     /// Transfers in flight.
     pub paging: u32,
+    /// Those of them that write, and the pages that leave for swap.
+    pub(crate) puts: u32,
+    pub(crate) leaving: u32,
     /// The page that we would have to have for the object below to be bypassed; all before it are hidden
     /// or absent there.
     blocked_at: u32,
     /// What `gains` of the object below was when that was found out.
     blocked_since: u32,
-    /// Something has shadowed it.
-    shadowed: bool,
+    /// Something has shadowed it; or somebody may look at it through a map while it receives pages.
+    pub(crate) shadowed: bool,
     /// How far it is read ahead in swap.
     pub(crate) ahead: Ahead,
     /// Shortcuts down the chain.
@@ -165,10 +169,12 @@ pub struct State {
     pub role: Role,
     /// Pages that its store did not take: they stayed.
     pub(crate) unwritten: u32,
+    /// Transfers of several pages that it did not take: each is to go alone.
+    pub(crate) retries: u32,
     /// In the cache: pages before this one were moved to the inactive queue.
     deactivated: u32,
     /// Without references: what changed before this page is on its way to the store, or was.
-    sent: u32,
+    pub(crate) sent: u32,
 }
 
 impl State {
@@ -182,6 +188,8 @@ impl State {
             shadow: None,
             pager: Pager::None,
             paging: 0,
+            puts: 0,
+            leaving: 0,
             blocked_at: NOWHERE,
             blocked_since: 0,
             shadowed: false,
@@ -191,6 +199,7 @@ impl State {
             copy: None,
             role: Role::Plain,
             unwritten: 0,
+            retries: 0,
             deactivated: 0,
             sent: 0,
         }
@@ -199,6 +208,20 @@ impl State {
     /// Its name.
     pub const fn id(&self) -> ObjectId {
         self.id
+    }
+
+    /// A transfer has begun.
+    pub(crate) fn begins(&mut self, transfer: &Transfer) {
+        self.paging += 1;
+        self.puts += u32::from(transfer.way == Direction::Out);
+        self.leaving += if transfer.leaves { transfer.pages } else { 0 };
+    }
+
+    /// It is over.
+    pub(crate) fn ends(&mut self, transfer: &Transfer) {
+        self.paging -= 1;
+        self.puts -= u32::from(transfer.way == Direction::Out);
+        self.leaving -= if transfer.leaves { transfer.pages } else { 0 };
     }
 
     /// True for anonymous memory that nothing but one reference can reach: only then may its pages be

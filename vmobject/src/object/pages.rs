@@ -9,19 +9,19 @@ use core::ops::Range;
 
 use super::index::{Index, Slot};
 use super::{ObjectId, Pager, State};
-use crate::addr::{IpaRange, PageIndex, Pfn};
+use crate::addr::{IpaRange, PageIndex};
 use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
 use crate::stats::Event;
-use crate::store::Machine;
+use crate::store::{IoToken, Machine};
 use crate::{Vm, VmError};
 
 /// Why pages could not be taken away, or not all of them.
 pub(crate) enum Kept {
-    /// A transfer has this frame.
-    Busy(Pfn),
+    /// This transfer has one of them.
+    Busy(IoToken),
     /// The object's copy must have this page first.
     Guarded(PageIndex),
     /// There is no memory for the marks.
@@ -120,7 +120,7 @@ impl<M: Machine> Vm<M> {
             if let Slot::Resident(frame) = slot
                 && !self.free_slot(slot, held)
             {
-                return Err(Kept::Busy(frame));
+                return Err(Kept::Busy(self.frames.page(frame).transfer()));
             }
             match slot {
                 Slot::Swapped(_) if self.has(Defect::DiscardForgetsSwap) => {

@@ -87,6 +87,25 @@ impl Object {
         self.lock.descend(held)
     }
 
+    /// The same here, if this can be had while it is `still` what it was: it may be any object by now, above the
+    /// caller's.
+    pub(crate) fn descend_while<'h, const OUTER: u8>(
+        &'h self,
+        still: impl Fn() -> bool,
+        held: &'h mut Held<'_, OUTER>,
+    ) -> Option<Descent<'h, OBJECT, State>> {
+        self.lock.descend_while(still, held)
+    }
+
+    /// Goes on down a chain to here, if this can be had while it is `still` what it was.
+    pub(crate) fn hop_down<'h>(
+        &'h self,
+        chain: &mut Descent<'h, OBJECT, State>,
+        still: impl Fn() -> bool,
+    ) -> bool {
+        chain.step_while(&self.lock, still)
+    }
+
     /// Goes on down a chain to here.
     pub(crate) fn step_down<'h>(&'h self, chain: &mut Descent<'h, OBJECT, State>) {
         chain.step(&self.lock);
@@ -279,7 +298,8 @@ impl Objects {
     /// Puts an object on the list of chores, once.
     pub(crate) fn chore<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) {
         let Some(object) = self.at(number) else { return };
-        if !object.queued.swap(true, Relaxed) {
+        // Before it is asked what there is to do, what there is was noted: see `next_chore`.
+        if !object.queued.swap(true, AcqRel) {
             self.registry.lock(held).0.chores.push_back(number);
         }
     }
@@ -288,7 +308,7 @@ impl Objects {
     pub(super) fn next_chore<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> Option<u32> {
         let number = self.registry.lock(held).0.chores.pop_front()?;
         if let Some(object) = self.at(number) {
-            object.queued.store(false, Relaxed);
+            object.queued.swap(false, AcqRel);
         }
         Some(number)
     }

@@ -364,7 +364,10 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<(), VmError> {
         let Some(mut rest) = trail.rest.take() else { return Ok(()) };
-        let mut chain = self.objects.get(rest.at.object).descend(held);
+        let still = || self.trails_now() == trail.version;
+        let Some(mut chain) = self.objects.get(rest.at.object).descend_while(still, held) else {
+            return Ok(());
+        };
         if !self.has_hopped(chain.here(), rest.at.object, trail.version) {
             return Ok(());
         }

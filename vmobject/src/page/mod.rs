@@ -58,6 +58,8 @@ const DIRTY: u8 = 1 << 2;
 const ACCESSED: u8 = 1 << 3;
 /// No leaf reaches it.
 const UNMAPPED: u8 = 1 << 4;
+/// Its store did not take it the last time.
+const REFUSED: u8 = 1 << 5;
 
 /// Whose a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +86,7 @@ pub struct VmPage {
     prev: AtomicU32,  // (q); (o) while busy: the transfer's generation
     clean: AtomicU32, // (o) swap slot with the same contents, plus one
     queue: AtomicU8,  // (q)
-    flags: AtomicU8,  // busy, filling, unmapped (o); dirty and accessed (a)
+    flags: AtomicU8,  // busy and filling (o) and (q); unmapped, refused (o); dirty and accessed (a)
     wired: AtomicU16, // (q)
 }
 
@@ -142,9 +144,7 @@ impl VmPage {
         IoToken(u64::from(self.prev.load(Relaxed)) << 32 | u64::from(self.next.load(Relaxed)))
     }
 
-    /// Makes it busy with a transfer that fills it or writes it out. The page is on no queue; the caller has
-    /// the owner's lock.
-    pub fn set_busy(&self, token: IoToken, way: Direction) {
+    fn set_busy(&self, token: IoToken, way: Direction) {
         debug_assert_eq!(self.queue(), Queue::None);
         let (low, high) = (token.0 & 0xffff_ffff, token.0 >> 32);
         self.next.store(u32::try_from(low).unwrap_or(NIL), Relaxed);
@@ -156,8 +156,7 @@ impl VmPage {
         self.flags.fetch_or(busy, Relaxed);
     }
 
-    /// Ends what [`Self::set_busy`] began.
-    pub fn clear_busy(&self) {
+    fn clear_busy(&self) {
         self.flags.fetch_and(!(BUSY | FILLING), Relaxed);
         self.next.store(NIL, Relaxed);
         self.prev.store(NIL, Relaxed);
@@ -175,6 +174,20 @@ impl VmPage {
             self.flags.fetch_or(DIRTY, Relaxed);
         } else {
             self.flags.fetch_and(!DIRTY, Relaxed);
+        }
+    }
+
+    /// True if its store did not take it the last time: it is to go alone.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.has(REFUSED)
+    }
+
+    /// Says whether its store took it. The caller has the owner's lock.
+    pub(crate) fn set_refused(&self, refused: bool) {
+        if refused {
+            self.flags.fetch_or(REFUSED, Relaxed);
+        } else if self.is_refused() {
+            self.flags.fetch_and(!REFUSED, Relaxed);
         }
     }
 
@@ -445,6 +458,28 @@ impl Frames {
         queues.unlink(&self.pages, self.place32(frame));
         page.wired.store(more, Relaxed);
         true
+    }
+
+    /// Makes pages busy with a transfer that fills them or writes them out. They are on no queue; the caller has the
+    /// owner's lock. Under that of the queues, too: whoever unwires one puts it on a queue unless it is busy.
+    pub(crate) fn set_busy<const OUTER: u8>(
+        &self,
+        frames: &[Pfn],
+        token: IoToken,
+        way: Direction,
+        held: &mut Held<'_, OUTER>,
+    ) {
+        let (mut queues, _held) = self.queues.lock(held);
+        for &frame in frames {
+            queues.unlink(&self.pages, self.place32(frame));
+            self.page(frame).set_busy(token, way);
+        }
+    }
+
+    /// Ends what [`Self::set_busy`] began.
+    pub(crate) fn clear_busy<const OUTER: u8>(&self, frames: &[Pfn], held: &mut Held<'_, OUTER>) {
+        let (_queues, _held) = self.queues.lock(held);
+        frames.iter().for_each(|&frame| self.page(frame).clear_busy());
     }
 
     /// Ends one [`Self::wire`]; a page that nobody owns any more is free after the last. True if it is.

@@ -7,7 +7,6 @@
 
 use alloc::sync::Arc;
 
-use super::launder::Laundered;
 use super::sweep::Aim;
 use super::{Daemon, LAUNDERING, PagedOut};
 use crate::Vm;
@@ -27,6 +26,8 @@ pub(super) struct Clocks {
     turn: usize,
     /// Pages that were looked at since something went.
     vain: u32,
+    /// Guests in a row that could give nothing.
+    given_up: usize,
 }
 
 impl<M: Machine> Vm<M> {
@@ -44,7 +45,7 @@ impl<M: Machine> Vm<M> {
                 self.go_on(daemon, sweep, left, done, held);
                 let page = self.frames.page(frame);
                 if done.freed > freed || page.queue() == Queue::Laundry {
-                    daemon.clocks.vain = 0;
+                    (daemon.clocks.vain, daemon.clocks.given_up) = (0, 0);
                 } else if sweep.aim == Aim::Age && page.queue() == Queue::Inactive {
                     // The hand has been here before, and it was not used since.
                     daemon.hand = self.set_out(frame, Aim::Unmap, held);
@@ -53,29 +54,26 @@ impl<M: Machine> Vm<M> {
             }
             let Some((map, excess)) = self.payer(daemon, held) else { return };
             let laundry = self.frames.lengths(held).laundry;
-            let (leaving, can_write) = self.transfers.leaving(held);
-            if excess <= leaving {
-                return;
-            }
-            if laundry >= CLUSTER_PAGES || excess <= leaving + laundry {
-                if !can_write {
-                    return;
-                }
+            if self.can_write(daemon, held) && (laundry >= CLUSTER_PAGES || excess <= laundry) {
                 *left = left.saturating_sub(LAUNDERING);
                 let laundered = self.launder(held);
-                if laundered == Laundered::Blocked {
-                    return;
-                }
-                self.account(daemon, laundered, done);
+                self.account(daemon, laundered, done, held);
                 continue;
             }
             *left -= 1;
             let all = self.own_frames(&map, held);
             if daemon.clocks.vain > 4 * all + CLUSTER_PAGES {
-                // Nothing can go now. It is tried again when the guest comes back and is held up.
-                daemon.clocks.vain = 0;
-                self.limited.ask(false);
-                return;
+                // Nothing of it can go now. It is tried again when it comes back and is held up.
+                let clocks = &mut daemon.clocks;
+                (clocks.vain, clocks.turn) = (0, clocks.turn.wrapping_add(1));
+                clocks.given_up += 1;
+                if clocks.given_up >= self.limited.at(0, held).1 {
+                    clocks.given_up = 0;
+                    // What only waits for a store is not given up.
+                    self.limited.ask(!self.can_write(daemon, held));
+                    return;
+                }
+                continue;
             }
             match self.next_own(&map, left, held) {
                 Next::More => break,
@@ -97,7 +95,7 @@ impl<M: Machine> Vm<M> {
         done.more = true;
     }
 
-    /// A guest that has too much, and how much that is.
+    /// A guest that has too much, and how much that is without what leaves already.
     fn payer(&self, daemon: &mut Daemon, held: &mut Held<'_, CALLER>) -> Option<(Arc<Map<M>>, u32)> {
         // Before the look: who asks later is not forgotten.
         self.limited.ask(false);
@@ -108,10 +106,14 @@ impl<M: Machine> Vm<M> {
                 let excess = self.excess(&map, ROOM, held);
                 if excess > 0 {
                     self.limited.ask(true);
-                    return Some((map, excess));
+                    let more = excess.saturating_sub(self.own_leaving(&map, held));
+                    if more > 0 {
+                        return Some((map, more));
+                    }
                 }
             }
             daemon.clocks.turn = daemon.clocks.turn.wrapping_add(1);
+            daemon.clocks.vain = 0;
         }
         None
     }

@@ -8,7 +8,7 @@ use core::ops::Range;
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
 use crate::defect::Defect;
-use crate::limits::CLUSTER_PAGES;
+use crate::limits::{CLUSTER_PAGES, PUTS_OF_ONE};
 use crate::lock::{CALLER, Held, OBJECT};
 use crate::object::index::Slot;
 use crate::object::{Life, Pager, State};
@@ -46,9 +46,14 @@ impl<M: Machine> Vm<M> {
             return Laundered::Kept;
         }
         if state.pager != Pager::None {
+            if state.puts >= PUTS_OF_ONE {
+                // Its store may answer much later, or never: others are not to wait for it.
+                self.frames.enqueue(frame, Queue::Active, &mut held);
+                return Laundered::Kept;
+            }
             let run = self.run_around(&state, page);
             let pages = u32::try_from(run.len()).unwrap_or(0);
-            return match self.put(&mut state, run, 0, &mut held) {
+            return match self.put(&mut state, run, &mut held) {
                 Ok(()) => Laundered::Leaving(pages),
                 Err(StoreError::Busy) => Laundered::Blocked,
                 Err(StoreError::Io | StoreError::Refused | StoreError::Gone | StoreError::Corrupt) => {
@@ -86,9 +91,14 @@ impl<M: Machine> Vm<M> {
         let base = number - number % CLUSTER_PAGES;
         let end = base.saturating_add(CLUSTER_PAGES);
         let zeros = |slot| matches!(slot, Slot::Resident(frame) if self.machine.memory().is_zero(frame));
+        if self.goes_alone(state, number) {
+            return number..number + 1;
+        }
         let goes = |number: u32| {
             let page = PageIndex::new(number);
-            self.is_laundry(state, page) && (state.pager != Pager::None || !zeros(state.slots.get(page)))
+            !self.goes_alone(state, number)
+                && self.is_laundry(state, page)
+                && (state.pager != Pager::None || !zeros(state.slots.get(page)))
         };
         let (mut first, mut last) = (number, number);
         while first > base && goes(first - 1) {
@@ -109,6 +119,10 @@ impl<M: Machine> Vm<M> {
             *to = frame;
         }
         let Some(slots) = self.swap.take(want, held) else {
+            if self.swap.info(held).free() > 0 {
+                // Each store that has some has as much to do as it may.
+                return Laundered::Blocked;
+            }
             for &frame in &frames[..run.len()] {
                 self.frames.enqueue(frame, Queue::Active, held);
             }

@@ -13,7 +13,7 @@ mod target;
 
 use crate::Vm;
 use crate::addr::Pfn;
-use crate::limits::CLUSTER_PAGES;
+use crate::limits::{BLOCKED_STEPS, CLUSTER_PAGES};
 use crate::lock::{Alone, CALLER, Held};
 use crate::object::index::Slot;
 use crate::object::{Life, Pager};
@@ -41,6 +41,9 @@ struct Daemon {
     fruitless: u32,
     /// Steps to leave out, after everything was looked at in vain.
     pause: u32,
+    /// Steps in which nothing is written, after a store took nothing, unless more transfers than these end.
+    blocked: u32,
+    ended: u64,
     /// Of guests that have too much.
     clocks: Clocks,
 }
@@ -75,6 +78,7 @@ impl<M: Machine> Vm<M> {
         let Some(mut daemon) = self.pageout.daemon.enter() else { return done };
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
+        daemon.blocked = daemon.blocked.saturating_sub(1);
         if self.limited.is_asked() {
             self.collect(&mut daemon, &mut left, &mut done, held);
         }
@@ -94,10 +98,7 @@ impl<M: Machine> Vm<M> {
                 Next::Launder => {
                     left = left.saturating_sub(LAUNDERING);
                     let laundered = self.launder(held);
-                    if laundered == Laundered::Blocked {
-                        return done;
-                    }
-                    self.account(&mut daemon, laundered, &mut done);
+                    self.account(&mut daemon, laundered, &mut done, held);
                     continue;
                 }
                 Next::Age => Queue::Active,
@@ -135,7 +136,7 @@ impl<M: Machine> Vm<M> {
     pub fn set_free_target(&self, low: u32, high: u32) {
         self.pageout.target.set(low, high);
         if let Some(mut daemon) = self.pageout.daemon.enter() {
-            daemon.pause = 0;
+            (daemon.pause, daemon.blocked) = (0, 0);
         }
     }
 
@@ -146,8 +147,12 @@ impl<M: Machine> Vm<M> {
 
     fn next_for_pageout(&self, daemon: &mut Daemon, held: &mut Held<'_, CALLER>) -> Next {
         let lengths = self.frames.lengths(held);
-        let (leaving, can_write) = self.transfers.leaving(held);
-        daemon.working = self.pageout.target.is_short(lengths.free + leaving, daemon.working);
+        let (leaving, _) = self.transfers.leaving(held);
+        let target = &self.pageout.target;
+        // What leaves is as good as free; not where there is nothing else, for it may be long on its way.
+        let few = lengths.free <= self.frames.reserve().saturating_add(CLUSTER_PAGES);
+        daemon.working = target.is_short(lengths.free + leaving, daemon.working)
+            || few && target.is_short(lengths.free, true);
         self.frames.set_short(daemon.working);
         if !daemon.working {
             daemon.fruitless = 0;
@@ -160,7 +165,12 @@ impl<M: Machine> Vm<M> {
             daemon.pause = if leaving == 0 { PAUSE } else { 0 };
             return Next::Stuck;
         }
-        Target::next(lengths, can_write, daemon.fruitless > 3 * all)
+        Target::next(lengths, self.can_write(daemon, held), daemon.fruitless > 3 * all)
+    }
+
+    /// False for a while after a store took nothing: what needs no store goes on.
+    fn can_write(&self, daemon: &Daemon, held: &mut Held<'_, CALLER>) -> bool {
+        daemon.blocked == 0 || self.transfers.leaving(held).1 != daemon.ended
     }
 
     /// Goes on with the page in hand.
@@ -182,19 +192,28 @@ impl<M: Machine> Vm<M> {
             Aim::Age => self.aged(sweep.frame, held),
             Aim::Unmap => {
                 let laundered = self.unmapped(sweep.frame, swept == Swept::All, held);
-                self.account(daemon, laundered, done);
+                self.account(daemon, laundered, done, held);
             }
         }
     }
 
-    fn account(&self, daemon: &mut Daemon, laundered: Laundered, done: &mut PagedOut) {
+    fn account(
+        &self,
+        daemon: &mut Daemon,
+        laundered: Laundered,
+        done: &mut PagedOut,
+        held: &mut Held<'_, CALLER>,
+    ) {
         match laundered {
             Laundered::Freed(frames) => {
                 done.freed += frames;
                 daemon.fruitless = 0;
             }
             Laundered::Leaving(_) => daemon.fruitless = 0,
-            Laundered::Kept | Laundered::Blocked => {}
+            Laundered::Kept => {}
+            Laundered::Blocked => {
+                (daemon.blocked, daemon.ended) = (BLOCKED_STEPS, self.transfers.leaving(held).1);
+            }
         }
     }
 

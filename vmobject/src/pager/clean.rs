@@ -3,7 +3,7 @@
 //! One pass from the range's start to its end (D14). What is being written may be read, and a writer waits, so
 //! whatever was written before the pass began is in the store when the pass is done, though guests write on. A
 //! page that the store does not take stays, changed, and the pass goes on (D13): how many there were is the
-//! answer. Only what is being written is protected (D24). Nothing here waits: a pass says for what, and goes on
+//! answer. If it was not alone, its neighbours may be to blame: the pass goes round once more, and each goes alone. Only what is being written is protected (D24). Nothing here waits: a pass says for what, and goes on
 //! where it was. Called by whoever flushes disks, by `shutdown`, and by objects that end.
 
 use core::ops::Range;
@@ -11,7 +11,7 @@ use core::ops::Range;
 use super::{Transfer, WaitFor, image};
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
-use crate::limits::CLUSTER_PAGES;
+use crate::limits::{CLUSTER_PAGES, PUTS_OF_ONE};
 use crate::lock::{Held, OBJECT};
 use crate::object::index::Slot;
 use crate::object::{Life, ObjectId, Pager, Put, State};
@@ -24,9 +24,12 @@ use crate::store::{Machine, PageStore as _, StoreError};
 #[must_use = "nothing is written until the pass goes on"]
 pub struct Clean {
     object: ObjectId,
+    first: u32,
     next: u32,
     end: u32,
+    /// What the object's counts of the same names were at the beginning.
     unwritten: Option<u32>,
+    retries: u32,
     phase: Phase,
 }
 
@@ -58,7 +61,7 @@ impl<M: Machine> Vm<M> {
     /// Begins to write the changed pages of a range. An empty range is empty (D23).
     pub fn page_clean(&self, object: ObjectId, range: Range<PageIndex>) -> Clean {
         let (next, end) = (range.start.number(), range.end.number());
-        Clean { object, next, end, unwritten: None, phase: Phase::Pages }
+        Clean { object, first: next, next, end, unwritten: None, retries: 0, phase: Phase::Pages }
     }
 
     /// Goes on with a pass, looking at no more than `budget` slots.
@@ -70,6 +73,9 @@ impl<M: Machine> Vm<M> {
     ) -> Cleaned {
         let (mut state, mut held) = self.objects.get(clean.object).write(held);
         assert!(state.id() == clean.object && state.life == Life::Live, "{:?} is gone", clean.object);
+        if clean.unwritten.is_none() {
+            clean.retries = state.retries;
+        }
         let before = *clean.unwritten.get_or_insert(state.unwritten);
         let end = clean.end.min(state.pages);
         let mut left = budget;
@@ -89,6 +95,13 @@ impl<M: Machine> Vm<M> {
                 Phase::Written(serial) => {
                     if let Some(token) = self.transfers.out_of(clean.object, serial, &mut held) {
                         return Cleaned::Wait(WaitFor::Io(token));
+                    }
+                    if state.retries != clean.retries {
+                        // Once: what had changed when the pass began has gone alone by then.
+                        clean.retries = state.retries;
+                        clean.next = clean.first;
+                        clean.phase = Phase::Pages;
+                        continue;
                     }
                     match self.flush(&mut state, &mut held) {
                         Ok(()) => Phase::Flushed(self.transfers.last_serial(&mut held)),
@@ -136,7 +149,7 @@ impl<M: Machine> Vm<M> {
             }
             let run = self.dirty_run(state, page, end);
             if !run.is_empty()
-                && let Err(StoreError::Busy) = self.put(state, run.clone(), 0, held)
+                && let Err(StoreError::Busy) = self.put(state, run.clone(), held)
             {
                 return Put::Store;
             }
@@ -154,8 +167,17 @@ impl<M: Machine> Vm<M> {
             Slot::Resident(frame) => self.frames.page(frame).is_dirty() && !self.frames.page(frame).is_busy(),
             Slot::Absent | Slot::Zero | Slot::Swapped(_) => false,
         };
-        let pages = (first..end).take_while(goes).count();
+        let alone = self.goes_alone(state, first);
+        let with =
+            |number: &u32| goes(number) && (*number == first || !alone && !self.goes_alone(state, *number));
+        let pages = (first..end).take_while(with).count();
         first..first + u32::try_from(pages).unwrap_or(0)
+    }
+
+    /// True for a page that the store did not take the last time, perhaps for a neighbour's sake.
+    pub(crate) fn goes_alone(&self, state: &State, number: u32) -> bool {
+        let slot = state.slots.get(PageIndex::new(number));
+        matches!(slot, Slot::Resident(frame) if self.frames.page(frame).is_refused())
     }
 
     /// Starts to write neighbouring changed pages. They are clean from now on, and cannot be written to until
@@ -164,12 +186,14 @@ impl<M: Machine> Vm<M> {
         &self,
         state: &mut State,
         run: Range<u32>,
-        serial: u64,
         held: &mut Held<'_, OBJECT>,
     ) -> Result<(), StoreError> {
         let first = PageIndex::new(run.start);
         let home = image::home(state, first).ok_or(StoreError::Refused)?;
-        let mut transfer = Transfer::out(state.id(), first, serial);
+        if state.puts >= PUTS_OF_ONE {
+            return Err(StoreError::Busy);
+        }
+        let mut transfer = Transfer::out(state.id(), first);
         self.pmap_copy(state, run.clone(), held);
         for (number, to) in run.zip(&mut transfer.frames) {
             let Slot::Resident(frame) = state.slots.get(PageIndex::new(number)) else { break };
@@ -194,19 +218,20 @@ impl<M: Machine> Vm<M> {
         started.map(|_| ())
     }
 
-    /// The store did not take them: they stay, changed. Each is tried alone before that is the answer.
+    /// The store did not take them: they stay, changed. Each is to be tried alone before that is the answer.
     pub(super) fn is_not_put(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
-        for (page, frame) in transfer.iter() {
+        for &frame in transfer.frames() {
             self.frames.page(frame).set_dirty(true);
-            let alone = page.number()..page.number() + 1;
-            if transfer.pages > 1 && self.put(state, alone, transfer.serial, held).is_ok() {
-                continue;
-            }
+            self.frames.page(frame).set_refused(true);
             self.frames.enqueue(frame, Queue::Active, held);
-            self.count_unwritten(state, &[frame]);
         }
-        if transfer.pages == 0 {
-            state.unwritten = state.unwritten.wrapping_add(1); // a flush
+        match transfer.pages {
+            0 => state.unwritten = state.unwritten.wrapping_add(1), // a flush
+            1 => self.count_unwritten(state, transfer.frames()),
+            _ => {
+                state.retries = state.retries.wrapping_add(1);
+                state.sent = state.sent.min(transfer.first.number());
+            }
         }
     }
 
@@ -224,11 +249,11 @@ impl<M: Machine> Vm<M> {
     /// Asks the store to make durable what it has.
     fn flush(&self, state: &mut State, held: &mut Held<'_, OBJECT>) -> Result<(), StoreError> {
         let Pager::Disk(store) = state.pager else { return Ok(()) };
-        let transfer = Transfer::out(state.id(), PageIndex::default(), 0);
+        let transfer = Transfer::out(state.id(), PageIndex::default());
         let Ok(token) = self.transfers.begin(&transfer, held) else { return Err(StoreError::Busy) };
         match self.machine.store().start_flush(store, token) {
             Ok(()) => {
-                state.paging += 1;
+                state.begins(&transfer);
                 Ok(())
             }
             Err(error) => {

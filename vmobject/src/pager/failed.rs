@@ -4,7 +4,8 @@
 //! many pages as transfers can be in flight, whoever they are for: with one place for each object, two vCPUs that take
 //! turns in failing would each find the other's failure for ever (I15). A page is named by where it is in its store, and
 //! by which of the writings there, not by its object: a collapse may move it meanwhile, and what is written to the
-//! place later has not failed. Called by `transfer`.
+//! place later has not failed. It is told to the guest that asked, and to no other: whoever comes much later may find
+//! the store well again. Called by `transfer`.
 
 use alloc::collections::VecDeque;
 
@@ -19,8 +20,8 @@ use crate::{Vm, VmError};
 /// Contents of a page in a store: where, and how often something was written there.
 pub(super) type Contents = (Home, u32);
 
-/// What did not come in, the last of it; without an error it is to be tried alone first.
-pub(super) struct Failures(VecDeque<(Contents, Option<StoreError>)>);
+/// What did not come in, the last of it, and for which map; without an error it is to be tried alone first.
+pub(super) struct Failures(VecDeque<((Contents, u32), Option<StoreError>)>);
 
 impl Failures {
     /// None, and room for as many as are kept.
@@ -30,39 +31,51 @@ impl Failures {
         Ok(Self(list))
     }
 
-    fn place(&self, contents: Contents) -> Option<usize> {
-        self.0.iter().position(|(known, _)| *known == contents)
+    fn place(&self, what: (Contents, u32)) -> Option<usize> {
+        self.0.iter().position(|(known, _)| *known == what)
     }
 
-    fn note(&mut self, contents: Contents, error: Option<StoreError>) {
-        if let Some(place) = self.place(contents) {
+    fn note(&mut self, what: (Contents, u32), error: Option<StoreError>) {
+        if let Some(place) = self.place(what) {
             self.0.remove(place);
         } else if self.0.len() == MAX_IO as usize {
             // Whoever wanted it does not come, or tries once more.
             self.0.pop_front();
         }
-        self.0.push_back((contents, error));
+        self.0.push_back((what, error));
     }
 
-    fn take(&mut self, contents: Contents) -> Option<Option<StoreError>> {
-        let place = self.place(contents)?;
+    fn take(&mut self, what: (Contents, u32)) -> Option<Option<StoreError>> {
+        let place = self.place(what)?;
         self.0.remove(place).map(|(_, error)| error)
     }
 }
 
 impl Transfers {
-    /// Something did not come in.
-    pub(super) fn failed(&self, contents: Contents, error: Option<StoreError>, held: &mut Held<'_, OBJECT>) {
-        self.0.lock(held).0.failures.note(contents, error);
+    /// Something did not come in that a map's guest wanted.
+    pub(super) fn failed(
+        &self,
+        contents: Contents,
+        by: u32,
+        error: Option<StoreError>,
+        held: &mut Held<'_, OBJECT>,
+    ) {
+        self.0.lock(held).0.failures.note((contents, by), error);
     }
 
-    /// Whether something did not come in since the last call.
+    /// Whether something did not come in that a map's guest wanted, since the last call.
     pub(super) fn take_failed(
         &self,
         contents: Contents,
+        by: u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Option<StoreError>> {
-        self.0.lock(held).0.failures.take(contents)
+        self.0.lock(held).0.failures.take((contents, by))
+    }
+
+    /// A map is gone: nobody comes for what it wanted.
+    pub(crate) fn forget_failed<const OUTER: u8>(&self, by: u32, held: &mut Held<'_, OUTER>) {
+        self.0.lock(held).0.failures.0.retain(|((_, asker), _)| *asker != by);
     }
 }
 
@@ -70,6 +83,6 @@ impl<M: Machine> Vm<M> {
     /// True for a page that did not come in, of which nobody was told yet.
     pub(crate) fn has_failed(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
         let Some(contents) = self.contents(state, page, held) else { return false };
-        self.transfers.0.lock(held).0.failures.place(contents).is_some()
+        self.transfers.0.lock(held).0.failures.0.iter().any(|((known, _), _)| *known == contents)
     }
 }

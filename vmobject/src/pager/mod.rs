@@ -4,7 +4,8 @@
 //! index all the time, busy, so whoever comes by finds out what to wait for. The VM gives it a token; the store gives
 //! the token back with the completion. A token has a generation, so a completion that comes late, twice
 //! or for something long gone is noticed and dropped.
-//! Some places are left to transfers out, so that want of places never stops what would free memory.
+//! Some places are left to transfers out, so that want of places never stops what would free memory; and those to swap
+//! and those to other stores have places of their own, so that neither takes the other's.
 //! Called by `fault` and `pageout`. Calls `object`, `page` and the machine's stores. Locks: the object, then
 //! transfers.
 
@@ -23,7 +24,7 @@ use alloc::vec::Vec;
 
 use crate::VmError;
 use crate::addr::{PageIndex, Pfn};
-use crate::limits::{CLUSTER_PAGES, MAX_IO, MAX_PUTS};
+use crate::limits::{CLUSTER_PAGES, MAX_DISK_PUTS, MAX_IO, MAX_SWAP_PUTS};
 use crate::lock::{Held, IO, Ranked};
 use crate::object::ObjectId;
 use crate::store::{Direction, IoToken, StoreId};
@@ -60,15 +61,23 @@ pub struct Transfer {
     pub pages: u32,
     /// The frames, in order.
     pub frames: [Pfn; CLUSTER_PAGES as usize],
-    /// Transfers are numbered as they begin; one that is tried again keeps its number. 0: not yet.
+    /// To swap: the frames will be free.
+    pub leaves: bool,
+    /// For a fault of the map with this number, or [`NOBODY`]'s.
+    pub by: u32,
+    /// Transfers are numbered as they begin. 0: not yet.
     pub serial: u64,
 }
 
+/// No map in particular.
+pub(crate) const NOBODY: u32 = u32::MAX;
+
 impl Transfer {
     /// One out of an object, which has no pages yet.
-    const fn out(object: ObjectId, first: PageIndex, serial: u64) -> Self {
+    const fn out(object: ObjectId, first: PageIndex) -> Self {
         let frames = [Pfn::new(0); CLUSTER_PAGES as usize];
-        Self { object, way: Direction::Out, first, wanted: first, pages: 0, frames, serial }
+        let (way, leaves) = (Direction::Out, false);
+        Self { object, way, first, wanted: first, pages: 0, frames, leaves, by: NOBODY, serial: 0 }
     }
 
     /// Its pages, each with its frame.
@@ -96,11 +105,14 @@ struct Place {
 struct Table {
     places: Vec<Place>,
     vacant: Vec<u32>,
-    /// Transfers out, and the pages that they carry.
-    puts: u32,
+    /// Transfers out that are not to swap.
+    disk_puts: u32,
+    /// Those to swap, and the pages that they carry.
+    swap_puts: u32,
     leaving: u32,
-    /// The number of the last one.
+    /// The number of the last one, and how many have ended.
     serial: u64,
+    ended: u64,
     failures: Failures,
 }
 
@@ -130,9 +142,11 @@ impl Transfers {
         Ok(Self(Ranked::new(Table {
             places,
             vacant,
-            puts: 0,
+            disk_puts: 0,
+            swap_puts: 0,
             leaving: 0,
             serial: 0,
+            ended: 0,
             failures: Failures::new()?,
         })))
     }
@@ -144,21 +158,28 @@ impl Transfers {
         held: &mut Held<'_, OUTER>,
     ) -> Result<IoToken, VmError> {
         let (mut table, _held) = self.0.lock(held);
+        let (swap, disk) = (MAX_SWAP_PUTS - table.swap_puts, MAX_DISK_PUTS - table.disk_puts);
         let kept = match transfer.way {
-            Direction::In => MAX_PUTS - table.puts,
-            Direction::Out if table.puts == MAX_PUTS => return Err(VmError::Limit("transfers out")),
+            Direction::In => swap + disk,
+            Direction::Out if if transfer.leaves { swap } else { disk } == 0 => {
+                return Err(VmError::Limit("transfers out"));
+            }
             Direction::Out => 0,
         };
         let vacant = if table.vacant.len() > kept as usize { table.vacant.pop() } else { None };
         let place = vacant.ok_or(VmError::Limit("transfers"))?;
-        if transfer.way == Direction::Out {
-            table.puts += 1;
-            table.leaving += transfer.pages;
+        match transfer.way {
+            Direction::In => {}
+            Direction::Out if transfer.leaves => {
+                table.swap_puts += 1;
+                table.leaving += transfer.pages;
+            }
+            Direction::Out => table.disk_puts += 1,
         }
         table.serial += 1;
-        let serial = if transfer.serial == 0 { table.serial } else { transfer.serial };
+        let serial = table.serial;
         let slot = &mut table.places[place as usize];
-        slot.transfer = Some(Transfer { serial, ..*transfer });
+        slot.transfer.insert(*transfer).serial = serial;
         Ok(token(place, slot.generation))
     }
 
@@ -167,18 +188,36 @@ impl Transfers {
     pub fn end<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> Option<Transfer> {
         let (place, generation) = parts(token)?;
         let (mut table, _held) = self.0.lock(held);
+        let table = &mut *table;
         let slot = table.places.get_mut(place).filter(|slot| slot.generation == generation)?;
-        let transfer = slot.transfer.take()?;
+        let transfer = slot.transfer.as_ref()?;
+        match transfer.way {
+            Direction::In => {}
+            Direction::Out if transfer.leaves => {
+                table.swap_puts -= 1;
+                table.leaving -= transfer.pages;
+            }
+            Direction::Out => table.disk_puts -= 1,
+        }
+        table.ended += 1;
         // A place whose generation would repeat, or leave the VM's tokens, retires.
         if generation < LAST_GENERATION {
             slot.generation = generation + 1;
             table.vacant.push(u32::try_from(place).ok()?);
         }
-        if transfer.way == Direction::Out {
-            table.puts -= 1;
-            table.leaving -= transfer.pages;
-        }
-        Some(transfer)
+        slot.transfer.take()
+    }
+
+    /// The object of a transfer that is in flight.
+    pub(crate) fn object<const OUTER: u8>(
+        &self,
+        token: IoToken,
+        held: &mut Held<'_, OUTER>,
+    ) -> Option<ObjectId> {
+        let (place, generation) = parts(token)?;
+        let (table, _held) = self.0.lock(held);
+        let slot = table.places.get(place).filter(|slot| slot.generation == generation)?;
+        slot.transfer.as_ref().map(|transfer| transfer.object)
     }
 
     /// True until the transfer's completion was delivered.
@@ -188,10 +227,10 @@ impl Transfers {
         table.places.get(place).is_some_and(|slot| slot.generation == generation && slot.transfer.is_some())
     }
 
-    /// Pages on their way out, and whether another transfer out could start.
-    pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (u32, bool) {
+    /// Pages on their way to swap, and how many transfers of any kind have ended.
+    pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (u32, u64) {
         let (table, _held) = self.0.lock(held);
-        (table.leaving, table.puts < MAX_PUTS)
+        (table.leaving, table.ended)
     }
 
     /// The number of the last transfer that began.

@@ -6,7 +6,8 @@
 //! slot and by how often the slot was written, so that a store that returns something else is found out.
 //!
 //! Several stores have their slots numbered one after the other, so a slot's number says which store it is in. Slots
-//! are taken of the store with the highest priority that has some, in turn where several have the same. A store that
+//! are taken of the store with the highest priority that has some and does not have as much to do as it may, in turn
+//! where several have the same. A store that
 //! went away, or fails again and again, gets nothing any more; what is taken there is given back as pages change.
 //! Called by `transfer`, `pageout` and whoever frees pages.
 
@@ -17,7 +18,7 @@ use super::Home;
 use super::failed::Contents;
 use super::slots::{Run, SwapSlots};
 use crate::addr::Pfn;
-use crate::limits::{MAX_FAILED_PUTS, MAX_SWAP, MAX_SWAP_STORES};
+use crate::limits::{MAX_FAILED_PUTS, MAX_SWAP, MAX_SWAP_STORES, PUTS_OF_ONE};
 use crate::lock::{Held, Ranked, SWAP};
 use crate::store::{Direction, Machine, PageStore as _, PhysMemory as _, StoreError, StoreId};
 use crate::{Vm, VmError};
@@ -49,6 +50,8 @@ struct Area {
     closed: Option<Closed>,
     /// Writes that failed since the last that did not.
     failures: u32,
+    /// Transfers out in flight.
+    puts: u32,
     counts: SwapCounts,
 }
 
@@ -108,7 +111,7 @@ impl Areas {
             for step in 0..alike {
                 let place = (self.turn + step) % alike;
                 let area = &mut self.list[group[place]];
-                if area.closed.is_some() {
+                if area.closed.is_some() || area.puts >= PUTS_OF_ONE {
                     continue;
                 }
                 if let Some(run) = area.slots.take(want) {
@@ -198,7 +201,8 @@ impl Swap {
         let (slots, marks) = (SwapSlots::new(pages)?, marks.into_boxed_slice());
         let counts = SwapCounts::default();
         let place = areas.list.len();
-        areas.list.push(Area { store, priority, first, slots, marks, closed: None, failures: 0, counts });
+        let (closed, failures, puts) = (None, 0, 0);
+        areas.list.push(Area { store, priority, first, slots, marks, closed, failures, puts, counts });
         let before = areas.order.iter().position(|&other| areas.list[other].priority < priority);
         areas.order.insert(before.unwrap_or(place), place);
         Ok(pages)
@@ -232,7 +236,13 @@ impl Swap {
         area.slots.spoil(own);
     }
 
-    /// What became of a transfer of so many pages from or to a slot.
+    /// A transfer to a slot has begun.
+    pub(super) fn begins<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) {
+        let (mut areas, _held) = self.0.lock(held);
+        areas.of(slot).0.puts += 1;
+    }
+
+    /// What became of a transfer of so many pages from or to a slot; of none if it did not begin.
     pub(super) fn account<const OUTER: u8>(
         &self,
         slot: u32,
@@ -243,6 +253,9 @@ impl Swap {
     ) {
         let (mut areas, _held) = self.0.lock(held);
         let (area, _) = areas.of(slot);
+        if way == Direction::Out && pages > 0 {
+            area.puts -= 1;
+        }
         match (way, result) {
             (Direction::In, Ok(())) => area.counts.read += u64::from(pages),
             (Direction::In, Err(_)) => area.counts.read_failed += 1,

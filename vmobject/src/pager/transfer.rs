@@ -24,12 +24,12 @@ use crate::store::{
 };
 
 impl<M: Machine> Vm<M> {
-    /// Starts to bring in a page that was not there a moment ago, and tells `started` its frame while nobody can take that
-    /// away. `None`: look again, it has changed.
+    /// Starts to bring in a page that was not there a moment ago, for a map with this number if for any, and tells
+    /// `started` its frame while nobody can take that away. `None`: look again, it has changed.
     pub(crate) fn page_in<const OUTER: u8>(
         &self,
-        id: ObjectId,
-        wanted: PageIndex,
+        (id, wanted): (ObjectId, PageIndex),
+        by: u32,
         started: impl FnOnce(Pfn),
         held: &mut Held<'_, OUTER>,
     ) -> Result<Option<WaitFor>, LostPage> {
@@ -42,32 +42,57 @@ impl<M: Machine> Vm<M> {
             return Ok(marked.err().map(|_| WaitFor::Memory));
         }
         let Some(contents) = self.contents(&state, wanted, &mut held) else { return Ok(None) };
+        self.bring(&mut state, (wanted, by), contents, started, &mut held).map(Some)
+    }
+
+    /// The same for a page that has a slot of swap.
+    pub(crate) fn swap_in(
+        &self,
+        state: &mut State,
+        (wanted, slot): (PageIndex, u32),
+        by: u32,
+        started: impl FnOnce(Pfn),
+        held: &mut Held<'_, OBJECT>,
+    ) -> Result<Option<WaitFor>, LostPage> {
+        let Some(contents) = self.swap.place(slot, held) else { return Ok(None) };
+        self.bring(state, (wanted, by), contents, started, held).map(Some)
+    }
+
+    /// The same for a page with these contents.
+    fn bring(
+        &self,
+        state: &mut State,
+        (wanted, by): (PageIndex, u32),
+        contents: Contents,
+        started: impl FnOnce(Pfn),
+        held: &mut Held<'_, OBJECT>,
+    ) -> Result<WaitFor, LostPage> {
         let home = contents.0;
         let lost = |error| LostPage { store: home.store, page: home.page, error };
-        let alone = match self.transfers.take_failed(contents, &mut held) {
+        let alone = match self.transfers.take_failed(contents, by, held) {
             Some(Some(error)) => return Err(lost(error)),
             Some(None) => true,
             None => false,
         };
-        let mut transfer = Transfer { way: Direction::In, ..Transfer::out(id, wanted, 0) };
-        if !self.gather(&mut state, &mut transfer, home, alone, &mut held) {
-            return Ok(Some(WaitFor::Memory));
+        let mut transfer = Transfer { way: Direction::In, by, ..Transfer::out(state.id(), wanted) };
+        if !self.gather(state, &mut transfer, home, alone, held) {
+            return Ok(WaitFor::Memory);
         }
         let start = Home { page: home.page - (wanted.number() - transfer.first.number()), ..home };
-        match self.start(&mut state, &transfer, start, &mut held) {
+        match self.start(state, &transfer, start, held) {
             Ok(token) => {
                 self.stats.count(Event::PageIn);
                 started(transfer.frame_of_wanted());
-                Ok(Some(WaitFor::Io(token)))
+                Ok(WaitFor::Io(token))
             }
             Err(error) => {
-                self.scatter(&mut state, &transfer, &mut held);
+                self.scatter(state, &transfer, held);
                 // What has a copy there only is not to be dropped for it.
                 if let (StoreError::Gone, Slot::Swapped(slot)) = (error, state.slots.get(wanted)) {
-                    self.swap.account(slot, Direction::In, 0, Err(error), &mut held);
+                    self.swap.account(slot, Direction::In, 0, Err(error), held);
                 }
                 match error {
-                    StoreError::Busy => Ok(Some(WaitFor::Memory)),
+                    StoreError::Busy => Ok(WaitFor::Memory),
                     StoreError::Io | StoreError::Refused | StoreError::Gone | StoreError::Corrupt => {
                         Err(lost(error))
                     }
@@ -105,20 +130,16 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Result<IoToken, StoreError> {
         let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
-        for &frame in transfer.frames() {
-            self.frames.page(frame).set_busy(token, transfer.way);
-        }
+        self.frames.set_busy(transfer.frames(), token, transfer.way, held);
         let (way, first) = (transfer.way, u64::from(home.page));
         match self.machine.store().start(home.store, way, first, transfer.frames(), token) {
             Ok(()) => {
-                state.paging += 1;
+                state.begins(transfer);
                 Ok(token)
             }
             Err(error) => {
                 self.transfers.end(token, held);
-                for &frame in transfer.frames() {
-                    self.frames.page(frame).clear_busy();
-                }
+                self.frames.clear_busy(transfer.frames(), held);
                 Err(error)
             }
         }
@@ -201,7 +222,7 @@ impl<M: Machine> Vm<M> {
         slot: u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Result<(), StoreError> {
-        let mut transfer = Transfer::out(state.id(), first, 0);
+        let mut transfer = Transfer { leaves: true, ..Transfer::out(state.id(), first) };
         for ((to, &frame), slot) in transfer.frames.iter_mut().zip(frames).zip(slot..) {
             *to = frame;
             transfer.pages += 1;
@@ -212,7 +233,10 @@ impl<M: Machine> Vm<M> {
         let place = self.swap.place(slot, held).ok_or(StoreError::Gone);
         let started = place.and_then(|(home, _)| self.start(state, &transfer, home, held));
         match started {
-            Ok(_) => self.stats.count(Event::PageOut),
+            Ok(_) => {
+                self.swap.begins(slot, held);
+                self.stats.count(Event::PageOut);
+            }
             Err(error) => {
                 if error != StoreError::Busy {
                     self.swap.account(slot, Direction::Out, 0, Err(error), held);
@@ -233,16 +257,20 @@ impl<M: Machine> Vm<M> {
         result: Result<(), StoreError>,
         held: &mut Held<'_, OUTER>,
     ) -> u32 {
-        let Some(transfer) = self.transfers.end(token, held) else {
+        let Some(object) = self.transfers.object(token, held) else {
             self.stats.count(Event::StaleCompletion);
             return 0;
         };
-        let (mut state, mut held) = self.objects.get(transfer.object).write(held);
+        // It is over only when the object says so, too: who sees that a token is, and locks the object, sees what came of it.
+        let early = if self.has(Defect::EndsUnlocked) { self.transfers.end(token, held) } else { None };
+        let (mut state, mut held) = self.objects.get(object).write(held);
+        let Some(transfer) = early.or_else(|| self.transfers.end(token, &mut held)) else {
+            self.stats.count(Event::StaleCompletion);
+            return 0;
+        };
         assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
-        for (_, frame) in transfer.iter() {
-            self.frames.page(frame).clear_busy();
-        }
-        state.paging -= 1;
+        self.frames.clear_busy(transfer.frames(), &mut held);
+        state.ends(&transfer);
         let first = transfer.frames().first();
         if let Some(slot) = first.and_then(|&frame| self.frames.page(frame).clean_slot()) {
             self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
@@ -252,7 +280,7 @@ impl<M: Machine> Vm<M> {
             (Direction::In, Err(error)) => {
                 self.scatter(&mut state, &transfer, &mut held);
                 let error = (transfer.pages == 1).then_some(error);
-                self.is_not_in(&state, transfer.wanted, error, &mut held);
+                self.is_not_in(&state, &transfer, error, &mut held);
                 self.stats.count(Event::PageInFailed);
                 transfer.pages
             }
@@ -281,12 +309,12 @@ impl<M: Machine> Vm<M> {
     fn is_not_in(
         &self,
         state: &State,
-        page: PageIndex,
+        transfer: &Transfer,
         error: Option<StoreError>,
         held: &mut Held<'_, OBJECT>,
     ) {
-        if let Some(contents) = self.contents(state, page, held) {
-            self.transfers.failed(contents, error, held);
+        if let Some(contents) = self.contents(state, transfer.wanted, held) {
+            self.transfers.failed(contents, transfer.by, error, held);
         }
     }
 
@@ -308,7 +336,7 @@ impl<M: Machine> Vm<M> {
                 }
                 freed += 1;
                 if page == transfer.wanted {
-                    self.is_not_in(state, page, Some(StoreError::Corrupt), held);
+                    self.is_not_in(state, transfer, Some(StoreError::Corrupt), held);
                 }
                 continue;
             }
@@ -331,6 +359,7 @@ impl<M: Machine> Vm<M> {
         let mut freed = 0;
         self.stats.add(Event::PageWritten, u64::from(transfer.pages));
         for (page, frame) in transfer.iter() {
+            self.frames.page(frame).set_refused(false);
             if self.evict_clean(state, page, frame, held) {
                 freed += 1;
             } else {
