@@ -99,6 +99,19 @@ impl Monitored {
         row.with_context(|| format!("guests does not list {name}: {guests}"))
     }
 
+    /// Waits for a text in a guest's log, for longer than the monitor has patience.
+    pub(crate) fn wait_long(&mut self, guest: &str, text: &str) -> Result<()> {
+        loop {
+            let reply = self.reply(&format!("wait {guest} \"{text}\""))?;
+            if ctl::is_ok(&reply) {
+                return Ok(());
+            }
+            let why = self::text(&reply, "/reply/error")?;
+            ensure!(why.contains("did not happen within"), "waiting for {guest} to say \"{text}\": {why}");
+            self.rest(&format!("{guest} to say \"{text}\""))?;
+        }
+    }
+
     /// Types a line into a guest and waits until it has answered.
     pub(crate) fn talk(&mut self, guest: u64, line: &str, answer: &str) -> Result<()> {
         self.ask(&format!("send {guest} \"{line}\""))?;

@@ -199,7 +199,7 @@ fn linux(name: &str, of: &Tested) -> Result<()> {
         machine.ask(&format!("send {guest} memtest {set} {rounds}"))?;
     }
     for guest in &guests {
-        machine.ask(&format!("wait {guest} \"memtest: {set} MiB, {rounds} rounds, ok\""))?;
+        machine.wait_long(guest, &format!("memtest: {set} MiB, {rounds} rounds, ok"))?;
     }
     machine.check()?;
     let swap = at_rest(&mut machine)?;
