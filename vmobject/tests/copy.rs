@@ -184,6 +184,42 @@ fn of_many_images_each_is_of_its_own_instant_in_whatever_order_they_go() {
 }
 
 #[test]
+fn an_older_image_that_comes_to_lie_on_a_newer_one_forgets_what_stopped_it_at_the_source() {
+    for marks in 0..=4 {
+        let rig = Rig::new(64);
+        rig.add_swap(64);
+        let guest = rig.guest(8);
+        for (page, byte) in [(5, 1), (6, 1), (7, 0)] {
+            rig.store(&guest, at(page, 0), byte).unwrap();
+        }
+        let one = freeze(&rig, &guest);
+        rig.store(&guest, at(5, 0), 2).unwrap();
+        // The page of zeros goes, and the image looks again how far it hides what the source has: up to page 6.
+        rig.page_out_all();
+        rig.settle();
+        let two = freeze(&rig, &guest);
+        for page in 0..marks {
+            rig.store(&guest, at(page, 0), 3).unwrap();
+        }
+        let three = freeze(&rig, &guest);
+        rig.settle();
+        rig.check();
+        for page in 0..8 {
+            let wanted = match page {
+                5 => [1, 2, 2],
+                6 => [1, 1, 1],
+                0..5 if page < marks => [0, 0, 3],
+                _ => [0, 0, 0],
+            };
+            assert_eq!([&one, &two, &three].map(|image| kept(&rig, image, page)), wanted, "page {page}");
+        }
+        [one, two, three].into_iter().for_each(|image| drop_snapshot(&rig, image));
+        rig.destroy(guest);
+        assert_eq!((rig.objects(), rig.free()), (0, 64));
+    }
+}
+
+#[test]
 fn an_empty_copy_is_handed_out_again_and_neither_holder_sees_the_others_writes_d28() {
     let rig = Rig::new(128);
     let guest = filled(&rig, 4, 1);

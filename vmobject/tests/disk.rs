@@ -125,6 +125,30 @@ fn a_page_that_the_store_does_not_take_stays_and_the_pass_goes_on_and_ends_d13()
 }
 
 #[test]
+fn a_flush_of_pages_that_failed_together_and_not_alone_is_done_although_the_queue_is_full() {
+    let rig = rig(64);
+    let (guest, disk) = open(&rig, 64);
+    for page in 0..16 {
+        rig.store(&guest, at(page, 7), 0xaa).unwrap();
+    }
+    let mut clean = rig.vm.page_clean(disk, PageIndex::new(0)..PageIndex::new(64));
+    assert!(matches!(rig.vm.clean_step(&mut clean, 64, &mut Held::root()), Cleaned::Wait(_)));
+    rig.vm.machine().store.queue.store(4, std::sync::atomic::Ordering::Relaxed);
+    assert!(rig.deliver(0, Err(StoreError::Io)));
+    let failed = (0..100).find_map(|_| {
+        rig.deliver_all();
+        match rig.vm.clean_step(&mut clean, 64, &mut Held::root()) {
+            Cleaned::Done { failed } => Some(failed),
+            Cleaned::More | Cleaned::Wait(_) => None,
+        }
+    });
+    assert_eq!(failed, Some(0));
+    assert!((0..16).all(|page| stored(&rig, page) == 0xaa));
+    assert_eq!(written(&rig), 32, "once together, and once each alone");
+    rig.check();
+}
+
+#[test]
 fn a_pass_ends_although_the_guest_writes_on_and_covers_what_was_written_before_it_d14() {
     let rig = rig(64);
     let (guest, disk) = open(&rig, 64);
@@ -228,6 +252,27 @@ fn an_object_whose_store_is_gone_ends_all_the_same_and_that_is_counted() {
         rig.settle();
     }
     assert_eq!((rig.vm.stats().page_lost, rig.objects(), rig.free()), (3, 0, 256));
+}
+
+#[test]
+fn of_an_object_that_ends_only_the_bad_page_is_lost_although_the_queue_is_full() {
+    let rig = rig(64);
+    let (guest, _) = open(&rig, 64);
+    for page in 0..16 {
+        rig.store(&guest, at(page, 7), 0xaa).unwrap();
+    }
+    rig.destroy(guest);
+    assert_eq!(rig.vm.machine().store.pending(), 1, "they go together");
+    rig.vm.machine().store.queue.store(4, std::sync::atomic::Ordering::Relaxed);
+    while let Some(request) = rig.vm.machine().store.requests().first() {
+        let bad = (request.first..request.first + request.frames.len() as u64).contains(&5);
+        rig.deliver(0, if bad { Err(StoreError::Io) } else { Ok(()) });
+        rig.settle();
+    }
+    for page in 0..16 {
+        assert_eq!(stored(&rig, page), if page == 5 { 0x11 } else { 0xaa }, "page {page}");
+    }
+    assert_eq!((rig.vm.stats().page_lost, rig.objects(), rig.free()), (1, 0, 256));
 }
 
 #[test]

@@ -6,6 +6,8 @@
     reason = "a test may fail, and its bytes wrap on purpose"
 )]
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use vmobject::addr::{Ipa, IpaRange, PAGE_SIZE};
 use vmobject::fault::{FaultError, Faulted, WaitFor};
 use vmobject::lock::Held;
@@ -102,7 +104,7 @@ fn a_page_of_an_image_comes_from_its_store_and_brings_its_neighbours() {
     for page in 16..32 {
         assert_eq!(rig.load(&guest, at(page, 1)), Ok(image_byte(page, 1)));
     }
-    assert_eq!(rig.vm.machine().store.started.load(std::sync::atomic::Ordering::Relaxed), 1);
+    assert_eq!(rig.vm.machine().store.started.load(Relaxed), 1);
     assert_eq!(guest.stats().around, 15, "the neighbours were mapped along");
     assert_eq!(guest.stats().fault_shared, 1);
     rig.check();
@@ -282,6 +284,24 @@ fn a_failed_page_in_is_told_once_and_tried_again_after() {
 }
 
 #[test]
+fn a_failure_that_nobody_came_back_for_is_not_told_to_another_guest() {
+    let rig = rig_with_image(64, 16 * PAGE_SIZE);
+    let (first, second) = (guest_on_image(&rig, 16), guest_on_image(&rig, 16));
+    // With its neighbours, and then alone.
+    for _ in 0..2 {
+        let fault = rig.vm.fault(&first, at(3, 0), Prot::READ, &mut Held::root());
+        assert!(matches!(fault, Ok(Faulted::Wait(WaitFor::Io(_)))));
+        assert!(rig.deliver(0, Err(StoreError::Io)));
+    }
+    rig.destroy(first);
+    let started = rig.vm.machine().store.started.load(Relaxed);
+    assert_eq!(rig.load(&second, at(3, 0)), Ok(image_byte(3, 0)));
+    let tried = rig.vm.machine().store.started.load(Relaxed) - started;
+    assert_eq!((tried, rig.vm.stats().page_in_failed, rig.vm.stats().fault_lost), (1, 2, 0));
+    rig.check();
+}
+
+#[test]
 fn a_store_that_takes_nothing_now_makes_the_guest_wait_and_one_that_never_will_loses_the_page() {
     let rig = rig_with_image(64, 16 * PAGE_SIZE);
     let guest = guest_on_image(&rig, 16);
@@ -350,8 +370,7 @@ fn without_tables_a_fault_waits_and_loses_nothing() {
     let rig = Rig::new(64);
     let guest = rig.guest(8);
     let set = |on| {
-        let order = std::sync::atomic::Ordering::Relaxed;
-        guest.with_pmap(&mut Held::root(), |pmap| pmap.out_of_tables.store(on, order));
+        guest.with_pmap(&mut Held::root(), |pmap| pmap.out_of_tables.store(on, Relaxed));
     };
     set(true);
     assert_eq!(rig.store(&guest, at(0, 0), 1), Err(Refused::Stuck(WaitFor::Memory)));

@@ -1,18 +1,23 @@
 //! Interleavings, chosen: CPUs that come in between each other wherever they can, as a scheduler says.
 //!
 //! `smp` lets the host's threads run as they come. Here one of them runs at a time, and at each point
-//! ([`vmobject::point`]) a scheduler chooses who goes on: at random, or rarely and at few places (PCT). The six
-//! stories are those in which it matters who comes first: a page under way and those who wait for it, collapse against
-//! fault and against prune, push against a look through the copy, the last reference against a look-up, clone against
-//! fault. Each is played with a defect that its interleavings
-//! show until that is found, and then without it. A failure prints the scheduler's seed and the schedule, which
-//! `shuttle::replay` takes; `SHUTTLE_SEED=n` begins elsewhere and `SHUTTLE_ROUNDS=n` plays longer.
+//! ([`vmobject::point`]) a scheduler chooses who goes on: at random, or rarely and at few places (PCT). The stories are
+//! those in which it matters who comes first. The six in this file: a page under way and those who wait for it, collapse
+//! against fault and against prune, push against a look through the copy, the last reference against a look-up, clone
+//! against fault. In `stories` are `chains` (a copy that is mapped while its source writes, one that is forgotten, a
+//! part of a guest that ends, a hop to what is another object by now), `transfers` (one that ends while somebody
+//! flushes, discards or lets pages go) and `soup` (everything at once: guests with clones and snapshots, and storms of
+//! swapping and of writing to a disk). A story for which there is a defect is played with that until it is found, and
+//! then each is played without. A failure prints the scheduler's seed and the schedule, which `shuttle::replay` takes;
+//! `SHUTTLE_SEED=n` begins elsewhere and `SHUTTLE_ROUNDS=n` plays longer.
 
 #![expect(clippy::unwrap_used, reason = "a test may fail")]
 
+mod stories;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::sync::atomic::AtomicBool;
@@ -73,20 +78,45 @@ fn plays(
     }))
 }
 
+/// A story is good.
+fn hold(story: Story, rounds: usize) {
+    let _one = one();
+    play_well(story, DEPTH, rounds);
+}
+
 /// A story is good, and is not when a defect is in it.
 fn tell(story: Story, defect: Defect) {
-    // One at a time: a schedule is of one.
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let seed = given("SHUTTLE_SEED").unwrap_or(1);
-    let rounds = given("SHUTTLE_ROUNDS").map_or(ROUNDS, |rounds| usize::try_from(rounds).unwrap());
-    let found = plays(story, Some(defect), PctScheduler::new_from_seed(seed, DEPTH, ENOUGH)).is_err()
+    tell_to(DEPTH, story, defect);
+}
+
+/// The same with another depth: the defect takes more than the others.
+fn tell_to(depth: usize, story: Story, defect: Defect) {
+    let _one = one();
+    let seed = seed();
+    let found = plays(story, Some(defect), PctScheduler::new_from_seed(seed, depth, ENOUGH)).is_err()
         || plays(story, Some(defect), RandomScheduler::new_from_seed(seed, ENOUGH)).is_err();
     assert!(found, "with {defect:?} all is well in {ENOUGH} rounds from seed {seed}");
     println!("{defect:?} was found; from here on nothing is to be");
+    play_well(story, depth, ROUNDS);
+}
+
+/// Only one story at a time: a schedule is of one.
+fn one() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn seed() -> u64 {
+    given("SHUTTLE_SEED").unwrap_or(1)
+}
+
+/// Plays a story in which nothing is wrong under each scheduler, so many rounds or as many as are asked for.
+fn play_well(story: Story, depth: usize, rounds: usize) {
+    let seed = seed();
+    let rounds = given("SHUTTLE_ROUNDS").map_or(rounds, |rounds| usize::try_from(rounds).unwrap());
     for (name, good) in [
         ("random", plays(story, None, RandomScheduler::new_from_seed(seed, rounds))),
-        ("PCT", plays(story, None, PctScheduler::new_from_seed(seed, DEPTH, rounds))),
+        ("PCT", plays(story, None, PctScheduler::new_from_seed(seed, depth, rounds))),
     ] {
         good.unwrap_or_else(|panic| {
             println!("under the {name} scheduler from seed {seed}");
@@ -126,15 +156,33 @@ fn attempt(rig: &Rig, map: &TestMap, page: u32, write: Option<u8>) -> Result<u8,
     }
 }
 
-/// The same, however often it has to wait.
-fn access(rig: &Rig, map: &TestMap, page: u32, write: Option<u8>) -> u8 {
+/// The same, however often it has to wait, and this is how it does.
+fn access_after(rig: &Rig, map: &TestMap, page: u32, write: Option<u8>, wait: impl Fn(&Rig, WaitFor)) -> u8 {
     loop {
         match attempt(rig, map, page, write) {
             Ok(byte) => return byte,
-            Err(_) => {
-                rig.deliver_all();
-                thread::yield_now();
-            }
+            Err(what) => wait(rig, what),
+        }
+    }
+}
+
+/// The same for who is the device himself.
+fn access(rig: &Rig, map: &TestMap, page: u32, write: Option<u8>) -> u8 {
+    access_after(rig, map, page, write, serve)
+}
+
+/// Waits by doing what the device does.
+fn serve(rig: &Rig, _what: WaitFor) {
+    rig.deliver_all();
+    thread::yield_now();
+}
+
+/// Waits as a vCPU does, while somebody else is the device.
+fn park(rig: &Rig, what: WaitFor) {
+    thread::yield_now();
+    if let WaitFor::Io(token) = what {
+        while rig.vm.in_flight(token, &mut Held::root()) {
+            thread::yield_now();
         }
     }
 }
@@ -150,6 +198,13 @@ fn at_rest(rig: &Rig) {
     rig.settle();
     rig.check();
     assert_eq!(rig.vm.check_at_rest(&mut Held::root()), Ok(()));
+}
+
+/// Nobody has anything any more: no frame, no object, no slot.
+fn nothing_is_left(rig: &Rig) {
+    at_rest(rig);
+    let (memory, swap) = (rig.vm.memory(&mut Held::root()), rig.vm.swap_info(&mut Held::root()));
+    assert_eq!((memory.queues.free, memory.objects, swap.in_use), (memory.total, 0, 0));
 }
 
 /// Two guests of one image and two vCPUs of each want pages that are under way. Each parks for the transfer that it is told,
@@ -229,7 +284,7 @@ fn a_fault_finds_its_page_while_a_collapse_moves_it(defect: Option<Defect>) {
     at_rest(&rig);
     assert_eq!([0, 4].map(|page| access(&rig, &youngest, page, None)), [100, byte_of(4)]);
     rig.destroy(youngest);
-    assert_eq!((rig.free(), rig.objects()), (64, 0));
+    nothing_is_left(&rig);
 }
 
 /// A parent ends whose child has copied pages: one CPU moves those down to what the parent leaves, another one looks for
@@ -257,7 +312,7 @@ fn what_hides_a_page_takes_its_place_while_that_is_pruned(defect: Option<Defect>
     }
     at_rest(&rig);
     rig.destroy(child);
-    assert_eq!((rig.free(), rig.objects()), (64, 0));
+    nothing_is_left(&rig);
 }
 
 /// A guest of whose memory an image is made writes a page that its children have copies of: what the image saw through it
@@ -291,7 +346,7 @@ fn an_image_is_of_one_instant(defect: Option<Defect>) {
     rig.vm.delete_snapshot(kept, &mut Held::root());
     children.into_iter().for_each(|child| rig.destroy(child));
     rig.destroy(guest);
-    assert_eq!((rig.free(), rig.objects()), (64, 0));
+    nothing_is_left(&rig);
 }
 
 /// The last guest of an image ends while another one opens it: it finds the object that is there, or makes a new one,
@@ -328,7 +383,7 @@ fn who_opens_an_image_while_its_last_user_ends_has_it(defect: Option<Defect>) {
     at_rest(&rig);
     assert_eq!(rig.objects(), 1, "one store has one object (D27)");
     [map, other].into_iter().for_each(|map| rig.destroy(map));
-    assert_eq!((rig.free(), rig.objects()), (64, 0));
+    nothing_is_left(&rig);
 }
 
 /// A guest writes its pages in turn while it is cloned: the clone is of one instant, and stays so.
@@ -360,7 +415,7 @@ fn a_clone_is_of_one_instant(defect: Option<Defect>) {
     at_rest(&rig);
     rig.destroy(guest);
     rig.destroy(clone);
-    assert_eq!((rig.free(), rig.objects()), (64, 0));
+    nothing_is_left(&rig);
 }
 
 #[test]

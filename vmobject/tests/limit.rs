@@ -203,3 +203,45 @@ fn a_limited_guest_for_which_swap_is_full_waits_and_goes_on_when_its_limit_is_li
     assert_eq!(rig.vm.fault(&guest, at(page, 0), Prot::WRITE, held), Ok(Faulted::Mapped));
     rig.check();
 }
+
+#[test]
+fn a_guest_that_can_give_nothing_does_not_keep_another_from_giving() {
+    for gives_first in [false, true] {
+        let rig = Rig::with_swap(4096, 400);
+        let (stuck, gives) = (rig.guest(1000), rig.guest(1000));
+        // What one guest has in frames is in swap, too.
+        rig.fill(&gives, 0..150);
+        rig.page_out_all();
+        for page in 0..150 {
+            rig.load(&gives, at(page, 77)).unwrap();
+        }
+        // The rest of swap is somebody else's.
+        let third = rig.guest(400);
+        rig.fill(&third, 0..400);
+        limit(&rig, &third, 100);
+        for _ in 0..4000 {
+            rig.vm.pageout(64, &mut Held::root());
+            rig.deliver_all();
+        }
+        rig.vm.set_limit(&third, None, &mut Held::root()).unwrap();
+        rig.fill(&stuck, 0..200);
+        assert_eq!((own(&rig, &stuck), own(&rig, &gives)), (200, 150));
+        assert_eq!(rig.vm.swap_info(&mut Held::root()).free(), 0);
+        for guest in if gives_first { [&gives, &stuck] } else { [&stuck, &gives] } {
+            limit(&rig, guest, 100);
+        }
+        for _ in 0..20_000 {
+            // It is held up, and asks.
+            rig.vm.fault(&gives, at(0, 0), Prot::READ, &mut Held::root()).unwrap();
+            rig.vm.pageout(64, &mut Held::root());
+            rig.deliver_all();
+        }
+        rig.check();
+        assert!(own(&rig, &gives) <= 100, "{} of 100, first: {gives_first}", own(&rig, &gives));
+        assert!(own(&rig, &stuck) > 100, "there is no room for it");
+        for (guest, pages) in [(&gives, 150), (&stuck, 200)] {
+            rig.vm.set_limit(guest, None, &mut Held::root()).unwrap();
+            (0..pages).for_each(|page| assert_eq!(rig.load(guest, at(page, 77)), Ok(byte_of(page))));
+        }
+    }
+}

@@ -148,3 +148,29 @@ fn a_page_of_a_disk_that_is_not_written_yet_stays_though_every_copy_has_its_own(
     assert_eq!(rig.load(copies.as_slice().first().unwrap(), at(3, 7)), Ok(0x11));
     rest(&rig);
 }
+
+#[test]
+fn what_a_part_does_not_show_is_freed_whether_a_guest_is_made_of_it_before_or_after_the_whole_ends() {
+    for before in [true, false] {
+        let rig = Rig::new(64);
+        let guest = rig.guest(12);
+        rig.fill(&guest, 0..12);
+        let range = IpaRange::from_pages(at(0, 0), 2).unwrap();
+        let part = rig.vm.copy_in(&guest, range, &mut Held::root()).unwrap();
+        let make = || rig.vm.map_snapshot(&part, FakePmap::default(), &mut Held::root()).unwrap();
+        let made = if before {
+            let made = make();
+            rig.destroy(guest);
+            made
+        } else {
+            rig.destroy(guest);
+            make()
+        };
+        rest(&rig);
+        assert_eq!(rig.free(), 62);
+        assert_eq!([0, 1].map(|page| rig.load(&made, at(page, 77))), [Ok(byte_of(0)), Ok(byte_of(1))]);
+        rig.vm.delete_snapshot(part, &mut Held::root());
+        rig.destroy(made);
+        assert_eq!((rig.objects(), rig.free()), (0, 64));
+    }
+}
