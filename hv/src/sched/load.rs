@@ -29,6 +29,8 @@ pub struct Cpu {
     pub fp_live: bool,
     /// The list registers must be written from the virtual interrupt controller before entry.
     pub flush: bool,
+    /// What the running vCPU has faulted for is there: the fault is served again before the guest runs. Only with `flush`.
+    pub again: bool,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
     /// Ticks of that turn in which it stood still, and waited for a disk.
@@ -48,6 +50,7 @@ impl Cpu {
             loaded: None,
             fp_live: false,
             flush: false,
+            again: false,
             slice_end: 0,
             stood: 0,
             chores_due: 0,

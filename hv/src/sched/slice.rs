@@ -91,7 +91,7 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             switch::load_el1(&context.el1);
         }
         vcpu.take_note();
-        cpu.flush = true;
+        (cpu.flush, cpu.again) = (true, false);
         if entry.guest.work.waits() {
             entry.guest.work.wake();
         }
@@ -130,7 +130,7 @@ fn go(
     arm(cpu, entry, held);
     let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
     loop {
-        if cpu.flush {
+        let trap = if cpu.flush {
             while guest.work.take() {
                 if let Some(leaves) = run_errands(cpu, entry, outside, held) {
                     cpu.fp_live = run.fp_live;
@@ -141,8 +141,13 @@ fn go(
             if kicks != 0 {
                 super::wake_many(&entry.guest, kicks, held);
             }
-        }
-        let trap = switch::enter(&mut run.context.regs);
+            match core::mem::take(&mut cpu.again) {
+                true => switch::synchronous(),
+                false => switch::enter(&mut run.context.regs),
+            }
+        } else {
+            switch::enter(&mut run.context.regs)
+        };
         let number = count(&vcpu.counts.exits);
         vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
         let what = match trap {
@@ -169,7 +174,7 @@ fn go(
         }
         if what != Exit::Resume {
             cpu.fp_live = run.fp_live;
-            if let Some(leaves) = decide(cpu, entry, &mut run, (what, trap), outside, held) {
+            if let Some(leaves) = decide(cpu, entry, what, outside, held) {
                 return leaves;
             }
         }
@@ -218,8 +223,7 @@ fn kick(cpu: &mut Cpu, entry: &VcpuRef, run: &mut Run<'_>, held: &mut Held<'_, {
 fn decide(
     cpu: &mut Cpu,
     entry: &VcpuRef,
-    run: &mut Run<'_>,
-    (what, trap): (Exit, Trap),
+    what: Exit,
     outside: &dyn Outside,
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Option<Leaves> {
@@ -249,30 +253,12 @@ fn decide(
                 }
             }
             if came {
-                return again(cpu, entry, run, trap, outside, held);
+                vcpu.set_cause(Cause::Event);
+                (cpu.again, cpu.flush) = (true, true);
+                return None;
             }
             let told = added && matches!(waiting, Waiting::Io(_));
             block(cpu, entry, if told { u64::MAX } else { timer::now().saturating_add(ticks(PATIENCE_MS)) })
-        }
-    }
-}
-
-/// What a vCPU waited for is there: what it faulted for is served once more, before the guest runs.
-fn again(
-    cpu: &mut Cpu,
-    entry: &VcpuRef,
-    run: &mut Run<'_>,
-    trap: Trap,
-    outside: &dyn Outside,
-    held: &mut Held<'_, { rank::VCPU }>,
-) -> Option<Leaves> {
-    run.vcpu.set_cause(Cause::Event);
-    let Trap::Sync { esr, far, hpfar } = trap else { return None };
-    match exit::sync(run, esr, far, hpfar, held) {
-        // It faults again, and waits again.
-        Exit::Resume | Exit::Wait(_) => None,
-        what @ (Exit::Off | Exit::End(_) | Exit::Fork(..) | Exit::Idle) => {
-            decide(cpu, entry, run, (what, trap), outside, held)
         }
     }
 }

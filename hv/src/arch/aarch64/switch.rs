@@ -26,14 +26,20 @@ pub fn enter(regs: &mut GuestRegs) -> Trap {
     // SAFETY: the pointer is to registers that we hold exclusively. The guest reaches no memory of ours:
     // its stage 2 is what the last `load_stage2` named, whose contract says so.
     match unsafe { hv_enter(regs) } {
-        0 => Trap::Sync {
-            esr: read_sysreg!("esr_el2"),
-            far: read_sysreg!("far_el2"),
-            hpfar: read_sysreg!("hpfar_el2"),
-        },
+        0 => synchronous(),
         1 => Trap::Irq,
         2 => Trap::Fiq,
         _ => Trap::SError { esr: read_sysreg!("esr_el2") },
+    }
+}
+
+/// The synchronous exception that was taken last, of a guest: EL2 itself takes none.
+#[inline]
+pub fn synchronous() -> Trap {
+    Trap::Sync {
+        esr: read_sysreg!("esr_el2"),
+        far: read_sysreg!("far_el2"),
+        hpfar: read_sysreg!("hpfar_el2"),
     }
 }
 

@@ -16,20 +16,36 @@ struct State {
     el1: El1Context,
     stage2: Option<(PhysAddr, u16)>,
     cntvoff: u64,
+    last: Trap,
 }
 
 std::thread_local! {
     static STATE: RefCell<State> = const {
-        RefCell::new(State { script: VecDeque::new(), el1: El1Context::reset(0), stage2: None, cntvoff: 0 })
+        RefCell::new(State {
+            script: VecDeque::new(),
+            el1: El1Context::reset(0),
+            stage2: None,
+            cntvoff: 0,
+            last: Trap::Irq,
+        })
     };
 }
 
 /// Runs the guest until it traps: takes the next step of the script, or an interrupt when it is empty.
 pub fn enter(regs: &mut GuestRegs) -> Trap {
-    match STATE.with_borrow_mut(|state| state.script.pop_front()) {
+    let trap = match STATE.with_borrow_mut(|state| state.script.pop_front()) {
         Some(run) => run(regs),
         None => Trap::Irq,
+    };
+    if let Trap::Sync { .. } = trap {
+        STATE.with_borrow_mut(|state| state.last = trap);
     }
+    trap
+}
+
+/// The synchronous exception that was taken last.
+pub fn synchronous() -> Trap {
+    STATE.with_borrow(|state| state.last)
 }
 
 /// Adds a guest run to the script of this thread's CPU.
