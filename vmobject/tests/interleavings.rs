@@ -59,6 +59,9 @@ fn ask(point: Point) {
     }
 }
 
+/// Rounds that were played under the present scheduler.
+static PLAYED: AtomicU32 = AtomicU32::new(0);
+
 /// A story of a machine, in which something may be wrong.
 type Story = fn(Option<Defect>);
 
@@ -73,8 +76,12 @@ fn plays(
     config.max_steps = MaxSteps::FailAfter(STEPS);
     config.stack_size = 1 << 20;
     let runner = Runner::new(scheduler, config);
+    PLAYED.store(0, Relaxed);
     catch_unwind(AssertUnwindSafe(|| {
-        runner.run(move || story(defect));
+        runner.run(move || {
+            PLAYED.fetch_add(1, Relaxed);
+            story(defect);
+        });
     }))
 }
 
@@ -96,7 +103,7 @@ fn tell_to(depth: usize, story: Story, defect: Defect) {
     let found = plays(story, Some(defect), PctScheduler::new_from_seed(seed, depth, ENOUGH)).is_err()
         || plays(story, Some(defect), RandomScheduler::new_from_seed(seed, ENOUGH)).is_err();
     assert!(found, "with {defect:?} all is well in {ENOUGH} rounds from seed {seed}");
-    println!("{defect:?} was found; from here on nothing is to be");
+    println!("{defect:?} was found in round {}; from here on nothing is to be", PLAYED.load(Relaxed));
     play_well(story, depth, ROUNDS);
 }
 
