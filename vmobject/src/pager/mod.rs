@@ -63,7 +63,7 @@ pub struct Transfer {
     pub frames: [Pfn; CLUSTER_PAGES as usize],
     /// To swap: the frames will be free.
     pub leaves: bool,
-    /// For a fault of the map with this number, or [`NOBODY`]'s.
+    /// For a fault of the map with this number, or of none in particular.
     pub by: u32,
     /// Transfers are numbered as they begin. 0: not yet.
     pub serial: u64,
