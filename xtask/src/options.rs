@@ -9,7 +9,7 @@ use hv_abi::manifest::{
 };
 use std::fmt;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// `256M`, `1G`, or a plain number of MiB; in MiB.
 pub(crate) fn size_mib(text: &str) -> Result<u64, String> {
@@ -109,17 +109,30 @@ pub(crate) fn swap(text: &str) -> Result<SwapPlace, String> {
     Ok(SwapPlace { on: SwapOn::File(path), priority })
 }
 
-/// Refuses more places to swap to than there can be, and one that is given twice.
-pub(crate) fn check_swap(places: &[SwapPlace]) -> Result<()> {
+/// Refuses more places to swap to than there can be, one that is given twice, and a file that is given for something else
+/// as well, each with its option: what is in it would be overwritten.
+pub(crate) fn check_swap<'o>(
+    places: &[SwapPlace],
+    others: impl Iterator<Item = (&'o str, &'o Path)>,
+) -> Result<()> {
     ensure!(places.len() <= SWAP_LIMIT, "--swap: {} places; there are at most {SWAP_LIMIT}", places.len());
+    let whole = |file: &Path| file.canonicalize().unwrap_or_else(|_| file.to_owned());
     let files = |place: &SwapPlace| match &place.on {
-        SwapOn::File(file) => Some(file.canonicalize().unwrap_or_else(|_| file.clone())),
+        SwapOn::File(file) => Some(whole(file)),
         SwapOn::Own(_) => None,
     };
     let mut known = Vec::new();
     for file in places.iter().filter_map(files) {
         ensure!(!known.contains(&file), "--swap {}: it is given twice", file.display());
         known.push(file);
+    }
+    for (option, file) in others {
+        let file = whole(file);
+        ensure!(
+            !known.contains(&file),
+            "--swap {}: it is given as {option}, too, and would be overwritten; swap to another file",
+            file.display()
+        );
     }
     Ok(())
 }
@@ -298,6 +311,18 @@ mod tests {
         assert_eq!(disk(&format!("{file},private")).map(|d| d.to_string()), Ok(format!("{file},private")));
         assert!(disk(&format!("{file},rw")).is_err_and(|why| why.contains("'rw' after the comma")));
         assert!(disk("/nowhere,ro").is_err());
+    }
+
+    #[test]
+    fn a_file_to_swap_to_has_no_other_use() {
+        let file = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
+        let place = || SwapPlace { on: SwapOn::File(file.to_owned()), priority: None };
+        let refused = |places: &[SwapPlace], others: &[(&'static str, &Path)], words: &str| {
+            check_swap(places, others.iter().copied()).is_err_and(|why| why.to_string().contains(words))
+        };
+        assert!(check_swap(&[place()], std::iter::once(("--disk", Path::new("/nowhere")))).is_ok());
+        assert!(refused(&[place(), place()], &[], "given twice"));
+        assert!(refused(&[place()], &[("--kernel", Path::new("/nowhere")), ("--disk", file)], "as --disk"));
     }
 
     #[test]

@@ -289,7 +289,11 @@ impl Run {
     fn prepare(&self, machine: &Machine, dir: &Path) -> Result<Prepared> {
         stored::check_images(&self.images)?;
         options::check_disks(&self.disks, self.guests)?;
-        options::check_swap(&self.swap)?;
+        let disks = self.disks.iter().map(|disk| ("--disk", disk.file.as_path()));
+        let images = self.images.iter().map(|image| ("--image", image.file.as_path()));
+        let kernel = self.kernel.iter().map(|file| ("--kernel", file.as_path()));
+        let initrd = self.initrd.iter().map(|file| ("--initrd", file.as_path()));
+        options::check_swap(&self.swap, disks.chain(images).chain(kernel).chain(initrd))?;
         let lock = reserve(dir)?;
         // A log that is there belongs to this run.
         let _ = std::fs::remove_file(&machine.log);
