@@ -31,7 +31,7 @@ pub const PUTS_OF_ONE: u32 = 8;
 pub const MAX_SWAP_PUTS: u32 = 64;
 const _: () = assert!(MAX_SWAP_PUTS as usize == PUTS_OF_ONE as usize * MAX_SWAP_STORES);
 /// Transfers out in flight to all other stores together.
-pub const MAX_DISK_PUTS: u32 = 32;
+pub const MAX_DISK_PUTS: u32 = 96;
 /// Steps of pageout in which nothing is written, after a store took nothing.
 pub const BLOCKED_STEPS: u32 = 16;
 /// Pages of all swap stores that are used: 64 GiB.

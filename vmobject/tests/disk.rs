@@ -409,3 +409,55 @@ fn a_shutdown_cleans_what_is_in_use_releases_and_proves_that_nothing_is_left_d25
     assert_eq!(rig.shut_down(), Left::default());
     assert_eq!(rig.free(), 256);
 }
+
+/// A store that takes single pages and not several at once, and a guest that writes all the time.
+#[test]
+fn a_pass_over_what_a_guest_writes_on_ends_although_its_store_refuses_clusters() {
+    let rig = rig(64);
+    let (guest, disk) = open(&rig, 64);
+    for page in 0..16 {
+        rig.store(&guest, at(page, 7), 1).unwrap();
+    }
+    let mut clean = rig.vm.page_clean(disk, PageIndex::new(0)..PageIndex::new(64));
+    for _ in 0..1000 {
+        match rig.vm.clean_step(&mut clean, 64, &mut Held::root()) {
+            Cleaned::Done { failed } => {
+                assert!(failed <= 64, "{failed} failed");
+                assert!(
+                    (0..16).all(|page| stored(&rig, page) == 1),
+                    "what was written before the pass is not there"
+                );
+                return;
+            }
+            Cleaned::More => {}
+            Cleaned::Wait(_) => {
+                let several = rig.vm.machine().store.requests()[0].frames.len() > 1;
+                rig.deliver(0, if several { Err(StoreError::Io) } else { Ok(()) });
+                for page in 0..64 {
+                    let _ = rig.vm.write(&guest, at(page, 8), &[5], &mut Held::root()).unwrap();
+                }
+            }
+        }
+    }
+    panic!("the pass does not end");
+}
+
+#[test]
+fn a_page_that_fails_in_both_rounds_of_a_pass_is_counted_once() {
+    let rig = rig(64);
+    let (guest, disk) = open(&rig, 64);
+    for page in [0, 20, 21] {
+        rig.store(&guest, at(page, 7), 1).unwrap();
+    }
+    let mut clean = rig.vm.page_clean(disk, PageIndex::new(0)..PageIndex::new(64));
+    let failed = loop {
+        match rig.vm.clean_step(&mut clean, 64, &mut Held::root()) {
+            Cleaned::Done { failed } => break failed,
+            Cleaned::More => {}
+            Cleaned::Wait(_) => {
+                rig.deliver(0, Err(StoreError::Io));
+            }
+        }
+    };
+    assert_eq!(failed, 4, "three pages and the flush");
+}

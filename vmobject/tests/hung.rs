@@ -12,8 +12,8 @@ use vmobject::map::Share;
 use vmobject::object::ObjectId;
 use vmobject::pager::{Clean, Cleaned};
 use vmobject::prot::Prot;
-use vmobject::store::StoreId;
-use vmobject::testing::{Rig, SWAP, TestMap, at, byte_of};
+use vmobject::store::{StoreError, StoreId};
+use vmobject::testing::{Request, Rig, SWAP, TestMap, at, byte_of};
 
 const DISK: StoreId = StoreId(4);
 /// Attempts after which somebody is held up for good.
@@ -206,4 +206,45 @@ fn what_a_disk_never_takes_does_not_count_as_memory_that_is_about_to_be_free() {
     rig.deliver_all();
     let step = rig.vm.clean_step(&mut flush, 64, &mut Held::root());
     assert_eq!(step, Cleaned::Done { failed: 0 });
+}
+
+/// What fails together is tried alone: not so often that a store which then says nothing has every place.
+#[test]
+fn a_swap_store_that_fails_and_then_never_answers_leaves_the_others_their_places() {
+    let rig = Rig::new(4096);
+    let [bad, well] = [StoreId(0), StoreId(1)];
+    for store in [bad, well] {
+        rig.vm.machine().store.add(store, vec![0; 4096 << 12]);
+        rig.vm.add_swap_at(store, 0, &mut Held::root()).unwrap();
+    }
+    let guest = rig.guest(6000);
+    let to = |store: StoreId| {
+        let requests = rig.vm.machine().store.requests();
+        requests.iter().filter(|request| request.store == store).count()
+    };
+    let (mut page, mut attempts, mut errors) = (0, 0, 0);
+    while page < 6000 {
+        match rig.vm.fault(&guest, at(page, 77), Prot::WRITE, &mut Held::root()).unwrap() {
+            Faulted::Mapped => {
+                rig.store(&guest, at(page, 77), byte_of(page)).unwrap();
+                (page, attempts) = (page + 1, 0);
+            }
+            Faulted::Wait(_) => attempts += 1,
+        }
+        assert!(attempts < 20_000, "{page} pages; {} and {} transfers", to(bad), to(well));
+        rig.vm.pageout(64, &mut Held::root());
+        assert!(to(bad) <= PUTS, "{} transfers to one store", to(bad));
+        let nth = |which: &dyn Fn(&Request) -> bool| rig.vm.machine().store.requests().iter().position(which);
+        while let Some(nth) = nth(&|request| request.store == well) {
+            rig.deliver(nth, Ok(()));
+        }
+        if errors < 8
+            && to(bad) >= PUTS
+            && let Some(nth) = nth(&|request| request.store == bad && request.frames.len() > 1)
+        {
+            errors += 1;
+            rig.deliver(nth, Err(StoreError::Io));
+        }
+    }
+    assert!(errors > 0, "nothing failed");
 }

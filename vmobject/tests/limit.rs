@@ -245,3 +245,15 @@ fn a_guest_that_can_give_nothing_does_not_keep_another_from_giving() {
         }
     }
 }
+
+#[test]
+fn a_guest_with_a_little_too_much_keeps_its_leaves_while_the_store_is_busy_and_pageout_rests() {
+    let rig = Rig::with_swap(4096, 4096);
+    let guest = rig.guest(1000);
+    rig.fill(&guest, 0..1000);
+    limit(&rig, &guest, 902);
+    let steps = (0..5000).filter(|_| rig.vm.pageout(64, &mut Held::root()).more).count();
+    assert!(steps < 600, "{steps} of 5000 steps with more to do, and the store says nothing");
+    let left = (0..1000).filter(|&page| is_mapped(&guest, page)).count();
+    assert!(left >= 800, "{left} leaves of 1000 are left, and 98 pages are too many");
+}

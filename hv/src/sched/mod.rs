@@ -176,6 +176,12 @@ fn contended<const R: u8>(cpu: usize, held: &mut Held<'_, R>) -> bool {
     !QUEUES[cpu].is_empty(held)
 }
 
+/// True when a vCPU waits for any CPU.
+fn is_anybody_ready<const R: u8>(held: &mut Held<'_, R>) -> bool {
+    const { assert!(R < rank::SCHED) };
+    QUEUES[..percpu::count()].iter().any(|queue| !queue.is_empty(held))
+}
+
 /// Tells a vCPU that there is something to look at. Any CPU may, holding any lock below the scheduler's.
 pub fn wake<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
     const { assert!(R < rank::SCHED) };

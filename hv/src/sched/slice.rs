@@ -18,7 +18,10 @@ use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
 
 use super::load::{Cpu, ticks};
-use super::{ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, start, wake};
+use super::{
+    ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, is_anybody_ready, start,
+    wake,
+};
 
 /// The interrupt by which CPUs kick each other.
 const KICK_SGI: u32 = 0;
@@ -241,33 +244,39 @@ fn decide(
                 Waiting::Memory => Cause::Memory,
             });
             let added = WAITERS.add(waiting, entry, held);
-            let mut came = false;
-            if let (true, Waiting::Io(token)) = (added, waiting) {
+            if let Waiting::Io(token) = waiting {
                 // Look once more now that a completion would find us: it may have come before.
-                came = !crate::mm::vm().in_flight(token, held);
-                if !came && has_nothing_else(cpu, held) {
+                let mut came = !crate::mm::vm().in_flight(token, held);
+                if !came && added && has_nothing_else(cpu, entry, held) {
                     if let Some(leaves) = stand_still(cpu, entry, outside, held) {
                         return Some(leaves);
                     }
                     came = !crate::mm::vm().in_flight(token, held);
                 }
-            }
-            if came {
-                vcpu.set_cause(Cause::Event);
-                (cpu.again, cpu.flush) = (true, true);
-                return None;
+                // Or somebody has told us of something else meanwhile: the guest looks at that, and faults again.
+                if came || cpu.flush {
+                    vcpu.set_cause(Cause::Event);
+                    (cpu.again, cpu.flush) = (came, true);
+                    return None;
+                }
             }
             let told = added && matches!(waiting, Waiting::Io(_));
-            block(cpu, entry, if told { u64::MAX } else { timer::now().saturating_add(ticks(PATIENCE_MS)) })
+            let deadline = if told { u64::MAX } else { timer::now().saturating_add(ticks(PATIENCE_MS)) };
+            let leaves = block(cpu, entry, deadline);
+            if leaves.is_none() {
+                vcpu.set_cause(Cause::Event);
+            }
+            leaves
         }
     }
 }
 
 /// True when a CPU would sleep if its vCPU left it.
-fn has_nothing_else(cpu: &Cpu, held: &mut Held<'_, { rank::VCPU }>) -> bool {
+fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> bool {
     let vm = crate::mm::vm();
     let busy = super::CHORES.load(Ordering::SeqCst) || super::jobs::are_running();
-    !busy && !vm.wants_pageout() && !vm.has_chores(held) && !contended(cpu.id, held)
+    let wanted = cpu.flush || entry.guest.work.is_wanted();
+    !busy && !wanted && !vm.wants_pageout() && !vm.has_chores(held) && !is_anybody_ready(held)
 }
 
 /// Waits for an interrupt without putting away the vCPU that waits for a disk, and takes it: a page comes back sooner
@@ -280,7 +289,7 @@ fn stand_still(
 ) -> Option<Leaves> {
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // As in `idle`: whoever comes after this sees the flag.
-    if !contended(cpu.id, held) {
+    if !is_anybody_ready(held) {
         cpu.sleepers.next().map_or_else(timer::disarm_host, timer::arm_host);
         let begun = timer::now();
         irq::wait_for_interrupt();

@@ -26,8 +26,10 @@ pub(super) struct Clocks {
     turn: usize,
     /// Pages that were looked at since something went.
     vain: u32,
-    /// Guests in a row that could give nothing.
-    given_up: usize,
+    /// The first of those in a row that could give nothing, by its number.
+    given_up: Option<u32>,
+    /// Nobody can give anything before more transfers than these have ended.
+    waits: Option<u64>,
 }
 
 impl<M: Machine> Vm<M> {
@@ -45,7 +47,7 @@ impl<M: Machine> Vm<M> {
                 self.go_on(daemon, sweep, left, done, held);
                 let page = self.frames.page(frame);
                 if done.freed > freed || page.queue() == Queue::Laundry {
-                    (daemon.clocks.vain, daemon.clocks.given_up) = (0, 0);
+                    (daemon.clocks.vain, daemon.clocks.given_up) = (0, None);
                 } else if sweep.aim == Aim::Age && page.queue() == Queue::Inactive {
                     // The hand has been here before, and it was not used since.
                     daemon.hand = self.set_out(frame, Aim::Unmap, held);
@@ -54,23 +56,35 @@ impl<M: Machine> Vm<M> {
             }
             let Some((map, excess)) = self.payer(daemon, held) else { return };
             let laundry = self.frames.lengths(held).laundry;
-            if self.can_write(daemon, held) && (laundry >= CLUSTER_PAGES || excess <= laundry) {
+            let can_write = self.can_write(daemon, held);
+            // More would only lose its leaves.
+            let enough = laundry >= CLUSTER_PAGES || excess <= laundry;
+            let ended = self.transfers.leaving(held).1;
+            daemon.clocks.waits = daemon.clocks.waits.filter(|&known| enough && known == ended);
+            if enough && can_write {
                 *left = left.saturating_sub(LAUNDERING);
                 let laundered = self.launder(held);
                 self.account(daemon, laundered, done, held);
                 continue;
             }
+            if daemon.clocks.waits.is_some() {
+                return;
+            }
             *left -= 1;
             let all = self.own_frames(&map, held);
-            if daemon.clocks.vain > 4 * all + CLUSTER_PAGES {
-                // Nothing of it can go now. It is tried again when it comes back and is held up.
+            // What is clean is found in one round, what is not used in two of two.
+            let rounds = if enough { 1 } else { 4 };
+            if daemon.clocks.vain > rounds * all + CLUSTER_PAGES {
+                // Nothing of it can go now.
                 let clocks = &mut daemon.clocks;
                 (clocks.vain, clocks.turn) = (0, clocks.turn.wrapping_add(1));
-                clocks.given_up += 1;
-                if clocks.given_up >= self.limited.at(0, held).1 {
-                    clocks.given_up = 0;
-                    // What only waits for a store is not given up.
-                    self.limited.ask(!self.can_write(daemon, held));
+                let first = *clocks.given_up.get_or_insert(map.number());
+                let others = self.payer(daemon, held).is_some_and(|(next, _)| next.number() != first);
+                if !others {
+                    daemon.clocks.given_up = None;
+                    // It is tried again when the guest comes back and is held up, or when the store takes something.
+                    daemon.clocks.waits = enough.then_some(ended);
+                    self.limited.ask(enough);
                     return;
                 }
                 continue;
@@ -82,6 +96,7 @@ impl<M: Machine> Vm<M> {
                     daemon.clocks.vain += 1;
                     let queue = self.frames.page(frame).queue();
                     if !matches!(queue, Queue::Active | Queue::Inactive)
+                        || enough && !self.frames.page(frame).has_clean_slot()
                         || map.is_needed(frame)
                         || !self.is_evictable(frame, held)
                     {

@@ -41,8 +41,9 @@ struct Daemon {
     fruitless: u32,
     /// Steps to leave out, after everything was looked at in vain.
     pause: u32,
-    /// Steps in which nothing is written, after a store took nothing, unless more transfers than these end.
+    /// Steps in which nothing is written, after a store took nothing.
     blocked: u32,
+    /// Transfers that had ended when either of them began: when another one has, it is over.
     ended: u64,
     /// Of guests that have too much.
     clocks: Clocks,
@@ -82,10 +83,11 @@ impl<M: Machine> Vm<M> {
         if self.limited.is_asked() {
             self.collect(&mut daemon, &mut left, &mut done, held);
         }
-        if daemon.pause > 0 {
+        if daemon.pause > 0 && self.transfers.leaving(held).1 == daemon.ended {
             daemon.pause -= 1;
             return done;
         }
+        daemon.pause = 0;
         while left > 0 {
             if let Some(sweep) = daemon.hand.take() {
                 self.go_on(&mut daemon, sweep, &mut left, &mut done, held);
@@ -162,7 +164,7 @@ impl<M: Machine> Vm<M> {
         if daemon.fruitless > 5 * all {
             // Everything was looked at on each queue, with a second chance: nothing can go now.
             daemon.fruitless = 0;
-            daemon.pause = if leaving == 0 { PAUSE } else { 0 };
+            (daemon.pause, daemon.ended) = (PAUSE, self.transfers.leaving(held).1);
             return Next::Stuck;
         }
         Target::next(lengths, self.can_write(daemon, held), daemon.fruitless > 3 * all)

@@ -27,9 +27,11 @@ pub struct Clean {
     first: u32,
     next: u32,
     end: u32,
-    /// What the object's counts of the same names were at the beginning.
+    /// What the object's counts of the same names were when this round began.
     unwritten: Option<u32>,
     retries: u32,
+    /// It is the second round.
+    again: bool,
     phase: Phase,
 }
 
@@ -61,7 +63,16 @@ impl<M: Machine> Vm<M> {
     /// Begins to write the changed pages of a range. An empty range is empty (D23).
     pub fn page_clean(&self, object: ObjectId, range: Range<PageIndex>) -> Clean {
         let (next, end) = (range.start.number(), range.end.number());
-        Clean { object, first: next, next, end, unwritten: None, retries: 0, phase: Phase::Pages }
+        Clean {
+            object,
+            first: next,
+            next,
+            end,
+            unwritten: None,
+            retries: 0,
+            again: false,
+            phase: Phase::Pages,
+        }
     }
 
     /// Goes on with a pass, looking at no more than `budget` slots.
@@ -96,12 +107,11 @@ impl<M: Machine> Vm<M> {
                     if let Some(token) = self.transfers.out_of(clean.object, serial, &mut held) {
                         return Cleaned::Wait(WaitFor::Io(token));
                     }
-                    if state.retries != clean.retries {
-                        // Once: what had changed when the pass began has gone alone by then.
-                        clean.retries = state.retries;
-                        clean.next = clean.first;
-                        clean.phase = Phase::Pages;
-                        continue;
+                    if state.retries != clean.retries && !clean.again {
+                        // Once: what had changed when the pass began goes alone then, or has gone.
+                        (clean.again, clean.unwritten) = (true, None);
+                        (clean.next, clean.phase) = (clean.first, Phase::Pages);
+                        return Cleaned::More;
                     }
                     match self.flush(&mut state, &mut held) {
                         Ok(()) => Phase::Flushed(self.transfers.last_serial(&mut held)),

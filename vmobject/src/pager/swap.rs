@@ -236,6 +236,11 @@ impl Swap {
         area.slots.spoil(own);
     }
 
+    /// True if another transfer to the store of a slot may begin.
+    pub(super) fn has_room<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> bool {
+        self.0.lock(held).0.of(slot).0.puts < PUTS_OF_ONE
+    }
+
     /// A transfer to a slot has begun.
     pub(super) fn begins<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) {
         let (mut areas, _held) = self.0.lock(held);

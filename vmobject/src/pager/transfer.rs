@@ -402,7 +402,7 @@ impl<M: Machine> Vm<M> {
     }
 
     /// The store did not take them: they stay. A slot is bad only if it failed alone; otherwise each page is
-    /// tried alone, in the same slot, unless the store takes nothing any more.
+    /// tried alone, in the same slot while the store has room, else some time in another, unless it takes nothing any more.
     fn is_still_here(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) {
         for (page, frame) in transfer.iter() {
             let Some(slot) = self.frames.page(frame).clean_slot() else { continue };
@@ -415,11 +415,13 @@ impl<M: Machine> Vm<M> {
                 self.stats.count(Event::SlotSpoiled);
                 self.frames.enqueue(frame, Queue::Active, held);
             } else if self.frames.page(frame).is_unmapped()
+                && self.swap.has_room(slot, held)
                 && self.page_out(state, page, &[frame], slot, held).is_ok()
             {
                 continue;
             } else {
                 self.drop_clean_slot(frame, held);
+                self.frames.page(frame).set_refused(true);
                 self.frames.enqueue(frame, Queue::Active, held);
             }
         }
