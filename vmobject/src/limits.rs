@@ -27,6 +27,8 @@ pub const AROUND_PAGES: u32 = 64;
 pub const MAX_IO: u32 = 256;
 /// Transfers out in flight to one swap store, or from one object to its own: one that hangs holds up no other.
 pub const PUTS_OF_ONE: u32 = 8;
+/// How often a swap store that has as many may be asked for more before one of lower priority is: it may never answer.
+pub const PUTS_PATIENCE: u32 = 64;
 /// Transfers out in flight to swap: as many as all stores may have.
 pub const MAX_SWAP_PUTS: u32 = 64;
 const _: () = assert!(MAX_SWAP_PUTS as usize == PUTS_OF_ONE as usize * MAX_SWAP_STORES);

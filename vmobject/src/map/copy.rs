@@ -16,9 +16,10 @@ use crate::addr::{Ipa, IpaRange};
 use crate::defect::Defect;
 use crate::limits::MAX_ENTRIES;
 use crate::lock::{Held, MAP};
-use crate::object::ObjectId;
+use crate::object::{Life, ObjectId, Role};
 use crate::pmap::Pmap as _;
 use crate::prot::Prot;
+use crate::rmap::{Links, MappingId};
 use crate::stats::Event;
 use crate::store::Machine;
 use crate::{Vm, VmError};
@@ -288,6 +289,24 @@ impl<M: Machine> Vm<M> {
             }
         }
         Ok(copies)
+    }
+
+    /// One more reference to a live object, and the mapping that has it, in one: who counts both finds them equal. The
+    /// mapping is made by `hang`, from the object's number.
+    pub(crate) fn refer_by<const OUTER: u8>(
+        &self,
+        id: ObjectId,
+        held: &mut Held<'_, OUTER>,
+        hang: impl FnOnce(&mut Links<Weak<Map<M>>>, u32) -> Result<MappingId, VmError>,
+    ) -> Result<MappingId, VmError> {
+        let (mut state, mut held) = self.objects.get(id).write(held);
+        assert!(state.id() == id && state.life == Life::Live, "{id:?} is gone");
+        let refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
+        let link = hang(&mut self.links.write(&mut held).0, id.number())?;
+        state.refs = refs;
+        // What is pushed to it from now on, a look through this mapping must not miss.
+        state.shadowed |= state.role != Role::Plain && !self.has(Defect::PushesUnseen);
+        Ok(link)
     }
 
     fn duplicate_one<const OUTER: u8>(

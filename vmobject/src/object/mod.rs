@@ -40,7 +40,6 @@ pub(crate) use trail::Hop;
 use trail::Trails;
 
 use crate::addr::{PageIndex, Pfn};
-use crate::pager::Transfer;
 use crate::store::{Direction, StoreId};
 use index::Slot;
 
@@ -210,18 +209,18 @@ impl State {
         self.id
     }
 
-    /// A transfer has begun.
-    pub(crate) fn begins(&mut self, transfer: &Transfer) {
+    /// A transfer has begun, with which so many pages leave for swap.
+    pub(crate) fn begins(&mut self, way: Direction, leaving: u32) {
         self.paging += 1;
-        self.puts += u32::from(transfer.way == Direction::Out);
-        self.leaving += if transfer.leaves { transfer.pages } else { 0 };
+        self.puts += u32::from(way == Direction::Out);
+        self.leaving += leaving;
     }
 
     /// It is over.
-    pub(crate) fn ends(&mut self, transfer: &Transfer) {
+    pub(crate) fn ends(&mut self, way: Direction, leaving: u32) {
         self.paging -= 1;
-        self.puts -= u32::from(transfer.way == Direction::Out);
-        self.leaving -= if transfer.leaves { transfer.pages } else { 0 };
+        self.puts -= u32::from(way == Direction::Out);
+        self.leaving -= leaving;
     }
 
     /// True for anonymous memory that nothing but one reference can reach: only then may its pages be

@@ -5,16 +5,13 @@
 //! each transition, D26). A release that leaves one reference, a shadow's, makes a collapse possible and puts
 //! it on the list (D6). Called by `map` and by holders of ids.
 
-use alloc::sync::Weak;
-
 use super::index::Slot;
 use super::{Life, NOWHERE, ObjectId, Pager, Role, Shadow, State};
 use crate::addr::{PageIndex, Pfn};
 use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
-use crate::map::Map;
 use crate::page::{ANY, Queue, Wish};
-use crate::rmap::{Links, MappingId};
+use crate::rmap::MappingId;
 use crate::stats::Event;
 use crate::store::{Machine, PhysMemory as _, StoreId};
 use crate::{Vm, VmError};
@@ -107,24 +104,6 @@ impl<M: Machine> Vm<M> {
             }
             self.unreference(id, held); // somebody was faster: theirs it is
         }
-    }
-
-    /// One more reference to a live object, and the mapping that has it, in one: who counts both finds them equal. The
-    /// mapping is made by `hang`, from the object's number.
-    pub(crate) fn refer_by<const OUTER: u8>(
-        &self,
-        id: ObjectId,
-        held: &mut Held<'_, OUTER>,
-        hang: impl FnOnce(&mut Links<Weak<Map<M>>>, u32) -> Result<MappingId, VmError>,
-    ) -> Result<MappingId, VmError> {
-        let (mut state, mut held) = self.objects.get(id).write(held);
-        assert!(state.id == id && state.life == Life::Live, "{id:?} is gone");
-        let refs = state.refs.checked_add(1).ok_or(VmError::Limit("references"))?;
-        let link = hang(&mut self.links.write(&mut held).0, id.number())?;
-        state.refs = refs;
-        // What is pushed to it from now on, a look through this mapping must not miss.
-        state.shadowed |= state.role != Role::Plain && !self.has(Defect::PushesUnseen);
-        Ok(link)
     }
 
     /// One more reference to a live object.

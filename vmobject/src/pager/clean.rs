@@ -263,7 +263,7 @@ impl<M: Machine> Vm<M> {
         let Ok(token) = self.transfers.begin(&transfer, held) else { return Err(StoreError::Busy) };
         match self.machine.store().start_flush(store, token) {
             Ok(()) => {
-                state.begins(&transfer);
+                state.begins(transfer.way, transfer.leaving());
                 Ok(())
             }
             Err(error) => {

@@ -80,6 +80,11 @@ impl Transfer {
         Self { object, way, first, wanted: first, pages: 0, frames, leaves, by: NOBODY, serial: 0 }
     }
 
+    /// How many of its pages leave for swap.
+    const fn leaving(&self) -> u32 {
+        if self.leaves { self.pages } else { 0 }
+    }
+
     /// Its pages, each with its frame.
     pub fn iter(&self) -> impl Iterator<Item = (PageIndex, Pfn)> + '_ {
         let pages = (self.first.number()..).map(PageIndex::new);

@@ -6,8 +6,8 @@
 //! slot and by how often the slot was written, so that a store that returns something else is found out.
 //!
 //! Several stores have their slots numbered one after the other, so a slot's number says which store it is in. Slots
-//! are taken of the store with the highest priority that has some and does not have as much to do as it may, in turn
-//! where several have the same. A store that
+//! are taken of the store with the highest priority that has some, in turn where several have the same; who has as much to
+//! do as he may is waited for, unless he says nothing for long. A store that
 //! went away, or fails again and again, gets nothing any more; what is taken there is given back as pages change.
 //! Called by `transfer`, `pageout` and whoever frees pages.
 
@@ -18,7 +18,7 @@ use super::Home;
 use super::failed::Contents;
 use super::slots::{Run, SwapSlots};
 use crate::addr::Pfn;
-use crate::limits::{MAX_FAILED_PUTS, MAX_SWAP, MAX_SWAP_STORES, PUTS_OF_ONE};
+use crate::limits::{MAX_FAILED_PUTS, MAX_SWAP, MAX_SWAP_STORES, PUTS_OF_ONE, PUTS_PATIENCE};
 use crate::lock::{Held, Ranked, SWAP};
 use crate::store::{Direction, Machine, PageStore as _, PhysMemory as _, StoreError, StoreId};
 use crate::{Vm, VmError};
@@ -52,6 +52,8 @@ struct Area {
     failures: u32,
     /// Transfers out in flight.
     puts: u32,
+    /// How often it was asked for more, since one ended.
+    asked: u32,
     counts: SwapCounts,
 }
 
@@ -108,16 +110,25 @@ impl Areas {
             let priority = self.list[head].priority;
             let alike = rest.iter().take_while(|&&place| self.list[place].priority == priority).count();
             let (group, lower) = rest.split_at(alike);
+            let mut waits = false;
             for step in 0..alike {
                 let place = (self.turn + step) % alike;
                 let area = &mut self.list[group[place]];
-                if area.closed.is_some() || area.puts >= PUTS_OF_ONE {
+                if area.closed.is_some() {
+                    continue;
+                }
+                if area.puts >= PUTS_OF_ONE {
+                    area.asked = area.asked.saturating_add(1);
+                    waits |= area.asked <= PUTS_PATIENCE && area.info().free() > 0;
                     continue;
                 }
                 if let Some(run) = area.slots.take(want) {
                     self.turn = (place + 1) % alike;
                     return Some(Run { first: area.first + run.first, ..run });
                 }
+            }
+            if waits {
+                break;
             }
             rest = lower;
         }
@@ -201,8 +212,8 @@ impl Swap {
         let (slots, marks) = (SwapSlots::new(pages)?, marks.into_boxed_slice());
         let counts = SwapCounts::default();
         let place = areas.list.len();
-        let (closed, failures, puts) = (None, 0, 0);
-        areas.list.push(Area { store, priority, first, slots, marks, closed, failures, puts, counts });
+        let (closed, failures, puts, asked) = (None, 0, 0, 0);
+        areas.list.push(Area { store, priority, first, slots, marks, closed, failures, puts, asked, counts });
         let before = areas.order.iter().position(|&other| areas.list[other].priority < priority);
         areas.order.insert(before.unwrap_or(place), place);
         Ok(pages)
@@ -260,6 +271,7 @@ impl Swap {
         let (area, _) = areas.of(slot);
         if way == Direction::Out && pages > 0 {
             area.puts -= 1;
+            area.asked = 0;
         }
         match (way, result) {
             (Direction::In, Ok(())) => area.counts.read += u64::from(pages),

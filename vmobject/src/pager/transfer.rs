@@ -134,7 +134,7 @@ impl<M: Machine> Vm<M> {
         let (way, first) = (transfer.way, u64::from(home.page));
         match self.machine.store().start(home.store, way, first, transfer.frames(), token) {
             Ok(()) => {
-                state.begins(transfer);
+                state.begins(transfer.way, transfer.leaving());
                 Ok(token)
             }
             Err(error) => {
@@ -270,7 +270,7 @@ impl<M: Machine> Vm<M> {
         };
         assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
         self.frames.clear_busy(transfer.frames(), &mut held);
-        state.ends(&transfer);
+        state.ends(transfer.way, transfer.leaving());
         let first = transfer.frames().first();
         if let Some(slot) = first.and_then(|&frame| self.frames.page(frame).clean_slot()) {
             self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
