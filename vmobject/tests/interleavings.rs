@@ -200,6 +200,20 @@ fn unmap(guest: &TestMap, pages: u32) {
     guest.with_pmap(&mut Held::root(), |pmap| pmap.remove(range, &mut |_| {}));
 }
 
+/// A guest of three pages and two children: each child has the first page for itself, the guest the other two.
+fn family(rig: &Rig) -> (TestMap, [TestMap; 2]) {
+    let guest = rig.guest(3);
+    rig.fill(&guest, 0..3);
+    let children = [1, 2].map(|page| {
+        let child = Rig::clone(rig, &guest);
+        rig.store(&child, at(0, 77), 50).unwrap();
+        rig.store(&guest, at(page, 77), 60).unwrap();
+        child
+    });
+    rig.settle();
+    (guest, children)
+}
+
 fn at_rest(rig: &Rig) {
     while rig.deliver_all() > 0 {}
     rig.settle();
@@ -326,15 +340,7 @@ fn what_hides_a_page_takes_its_place_while_that_is_pruned(defect: Option<Defect>
 /// becomes nobody's, and goes, while the image's writer is on his way to it.
 fn an_image_is_of_one_instant(defect: Option<Defect>) {
     let rig = rig(defect);
-    let guest = rig.guest(3);
-    rig.fill(&guest, 0..3);
-    let children = [1, 2].map(|page| {
-        let child = Rig::clone(&rig, &guest);
-        rig.store(&child, at(0, 77), 50).unwrap();
-        rig.store(&guest, at(page, 77), 60).unwrap();
-        child
-    });
-    rig.settle();
+    let (guest, children) = family(&rig);
     let kept = rig.vm.freeze(&guest, &mut Held::root()).unwrap();
     let writes = {
         let (rig, guest) = (Arc::clone(&rig), guest.clone());

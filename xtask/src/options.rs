@@ -109,6 +109,11 @@ pub(crate) fn swap(text: &str) -> Result<SwapPlace, String> {
     Ok(SwapPlace { on: SwapOn::File(path), priority })
 }
 
+/// A file by the one name that all its names lead to, if it is there.
+fn whole(file: &Path) -> PathBuf {
+    file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
 /// Refuses more places to swap to than there can be, one that is given twice, and a file that is given for something else
 /// as well, each with its option: what is in it would be overwritten.
 pub(crate) fn check_swap<'o>(
@@ -116,7 +121,6 @@ pub(crate) fn check_swap<'o>(
     others: impl Iterator<Item = (&'o str, &'o Path)>,
 ) -> Result<()> {
     ensure!(places.len() <= SWAP_LIMIT, "--swap: {} places; there are at most {SWAP_LIMIT}", places.len());
-    let whole = |file: &Path| file.canonicalize().unwrap_or_else(|_| file.to_owned());
     let files = |place: &SwapPlace| match &place.on {
         SwapOn::File(file) => Some(whole(file)),
         SwapOn::Own(_) => None,
@@ -184,7 +188,6 @@ pub(crate) fn disk(text: &str) -> Result<DiskFile, String> {
 /// Refuses disks that so many guests cannot have: a file that one of them writes has no other user.
 pub(crate) fn check_disks(disks: &[DiskFile], guests: u32) -> Result<()> {
     ensure!(disks.len() <= DISKS_LIMIT, "{} disks; a guest has at most {DISKS_LIMIT}", disks.len());
-    let place = |disk: &DiskFile| disk.file.canonicalize().unwrap_or_else(|_| disk.file.clone());
     for (number, disk) in disks.iter().enumerate() {
         if disk.writes == Writes::Persist {
             ensure!(
@@ -192,7 +195,7 @@ pub(crate) fn check_disks(disks: &[DiskFile], guests: u32) -> Result<()> {
                 "--disk {disk}: {guests} guests cannot all write to it; add ,private or ,ro"
             );
             let mut others = disks.iter().enumerate().filter(|(other, _)| *other != number);
-            let twice = others.any(|(_, other)| place(other) == place(disk));
+            let twice = others.any(|(_, other)| whole(&other.file) == whole(&disk.file));
             ensure!(!twice, "--disk {disk}: it is given twice, and written to; add ,private or ,ro to both");
         }
         let bytes = std::fs::metadata(&disk.file)?.len();

@@ -59,7 +59,7 @@ impl<M: Machine> Vm<M> {
             let can_write = self.can_write(daemon, held);
             // More would only lose its leaves.
             let enough = laundry >= CLUSTER_PAGES || excess <= laundry;
-            let ended = self.transfers.leaving(held).1;
+            let ended = self.transfers.ended(held);
             daemon.clocks.waits = daemon.clocks.waits.filter(|&known| enough && known == ended);
             if enough && can_write {
                 *left = left.saturating_sub(LAUNDERING);

@@ -83,7 +83,7 @@ impl<M: Machine> Vm<M> {
         if self.limited.is_asked() {
             self.collect(&mut daemon, &mut left, &mut done, held);
         }
-        if daemon.pause > 0 && self.transfers.leaving(held).1 == daemon.ended {
+        if daemon.pause > 0 && self.transfers.ended(held) == daemon.ended {
             daemon.pause -= 1;
             return done;
         }
@@ -149,7 +149,7 @@ impl<M: Machine> Vm<M> {
 
     fn next_for_pageout(&self, daemon: &mut Daemon, held: &mut Held<'_, CALLER>) -> Next {
         let lengths = self.frames.lengths(held);
-        let (leaving, _) = self.transfers.leaving(held);
+        let leaving = self.transfers.leaving(held);
         let target = &self.pageout.target;
         // What leaves is as good as free; not where there is nothing else, for it may be long on its way.
         let few = lengths.free <= self.frames.reserve().saturating_add(CLUSTER_PAGES);
@@ -164,7 +164,7 @@ impl<M: Machine> Vm<M> {
         if daemon.fruitless > 5 * all {
             // Everything was looked at on each queue, with a second chance: nothing can go now.
             daemon.fruitless = 0;
-            (daemon.pause, daemon.ended) = (PAUSE, self.transfers.leaving(held).1);
+            (daemon.pause, daemon.ended) = (PAUSE, self.transfers.ended(held));
             return Next::Stuck;
         }
         Target::next(lengths, self.can_write(daemon, held), daemon.fruitless > 3 * all)
@@ -172,7 +172,7 @@ impl<M: Machine> Vm<M> {
 
     /// False for a while after a store took nothing: what needs no store goes on.
     fn can_write(&self, daemon: &Daemon, held: &mut Held<'_, CALLER>) -> bool {
-        daemon.blocked == 0 || self.transfers.leaving(held).1 != daemon.ended
+        daemon.blocked == 0 || self.transfers.ended(held) != daemon.ended
     }
 
     /// Goes on with the page in hand.
@@ -214,7 +214,7 @@ impl<M: Machine> Vm<M> {
             Laundered::Leaving(_) => daemon.fruitless = 0,
             Laundered::Kept => {}
             Laundered::Blocked => {
-                (daemon.blocked, daemon.ended) = (BLOCKED_STEPS, self.transfers.leaving(held).1);
+                (daemon.blocked, daemon.ended) = (BLOCKED_STEPS, self.transfers.ended(held));
             }
         }
     }

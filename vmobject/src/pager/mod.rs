@@ -232,10 +232,14 @@ impl Transfers {
         table.places.get(place).is_some_and(|slot| slot.generation == generation && slot.transfer.is_some())
     }
 
-    /// Pages on their way to swap, and how many transfers of any kind have ended.
-    pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (u32, u64) {
-        let (table, _held) = self.0.lock(held);
-        (table.leaving, table.ended)
+    /// Pages on their way to swap.
+    pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
+        self.0.lock(held).0.leaving
+    }
+
+    /// How many transfers of any kind have ended.
+    pub(crate) fn ended<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u64 {
+        self.0.lock(held).0.ended
     }
 
     /// The number of the last transfer that began.

@@ -6,21 +6,13 @@ use vmobject::lock::Held;
 use vmobject::testing::{FakePmap, Rig, at, byte_of};
 
 use super::{beside, look, page_range};
-use crate::{ROUNDS, access, at_rest, hold, nothing_is_left, rig, tell, tell_to, unmap};
+use crate::{ROUNDS, access, at_rest, family, hold, nothing_is_left, rig, tell, tell_to, unmap};
 
 /// A guest of whose memory a copy is kept writes a page that its children have of their own. Nobody looks through the
 /// copy but a guest that was made of it.
 fn a_guest_reads_through_a_copy_while_its_source_writes(defect: Option<Defect>) {
     let rig = rig(defect);
-    let guest = rig.guest(3);
-    rig.fill(&guest, 0..3);
-    let children = [1, 2].map(|page| {
-        let child = Rig::clone(&rig, &guest);
-        rig.store(&child, at(0, 77), 50).unwrap();
-        rig.store(&guest, at(page, 77), 60).unwrap();
-        child
-    });
-    rig.settle();
+    let (guest, children) = family(&rig);
     let kept = rig.vm.freeze(&guest, &mut Held::root()).unwrap();
     let reader = rig.vm.map_snapshot(&kept, FakePmap::default(), &mut Held::root()).unwrap();
     let writes = {
