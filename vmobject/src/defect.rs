@@ -19,7 +19,7 @@
 //!
 //! Another CPU has to come in between for the others. A scheduler that chooses who goes on (`tests/interleavings.rs`) finds
 //! `SeesWhatFills` in its first round, `FindsTheDead` in the 3rd, `EndsUnlocked` in the 7th and 16th of two stories,
-//! `ReadsPastAPush` in the 26th, `PushesUnseen` in the 47th, `PrunesWhatCameDown` in the 55th, `ParksUnlocked` in the 123rd,
+//! `CountsTooEarly` in the 24th, `ReadsPastAPush` in the 26th, `PushesUnseen` in the 47th, `PrunesWhatCameDown` in the 55th, `ParksUnlocked` in the 123rd,
 //! `HopsBlindly` in the 390th, `ForgetsALiveCopy` in the 1,348th. `EvictionMissesMoved` has a test of its own in
 //! `tests/pageout.rs`; the exhaustive search finds the defects of the smallest worlds once more.
 
@@ -41,7 +41,7 @@ macro_rules! defects {
             pub const RACES: &[Self] =
                 &[Self::SeesWhatFills, Self::HopsBlindly, Self::FindsTheDead, Self::ParksUnlocked,
                     Self::PrunesWhatCameDown, Self::ReadsPastAPush, Self::PushesUnseen, Self::ForgetsALiveCopy,
-                    Self::EndsUnlocked];
+                    Self::EndsUnlocked, Self::CountsTooEarly];
 
             /// Those for which two steps have to meet at one page out of many, as they hardly ever do by chance: a test in
             /// `pageout` has them meet.
@@ -117,6 +117,8 @@ defects! {
     ForgetsALiveCopy;
     /// A transfer is over before its object is locked: who looks in between finds nothing that failed.
     EndsUnlocked;
+    /// What is left of a machine is counted while another CPU still gives it back.
+    CountsTooEarly;
 }
 
 /// Which defect there is, if any.

@@ -39,6 +39,7 @@ impl<M: Machine> Vm<M> {
     pub fn step<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         let mut left = budget;
+        let at_work = self.objects.begin_work();
         loop {
             let Some(map) = self.maps.lock(held).0.ending.pop_front() else { break };
             if !self.end_map(&map, &mut left, held) {
@@ -46,6 +47,7 @@ impl<M: Machine> Vm<M> {
                 return true;
             }
         }
+        drop(at_work);
         self.work(left, held)
     }
 
@@ -53,6 +55,17 @@ impl<M: Machine> Vm<M> {
     pub fn has_chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
         !self.maps.lock(held).0.ending.is_empty() || self.objects.chores(held) != (0, 0)
+    }
+
+    /// True if there are no chores, and no other CPU is in the midst of one. What comes of a map's end are objects'
+    /// chores, and never the other way round.
+    pub(crate) fn is_at_rest<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let no_map_ends = {
+            let (maps, _held) = self.maps.lock(held);
+            maps.ending.is_empty() && !self.objects.is_at_work()
+        };
+        no_map_ends && self.objects.is_at_rest(held)
     }
 
     /// Takes a map apart; true when nothing is left.

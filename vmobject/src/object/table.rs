@@ -137,7 +137,18 @@ pub struct Objects {
     version: AtomicU64,
     /// Frames that the objects in the cache may have together.
     pub(super) cache_limit: AtomicU32,
+    /// CPUs that may have taken a chore off its list and not yet done it.
+    at_work: AtomicU32,
     registry: Ranked<REGISTRY, Registry>,
+}
+
+/// A CPU that does chores, until it is dropped.
+pub(crate) struct AtWork<'a>(&'a AtomicU32);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, AcqRel);
+    }
 }
 
 impl Objects {
@@ -158,6 +169,7 @@ impl Objects {
             blocks: blocks.into_boxed_slice(),
             version: AtomicU64::new(0),
             cache_limit: AtomicU32::new(0),
+            at_work: AtomicU32::new(0),
             registry: Ranked::new(registry),
         })
     }
@@ -317,6 +329,24 @@ impl Objects {
     pub(crate) fn chores<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> (usize, usize) {
         let (registry, _held) = self.registry.lock(held);
         (registry.chores.len(), registry.copied.len())
+    }
+
+    /// To be held by whoever takes something off a list of chores, until it is done or on a list again.
+    pub(crate) fn begin_work(&self) -> AtWork<'_> {
+        self.at_work.fetch_add(1, AcqRel);
+        AtWork(&self.at_work)
+    }
+
+    /// True if somebody has begun. To be asked under the lock of a list: of what is not on it then, all is done unless
+    /// somebody is at work.
+    pub(crate) fn is_at_work(&self) -> bool {
+        self.at_work.load(Acquire) > 0
+    }
+
+    /// True if there are no chores, and nobody has one in hand.
+    pub(crate) fn is_at_rest<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
+        let (registry, _held) = self.registry.lock(held);
+        registry.chores.is_empty() && registry.copied.is_empty() && !self.is_at_work()
     }
 
     /// Has an object looked at for pages that nobody sees any more.

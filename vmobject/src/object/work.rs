@@ -39,6 +39,7 @@ impl<M: Machine> Vm<M> {
     /// Does objects' chores, at most `budget` slots' worth. True if there is more that could be done now.
     pub(crate) fn work<const OUTER: u8>(&self, budget: u32, held: &mut Held<'_, OUTER>) -> bool {
         let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let _at_work = self.objects.begin_work();
         let mut left = budget;
         let mut blocked = 0;
         while left > 0 {

@@ -7,6 +7,7 @@
 use super::{Clean, Cleaned, WaitFor};
 use crate::Vm;
 use crate::addr::PageIndex;
+use crate::defect::Defect;
 use crate::lock::Held;
 use crate::object::{Life, ObjectId, Pager};
 use crate::store::Machine;
@@ -71,6 +72,9 @@ impl<M: Machine> Vm<M> {
         }
         self.cache_clear(held);
         if self.step(budget, held) {
+            return Down::More;
+        }
+        if !self.is_at_rest(held) && !self.has(Defect::CountsTooEarly) {
             return Down::More;
         }
         if self.transfers.count(held) > 0 {

@@ -10,7 +10,7 @@ use vmobject::fault::{WaitFor, Wiring};
 use vmobject::lock::Held;
 use vmobject::map::Discarded;
 use vmobject::object::ObjectId;
-use vmobject::pager::{Clean, Cleaned};
+use vmobject::pager::{Clean, Cleaned, Down, Left, Shutdown};
 use vmobject::prot::Prot;
 use vmobject::store::{IoToken, StoreError};
 use vmobject::testing::{Rig, at, byte_of};
@@ -178,6 +178,30 @@ fn a_disk_is_flushed_while_a_device_has_its_pages(defect: Option<Defect>) {
     }
     rig.destroy(guest);
     nothing_is_left(&rig);
+}
+
+/// The machine is turned off while another CPU takes apart what the last guest had, much of it in swap.
+fn a_machine_is_turned_off_while_the_last_guest_goes(defect: Option<Defect>) {
+    let rig = rig(defect);
+    let guest = rig.guest(24);
+    rig.fill(&guest, 0..24);
+    rig.page_out_all();
+    rig.vm.destroy_map(guest, &mut Held::root());
+    let chores = beside(&rig, |rig| while rig.vm.step(8, &mut Held::root()) {});
+    let mut shutdown = Shutdown::default();
+    let left = loop {
+        match rig.vm.shutdown_step(&mut shutdown, 8, &mut Held::root()) {
+            Down::Done(left) => break left,
+            Down::Wait(_) | Down::More => thread::yield_now(),
+        }
+    };
+    assert_eq!(left, Left::default(), "told while it was still being given back");
+    chores.join().unwrap();
+}
+
+#[test]
+fn a_machine_that_is_turned_off_counts_what_is_left_when_nobody_gives_back_any_more() {
+    tell(a_machine_is_turned_off_while_the_last_guest_goes, Defect::CountsTooEarly);
 }
 
 #[test]
