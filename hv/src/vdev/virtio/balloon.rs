@@ -31,6 +31,8 @@ const REPORTING: u64 = 1 << 5;
 /// Queues, by number: into the balloon, out of it, then the others that the driver wants.
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
+/// The queue of statistics, where the driver wants them.
+const STATISTICS_QUEUE: usize = 2;
 const QUEUES: usize = 4;
 
 /// The register, in the configuration space, that the driver writes: pages in the balloon.
@@ -158,7 +160,10 @@ impl Balloon {
             }
             Phase::Idle | Phase::Statistics(_) | Phase::Finish => true,
         };
-        self.transport.is_like(&Self::new().transport) && phase && self.queue < QUEUES
+        // What is worked on, or kept, goes back to a queue that is there.
+        let whence = self.phase == Phase::Idle || self.transport.has_ready(self.queue);
+        let kept = self.kept.is_none() || self.transport.has_ready(STATISTICS_QUEUE);
+        self.transport.is_like(&Self::new().transport) && phase && self.queue < QUEUES && whence && kept
     }
 
     /// The interrupt line.
@@ -240,7 +245,8 @@ impl Balloon {
         if gone(self.queue) {
             (self.phase, self.waits) = (Phase::Idle, false);
         }
-        if self.statistics_queue().is_some_and(gone) || which.is_none() {
+        // Whatever the driver wants by now: features can change without a reset.
+        if gone(STATISTICS_QUEUE) {
             (self.kept, self.asked) = (None, false);
         }
         for (queue, notified) in self.notified.iter_mut().enumerate() {
@@ -253,7 +259,7 @@ impl Balloon {
 
     /// A driver counts only those of the queues that it wants (as Linux and QEMU agree to; 5.5.2 numbers them all).
     const fn statistics_queue(&self) -> Option<usize> {
-        if self.transport.has(STATS_QUEUE) { Some(2) } else { None }
+        if self.transport.has(STATS_QUEUE) { Some(STATISTICS_QUEUE) } else { None }
     }
 
     /// Does one piece of work.
@@ -380,7 +386,7 @@ impl Balloon {
             ram.give_back(first * PAGE, pages * PAGE)?;
         }
         let (count, bytes) = (numbers.len() as u64, u32::try_from(raw.len()).unwrap_or(0));
-        self.inflated += count;
+        self.inflated = self.inflated.saturating_add(count);
         Ok(Phase::Numbers(Piece { done: done + bytes, ..piece }))
     }
 
@@ -397,7 +403,7 @@ impl Balloon {
         }
         let part = whole.min(PART - start % PART);
         ram.give_back(start, part)?;
-        self.reported += part / PAGE;
+        self.reported = self.reported.saturating_add(part / PAGE);
         let done = u32::try_from(start + part - at).map_err(|_| Fault::Bad)?;
         Ok(Phase::Range(Piece { done, ..piece }))
     }
@@ -431,4 +437,28 @@ impl Piece {
 /// True when the page with this number begins a [`PART`].
 const fn starts_part(number: u64) -> bool {
     number.is_multiple_of(PART / PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_balloon_that_would_give_back_to_a_queue_that_is_not_there_is_no_guests() {
+        let set_up = |balloon: &mut Balloon, queue| {
+            for (offset, value) in [(0x30, queue), (0x38, 8), (0x44, 1)] {
+                balloon.write(offset, 4, value);
+            }
+        };
+        let mut balloon = Balloon::new();
+        assert!(balloon.is_sound());
+        (balloon.phase, balloon.queue) = (Phase::Finish, DEFLATE);
+        assert!(!balloon.is_sound(), "what it works on");
+        set_up(&mut balloon, 1);
+        assert!(balloon.is_sound());
+        balloon.kept = Some(3);
+        assert!(!balloon.is_sound(), "what it keeps");
+        set_up(&mut balloon, 2);
+        assert!(balloon.is_sound());
+    }
 }

@@ -191,6 +191,38 @@ fn statistics_are_kept_until_newer_ones_are_asked_for() {
 }
 
 #[test]
+fn a_kept_buffer_goes_with_its_queue_even_if_the_feature_went_first() {
+    let mut driver = Driver::new(0, 1);
+    driver.offer(STATISTICS, &[(ROOM, 20)], 0);
+    driver.run();
+    assert_eq!(driver.used(STATISTICS), 0, "it is kept");
+    let [status, features, queue, ready] = [0x70, 0x20, 0x30, 0x44];
+    // Without a reset: the driver takes "features ok" back and wants no statistics, then the queue goes; and then it
+    // wants statistics again, from no queue.
+    let settings = [
+        (status, 3),
+        (0x24, 0),
+        (features, 1 << 28 | 0b10_0100),
+        (queue, STATISTICS as u64),
+        (ready, 0),
+        (features, 1 << 28 | 0b10_0110),
+        (status, 11),
+        (status, 15),
+    ];
+    for (offset, value) in settings {
+        driver.balloon.write(offset, 4, value);
+    }
+    assert_eq!(driver.balloon.read(status, 4), 15);
+    assert!(driver.balloon.is_sound());
+    driver.balloon.ask();
+    driver.run();
+    assert_eq!(driver.balloon.read(status, 4), 15, "there is nothing to give back, and nothing wrong");
+    driver.set_up();
+    driver.inflate(&[FREE]);
+    assert_eq!(driver.used(0), 1);
+}
+
+#[test]
 fn a_new_target_is_told_and_the_driver_says_how_far_it_is() {
     let mut driver = Driver::new(0, 1);
     let before = driver.balloon.read(0xfc, 4);

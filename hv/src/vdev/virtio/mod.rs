@@ -159,7 +159,12 @@ impl Transport {
 
     /// True when it has set this queue up, too.
     pub fn runs(&self, queue: usize) -> bool {
-        self.is_running() && self.queues.get(queue).is_some_and(Queue::is_ready)
+        self.is_running() && self.has_ready(queue)
+    }
+
+    /// True when there is such a queue, and the driver has set it up.
+    fn has_ready(&self, queue: usize) -> bool {
+        self.queues.get(queue).is_some_and(Queue::is_ready)
     }
 
     /// True when both sides have the feature.

@@ -62,8 +62,12 @@ impl Queue {
         }
     }
 
-    /// Takes the next chain's head out of the available ring; `None` when there is no other.
+    /// Takes the next chain's head out of the available ring; `None` when there is no other. Of a queue that is not
+    /// ready nothing is believed, here and in [`Self::push`].
     pub fn pop<R: Ram>(&mut self, ram: &mut R) -> Result<Option<u16>, Fault<R::Wait>> {
+        if !self.ready {
+            return Err(Fault::Bad);
+        }
         let index = read_u16(ram, self.available + 2)?;
         let waiting = index.wrapping_sub(self.next_available);
         if waiting == 0 {
@@ -83,6 +87,9 @@ impl Queue {
 
     /// Gives a chain back, `bytes` of which were written; true when the driver wants an interrupt.
     pub fn push<R: Ram>(&mut self, ram: &mut R, head: u16, bytes: u32) -> Result<bool, Fault<R::Wait>> {
+        if !self.ready {
+            return Err(Fault::Bad);
+        }
         let mut element = [0; 8];
         element[..2].copy_from_slice(&head.to_le_bytes());
         element[4..].copy_from_slice(&bytes.to_le_bytes());
@@ -272,4 +279,22 @@ pub fn scatter<R: Ram>(
         rest = after;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vdev::virtio::driver::Bench;
+
+    #[test]
+    fn nothing_is_taken_from_a_queue_that_is_not_ready_or_given_back_to_it() {
+        // One that nobody set up, and one with places that overflow, as only an image could have it.
+        let far = Queue { available: u64::MAX, used: u64::MAX, ..Queue::default() };
+        for mut queue in [Queue::default(), far] {
+            let mut ram = Bench::new(0, 0, 1);
+            assert_eq!(queue.pop(&mut ram), Err(Fault::Bad));
+            assert_eq!(queue.push(&mut ram, 0, 0), Err(Fault::Bad));
+            assert_eq!(ram.accesses, 0);
+        }
+    }
 }
