@@ -15,10 +15,12 @@ use crate::vdev::{Kicks, Vgic};
 
 /// Its transport: the last, so that disks are where they are in a machine without it.
 pub const TRANSPORT: u32 = VIRTIO_SLOTS - 1;
+/// Its interrupt.
+pub const INTID: u32 = INTID_VIRTIO + TRANSPORT;
 
 /// Brings its line to the guest's interrupt controller: which vCPUs have something to look at.
 pub fn signal(balloon: &Balloon, vgic: &mut Vgic) -> Kicks {
-    vgic.set_spi(INTID_VIRTIO + TRANSPORT, balloon.line())
+    vgic.set_spi(INTID, balloon.line())
 }
 
 /// Does one piece of its work.

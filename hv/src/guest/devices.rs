@@ -17,8 +17,9 @@ use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
 use crate::vdev::vgic::SgiRegister;
+use crate::vdev::virtio::INTERRUPT_ACK;
 use crate::vdev::virtio::balloon::Balloon;
-use crate::vdev::{Vgic, Vpl011, Vrtc, Vtimer};
+use crate::vdev::{Kicks, Vgic, Vpl011, Vrtc, Vtimer};
 use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
 
 /// How much may be typed before the guest reads it.
@@ -167,17 +168,26 @@ impl Devices {
             }
             Target::Disk(number, offset) => self.write_disk(number, offset, bytes, value),
             Target::Balloon(offset) => {
+                let fell = self.let_fall(balloon::INTID, offset);
                 let work = self.balloon.write(offset, bytes, value);
-                Effect { work, ..Effect::of(balloon::signal(&self.balloon, &mut self.vgic)) }
+                Effect { work, ..Effect::of(fell | balloon::signal(&self.balloon, &mut self.vgic)) }
             }
             Target::Fork(_) => Effect::default(),
         }
     }
 
     fn write_disk(&mut self, number: usize, offset: u64, bytes: usize, value: u64) -> Effect {
+        let fell = self.let_fall(disks::intid(number), offset);
         let Some(disk) = self.disks.get_mut(number) else { return Effect::default() };
         let work = disk.blk.write(offset, bytes, value);
-        Effect { work, ..Effect::of(disks::signal(number, &disk.blk, &mut self.vgic)) }
+        Effect { work, ..Effect::of(fell | disks::signal(number, &disk.blk, &mut self.vgic)) }
+    }
+
+    /// A virtio device's line falls while its driver acknowledges, and rises again if a reason is left that came after
+    /// the driver had looked: to the guest only an edge is an interrupt (so says its device tree), and a line that stayed
+    /// high would tell it neither of that reason nor of any later one.
+    fn let_fall(&mut self, intid: u32, offset: u64) -> Kicks {
+        if offset == INTERRUPT_ACK { self.vgic.set_spi(intid, false) } else { Kicks::NONE }
     }
 
     /// Brings typed bytes to the console, and its line to the interrupt controller.
@@ -308,6 +318,72 @@ pub const fn timer_is_high(control: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vdev::virtio::balloon::{Did, Reservoir};
+    use crate::vdev::virtio::{Fault, Ram};
+
+    /// A driver's rings, from address 0 on, with one buffer in them.
+    struct Rings;
+
+    impl Ram for Rings {
+        type Wait = ();
+        fn read(&mut self, at: u64, out: &mut [u8]) -> Result<(), Fault<()>> {
+            out.fill(0);
+            if at == 2 {
+                out[0] = 1;
+            }
+            Ok(())
+        }
+        fn write(&mut self, _at: u64, _bytes: &[u8]) -> Result<(), Fault<()>> {
+            Ok(())
+        }
+    }
+
+    impl Reservoir for Rings {
+        fn give_back(&mut self, _at: u64, _bytes: u64) -> Result<(), Fault<()>> {
+            Ok(())
+        }
+    }
+
+    /// Takes an interrupt's pending state away, as a guest that takes it; whether it was there.
+    fn take(devices: &mut Devices, intid: u32) -> bool {
+        let (word, bit) = (u64::from(intid / 32 * 4), 1 << (intid % 32));
+        let (pending, _) = devices.read(Target::Distributor(0x200 + word), 2, 0, 0);
+        let _ = devices.write(Target::Distributor(0x280 + word), 2, bit, 0);
+        pending & bit != 0
+    }
+
+    #[test]
+    fn a_reason_that_comes_between_a_look_at_the_status_and_its_acknowledgement_interrupts() {
+        let mut devices = Devices::new(1, 4, 1000, 100);
+        let set = |devices: &mut Devices, offset, value| {
+            let _ = devices.write(Target::Balloon(offset), 2, value, 0);
+        };
+        // Edge-triggered, as the tree says.
+        let (word, place) = (u64::from(balloon::INTID / 16 * 4), balloon::INTID % 16 * 2);
+        let _ = devices.write(Target::Distributor(0xc00 + word), 2, 2 << place, 0);
+        // A driver with the queue of what comes out of the balloon, eight long.
+        let settings =
+            [(0x70, 3), (0x24, 1), (0x20, 1), (0x70, 11), (0x30, 1), (0x38, 8), (0x44, 1), (0x70, 15)];
+        settings.into_iter().for_each(|(offset, value)| set(&mut devices, offset, value));
+        let tell = |devices: &mut Devices| balloon::signal(&devices.balloon, &mut devices.vgic);
+        devices.balloon.set_target(1);
+        let _ = tell(&mut devices);
+        assert!(take(&mut devices, balloon::INTID));
+        let (status, _) = devices.read(Target::Balloon(0x60), 2, 0, 0);
+        assert_eq!(status, 2, "the configuration has changed");
+        // It is about to acknowledge that, and a buffer comes back.
+        set(&mut devices, 0x50, 1);
+        while devices.balloon.step(&mut Rings) != Did::Nothing {}
+        let _ = tell(&mut devices);
+        set(&mut devices, INTERRUPT_ACK, status);
+        assert_eq!(devices.read(Target::Balloon(0x60), 2, 0, 0).0, 1, "one reason is left");
+        assert!(take(&mut devices, balloon::INTID), "and told");
+        set(&mut devices, INTERRUPT_ACK, 1);
+        assert!(!take(&mut devices, balloon::INTID), "nothing is left");
+        devices.balloon.set_target(2);
+        let _ = tell(&mut devices);
+        assert!(take(&mut devices, balloon::INTID), "the next is an edge again");
+    }
 
     #[test]
     fn an_alarm_that_any_vcpu_set_ends_the_sleep_of_whoever_sleeps_last() {

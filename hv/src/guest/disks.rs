@@ -79,8 +79,12 @@ impl Disk {
 
 /// Brings the line of a guest's disk to its interrupt controller: which vCPUs have something to look at.
 pub fn signal(number: usize, blk: &Blk, vgic: &mut Vgic) -> Kicks {
-    let line = u32::try_from(number).unwrap_or(0);
-    vgic.set_spi(INTID_VIRTIO + line, blk.line())
+    vgic.set_spi(intid(number), blk.line())
+}
+
+/// The interrupt of a guest's disk.
+pub fn intid(number: usize) -> u32 {
+    INTID_VIRTIO + u32::try_from(number).unwrap_or(0)
 }
 
 /// What disks a copy of a guest has: private ones, for the store is the source's.
