@@ -158,6 +158,7 @@ impl Vpl011 {
                 if (self.line ^ value) & LCR_FEN != 0 {
                     self.first = 0;
                     self.count = 0;
+                    self.raised &= !(INT_RX | INT_TIMEOUT);
                 }
                 self.line = value & 0xff;
             }
@@ -282,11 +283,14 @@ mod tests {
     }
 
     #[test]
-    fn turning_the_fifo_on_or_off_empties_it() {
+    fn turning_the_fifo_on_or_off_empties_it_and_an_empty_one_asks_for_nothing() {
         let mut uart = linux();
-        uart.push(1);
-        uart.write(LCR_H, 0x60);
-        assert_eq!(uart.read(FR) & u64::from(FR_RXFE), u64::from(FR_RXFE));
+        for line in [0x60, 0x70] {
+            assert!(uart.push(1) && uart.level());
+            uart.write(LCR_H, line);
+            assert_eq!(uart.read(FR) & u64::from(FR_RXFE), u64::from(FR_RXFE));
+            assert_eq!((uart.level(), uart.read(RIS)), (false, 0), "no byte that is read would end it");
+        }
     }
 
     #[test]
