@@ -259,7 +259,8 @@ impl Medium for Reach<'_, '_> {
     }
 
     fn clear(&mut self, at: u64, bytes: u64) -> Reached<()> {
-        self.dma.discard(self.disk(at)?, bytes)
+        // Zeros that the guest relies on are there, or its request fails.
+        if self.dma.discard(self.disk(at)?, bytes)? { Ok(()) } else { Err(Fault::Bad) }
     }
 
     fn flush(&mut self, slot: usize, first: bool) -> Reached<bool> {

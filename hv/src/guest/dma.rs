@@ -47,32 +47,45 @@ impl Dma<'_, '_> {
         self.copied(copied)
     }
 
-    /// Makes pages of the guest's map zero.
-    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<()> {
+    /// Makes pages of the guest's map zero; false when some stay as they are, through no fault of the guest's.
+    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<bool> {
         let end = at.checked_add(bytes).ok_or(Fault::Bad)?;
         let range = IpaRange::new(at, end).ok_or(Fault::Bad)?;
-        match mm::vm().discard(&self.guest.map, range, self.held) {
-            Ok(Discarded::Done(_)) => Ok(()),
-            Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
-            Err(NotDiscarded::Lost(lost)) => Err(self.fails(|| mm::told(FaultError::Lost(lost)))),
-            Err(error) => Err(self.fails(|| format!("{error:?}"))),
+        let discarded = mm::vm().discard(&self.guest.map, range, self.held);
+        match discarded {
+            Ok(_) => {}
+            Err(NotDiscarded::Lost(lost)) => self.complain(|| mm::told(FaultError::Lost(lost))),
+            Err(error) => self.complain(|| format!("{error:?}")),
         }
+        outcome(discarded)
     }
 
     fn copied(&self, copied: Result<Copied, FaultError>) -> Reached<()> {
         match copied {
             Ok(Copied::Done) => Ok(()),
             Ok(Copied::Wait(what)) => Err(Fault::Wait(what)),
-            Err(error) => Err(self.fails(|| mm::told(error))),
+            Err(error) => {
+                self.complain(|| mm::told(error));
+                Err(Fault::Bad)
+            }
         }
     }
 
     /// Says once why a request fails.
-    fn fails(&self, why: impl FnOnce() -> String) -> Fault<WaitFor> {
+    fn complain(&self, why: impl FnOnce() -> String) {
         if self.guest.complain_once(Complaint::Request) {
             log::warn!("guest {}: a request of a device fails: {}", self.guest.id, why());
         }
-        Fault::Bad
+    }
+}
+
+/// What a device makes of a discard: true when all of it reads as zero. Only what the guest named wrongly is its fault.
+const fn outcome(discarded: Result<Discarded, NotDiscarded>) -> Reached<bool> {
+    match discarded {
+        Ok(Discarded::Done(_)) => Ok(true),
+        Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
+        Err(NotDiscarded::Refused(_) | NotDiscarded::Lost(_)) => Ok(false),
+        Err(NotDiscarded::Hole(_) | NotDiscarded::Denied(_)) => Err(Fault::Bad),
     }
 }
 
@@ -87,5 +100,25 @@ impl Ram for Dma<'_, '_> {
     fn write(&mut self, at: u64, bytes: &[u8]) -> Reached<()> {
         let at = self.ram(at, bytes.len() as u64)?;
         self.store(at, bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmobject::VmError;
+    use vmobject::store::{LostPage, StoreError, StoreId};
+
+    #[test]
+    fn only_what_a_guest_names_wrongly_breaks_the_rules_when_it_is_discarded() {
+        let at = Ipa::new(RAM_BASE);
+        assert_eq!(outcome(Ok(Discarded::Done(3))), Ok(true));
+        assert_eq!(outcome(Ok(Discarded::Wait(WaitFor::Memory))), Err(Fault::Wait(WaitFor::Memory)));
+        assert_eq!(outcome(Err(NotDiscarded::Hole(at))), Err(Fault::Bad));
+        assert_eq!(outcome(Err(NotDiscarded::Denied(at))), Err(Fault::Bad));
+        // Ours.
+        assert_eq!(outcome(Err(NotDiscarded::Refused(VmError::NoMemory))), Ok(false));
+        let lost = LostPage { store: StoreId(0), page: 1, error: StoreError::Io };
+        assert_eq!(outcome(Err(NotDiscarded::Lost(lost))), Ok(false));
     }
 }

@@ -3,7 +3,7 @@
 //! The guest gives RAM back in two ways. We ask for so many pages ([`Balloon::set_target`]), and its driver puts as many
 //! into the balloon as it can spare, and takes them out again when we ask for fewer or it runs out of memory. And
 //! without being asked it reports ranges that it happens not to use, which it may use again at any time. Either way
-//! the pages read as zeros afterwards, and what held them is free.
+//! the pages read as zeros afterwards, and what held them is free, but for what cannot be given back: that stays.
 //!
 //! One buffer is worked on at a time, from whichever queue, a piece in each [`Balloon::step`]. A piece that has to wait
 //! is done again from its start: giving the same pages back twice is as good as once. A buffer of statistics is kept
@@ -60,7 +60,8 @@ pub const STATISTICS: [&str; 16] = [
 
 /// RAM that can be given back.
 pub trait Reservoir: Ram {
-    /// Makes whole pages zero and frees what held them: at most [`PART`], and not across a boundary of that.
+    /// Makes whole pages zero and frees what held them: at most [`PART`], and not across a boundary of that. A page that
+    /// cannot be given back stays as it is, and that is no fault.
     fn give_back(&mut self, at: u64, bytes: u64) -> Result<(), Fault<Self::Wait>>;
 }
 
