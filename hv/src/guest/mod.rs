@@ -172,14 +172,6 @@ pub struct Guest {
     complaints: AtomicU32,
 }
 
-impl Drop for Guest {
-    fn drop(&mut self) {
-        if self.birth.inside {
-            self.birth.family.dismiss(1);
-        }
-    }
-}
-
 impl Guest {
     /// A guest whose memory is filled and whose first vCPU is switched on.
     fn new(id: GuestId, config: GuestConfig, map: Arc<Map>, parts: create::Parts) -> Self {

@@ -13,6 +13,7 @@ use core::fmt;
 
 use crate::arch::timer;
 use crate::guest::exit::Asked;
+use crate::guest::family::Room;
 use crate::guest::forkpage::Outcome;
 use crate::guest::psci::code;
 use crate::guest::snapshot::{self, Keep, Snapshot, SnapshotError};
@@ -62,21 +63,21 @@ impl From<SnapshotError> for ForkError {
 }
 
 /// How children begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Begin {
     /// They run.
     Running,
     /// They are paused.
     Paused,
-    /// They run, and what forked them is answered in this vCPU.
-    Returning(usize, Asked),
+    /// They run, what forked them is answered in this vCPU, and they take this room in their family.
+    Returning(usize, Asked, Room),
 }
 
 /// Forks a guest into `count` children; all or none. Their numbers.
 pub fn fork(
     source: &Arc<Guest>,
     count: u32,
-    begin: Begin,
+    mut begin: Begin,
     cpu: &mut Cpu,
     outside: &dyn Outside,
     held: &mut Held<'_, 0>,
@@ -97,7 +98,7 @@ pub fn fork(
     let mut children = Vec::new();
     let mut result = Ok(());
     for place in 1..=count {
-        match child(source, &moment, (place, count), begin, &rest, held) {
+        match child(source, &moment, (place, count), &mut begin, &rest, held) {
             Ok(guest) => children.push(guest),
             Err(error) => {
                 result = Err(error);
@@ -137,12 +138,16 @@ fn child(
     source: &Guest,
     moment: &Snapshot,
     (place, of): (u32, u32),
-    begin: Begin,
+    begin: &mut Begin,
     rest: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
     let id = table::next_id();
-    let birth = source.birth.child(place, of, matches!(begin, Begin::Returning(..)));
+    let room = match begin {
+        Begin::Running | Begin::Paused => None,
+        Begin::Returning(.., room) => room.one(),
+    };
+    let birth = source.birth.child(place, of, room);
     let name = name_for(source.name(), id);
     let guest = snapshot::make(moment, id, name, birth, rest, held)?;
     inherit_limit(source.map.limit(), &guest, held);
@@ -151,7 +156,7 @@ fn child(
         Begin::Paused => {
             guest.move_life(Life::Running, Life::Paused);
         }
-        Begin::Returning(vcpu, asked) => answer(&guest, vcpu, asked, (code::SUCCESS, place, of), held),
+        Begin::Returning(vcpu, asked, _) => answer(&guest, *vcpu, *asked, (code::SUCCESS, place, of), held),
     }
     Ok(guest)
 }
@@ -193,9 +198,9 @@ pub(super) fn by_itself(
 ) {
     let (guest, index) = (&entry.guest, entry.vcpu().index);
     let interval = timer::freq().saturating_mul(INTERVAL_US) / 1_000_000;
-    let family = &guest.birth.family;
-    let admitted = family.admit(count, interval, timer::now());
-    let forked = admitted && fork(guest, count, Begin::Returning(index, asked), cpu, outside, held).is_ok();
+    let forked = guest.birth.family.admit(count, interval, timer::now()).is_some_and(|room| {
+        fork(guest, count, Begin::Returning(index, asked, room), cpu, outside, held).is_ok()
+    });
     // A vCPU that has been forked is unloaded; one that was refused may not be.
     cpu.unload(outside, held);
     let outcome = if forked { (code::SUCCESS, 0, count) } else { (code::DENIED, 0, 0) };
