@@ -298,7 +298,7 @@ mod tests {
             let devices = &mut state.moment.devices;
             for vcpu in 0..2 {
                 let _ = devices.timer_update(vcpu, 1 << 40);
-                let _ = devices.timer_deadline(vcpu);
+                assert!(devices.timer_deadline(vcpu).is_none_or(|at| at > 1 << 40), "due, and looked at");
                 let _ = devices.vgic.flush(vcpu, |_, _| {});
                 let _ = devices.vgic.unlist(vcpu);
             }
