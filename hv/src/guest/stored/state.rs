@@ -19,8 +19,8 @@ use vmobject::prot::Prot;
 
 use crate::arch::{self, gich, timer};
 use crate::guest::idregs::GuestIds;
-use crate::guest::ids;
 use crate::guest::snapshot::Moment;
+use crate::guest::{disks, ids};
 
 /// Regions of a guest's memory at most.
 const MAX_REGIONS: usize = 4096;
@@ -195,6 +195,9 @@ impl State {
             sound(own && context.regs.is_sound() && context.debug.is_sound(), "registers")?;
         }
         sound(devices.adopt(vcpus, gich::nr_lrs(), here.frequency), "devices")?;
+        // What is stored is a copy of a guest, and a disk that the guest wrote through was not copied as such. One that
+        // says so would write to this machine's disk of that name after its next reset.
+        sound(disks::written_through(config).is_none(), "written-through disks")?;
         sound(config.disks.len() == devices.disks.len() && config.disks.len() <= DISKS_LIMIT, "disks")?;
         let prots = self.regions.iter().all(|region| Prot::from_bits(region.prot).is_some());
         let ram = self.regions.iter().any(|region| region.range.contains(Ipa::new(RAM_BASE)));
@@ -208,6 +211,7 @@ mod tests {
     use crate::guest::devices::Devices;
     use crate::guest::vcpu::{Power, Vcpu};
     use crate::loader::manifest::parse_guest;
+    use crate::loader::{DiskConfig, Writes};
     use alloc::vec;
     use vmobject::lock::Held;
 
@@ -275,6 +279,16 @@ mod tests {
         );
         assert_eq!(refused(|state| state.regions.clear()), StateError::Unsound("regions"));
         assert_eq!(refused(|state| state.moment.config.memory = 1), StateError::Unsound("bytes of RAM"));
+        assert_eq!(
+            refused(|state| state.moment.config.disks.push(disk(Writes::Through))),
+            StateError::Unsound("written-through disks")
+        );
+        let more = refused(|state| state.moment.config.disks.push(disk(Writes::Private)));
+        assert_eq!(more, StateError::Unsound("disks"), "more than its devices know");
+    }
+
+    fn disk(writes: Writes) -> DiskConfig {
+        DiskConfig { id: "guest-disk-0".into(), writes }
     }
 
     #[test]
