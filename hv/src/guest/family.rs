@@ -16,6 +16,11 @@ pub struct Family {
 }
 
 impl Family {
+    /// How many of it may live at once that were forked from inside.
+    pub const fn granted(&self) -> u32 {
+        self.granted
+    }
+
     /// Room for `count` more, which the caller is about to make; `None` when there is not as much, or when the
     /// last fork was less than `interval` ticks ago.
     pub fn admit(self: &Arc<Self>, count: u32, interval: u64, now: u64) -> Option<Room> {

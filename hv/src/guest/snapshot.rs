@@ -197,6 +197,8 @@ pub fn make(
     }
     poll(held);
     let devices = snapshot.devices_now();
+    // What it is granted it has again after a reset, too.
+    let grant_fork = birth.family.granted();
     let parts = Parts {
         vcpus: vcpus.into_boxed_slice(),
         devices,
@@ -205,7 +207,7 @@ pub fn make(
         offset: timer::now().wrapping_sub(snapshot.moment.time),
         birth,
     };
-    let config = GuestConfig { name, ..snapshot.moment.config.clone() };
+    let config = GuestConfig { name, grant_fork, ..snapshot.moment.config.clone() };
     Ok(Arc::new(Guest::new(id, config, map, parts)))
 }
 

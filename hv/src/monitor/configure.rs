@@ -5,7 +5,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 
-use hv_abi::manifest::mebibytes;
+use hv_abi::manifest::{FORK_LIMIT, mebibytes};
 use serde_json::json;
 use spin::Once;
 
@@ -23,6 +23,12 @@ pub fn set_model(config: &GuestConfig) {
 /// What `create` was asked for: a guest like the first, changed by the options. The error is a sentence.
 pub fn configure(id: GuestId, options: &[(String, String)]) -> Result<GuestConfig, String> {
     changed(id, options, MODEL.get())
+}
+
+/// How many children a guest may fork, as a person says it. The error is a sentence.
+pub fn granted(word: &str) -> Result<u32, String> {
+    let number = word.parse().ok().filter(|number| *number <= FORK_LIMIT);
+    number.ok_or_else(|| format!("grant-fork: '{word}' is not a number up to {FORK_LIMIT}"))
 }
 
 /// The model, changed by the options.
@@ -48,9 +54,7 @@ fn changed(
                 fields["vcpus"] = json!(number);
             }
             "grant-fork" => {
-                let number: u32 =
-                    value.parse().map_err(|_| format!("grant-fork: '{value}' is not a number"))?;
-                fields["grant_fork"] = json!(number);
+                fields["grant_fork"] = json!(granted(value)?);
             }
             other => return Err(format!("create knows no '{other}'; 'help create' lists what it knows")),
         }
@@ -142,6 +146,9 @@ mod tests {
         assert!(refused("memory", "99999999999999G").contains("not a"));
         assert!(refused("vcpus", "0").contains("vcpus"));
         assert!(refused("vcpus", "-1").contains("not a number"));
+        for grant in ["many", "-1", "1025"] {
+            assert!(refused("grant-fork", grant).contains("a number up to 1024"), "{grant}");
+        }
         assert!(changed(GuestId(1), &[], None).unwrap_err().contains("neither a kernel nor a bios"));
     }
 }

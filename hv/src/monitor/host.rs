@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vmobject::lock::Held;
 
 use super::cmd::Host;
-use super::configure::configure;
+use super::configure::{configure, granted};
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::arch::context::Trap;
@@ -115,13 +115,20 @@ impl Guests<'_, '_> {
         snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))
     }
 
-    fn create_from(&mut self, id: GuestId, from: &str, name: Option<String>) -> Result<u32, String> {
+    fn create_from(
+        &mut self,
+        id: GuestId,
+        from: &str,
+        name: Option<&str>,
+        grant: Option<u32>,
+    ) -> Result<u32, String> {
         let moment = self.moment(from, id)?;
-        let name = name.unwrap_or_else(|| format!("{from}.{id}"));
+        let name = name.map_or_else(|| format!("{from}.{id}"), String::from);
         if table::find(&name, self.held).is_some() {
             return Err(format!("there is a guest '{name}' already"));
         }
-        let (cpu, outside, birth) = (&*self.cpu, self.outside, Birth::first(moment.config().grant_fork));
+        let birth = Birth::first(grant.unwrap_or(moment.config().grant_fork));
+        let (cpu, outside) = (&*self.cpu, self.outside);
         let rest = |held: &mut Held<'_, 0>| sched::take_interrupts(cpu, outside, held);
         let guest =
             snapshot::make(&moment, id, name, birth, &rest, self.held).map_err(|error| error.to_string())?;
@@ -171,12 +178,15 @@ impl Host for Guests<'_, '_> {
             return Err("the machine is shutting down".into());
         }
         let id = table::next_id();
-        if let Some((_, snapshot)) = options.iter().find(|(key, _)| key == "from") {
-            let name = options.iter().find(|(key, _)| key == "name").map(|(_, name)| name.clone());
-            if options.len() > 1 + usize::from(name.is_some()) {
-                return Err("a guest from a snapshot can be given a name; all else is the snapshot's".into());
+        let given = |key| options.iter().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
+        if let Some(from) = given("from") {
+            let (name, grant) = (given("name"), given("grant-fork"));
+            if options.len() > 1 + usize::from(name.is_some()) + usize::from(grant.is_some()) {
+                let all =
+                    "a guest from a snapshot can be given a name and grant-fork; all else is the snapshot's";
+                return Err(all.into());
             }
-            return self.create_from(id, snapshot, name);
+            return self.create_from(id, from, name, grant.map(granted).transpose()?);
         }
         let config = configure(id, options)?;
         if table::find(&config.name, self.held).is_some() {

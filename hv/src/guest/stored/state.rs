@@ -188,6 +188,8 @@ impl State {
         let vcpus = config.vcpus;
         let sound = |sound: bool, what| if sound { Ok(()) } else { Err(what) };
         sound((1..=MAX_VCPUS).contains(&vcpus) && contexts.len() == vcpus && powers.len() == vcpus, "vCPUs")?;
+        // A grant to fork is this machine's to give, to whoever is made from it.
+        config.grant_fork = 0;
         let memory = (RAM_LEAST..=RAM_LIMIT).contains(&config.memory);
         sound(memory && config.memory % vmobject::addr::PAGE_SIZE == 0, "bytes of RAM")?;
         for (index, context) in contexts.iter().enumerate() {
@@ -243,6 +245,13 @@ mod tests {
             places,
             [Some(ram), Some(ram + 0x3000), Some(ram + 0x10_0000), Some(ram + 0x10_1000), None]
         );
+    }
+
+    #[test]
+    fn no_state_grants_a_fork() {
+        let mut state = state();
+        state.moment.config.grant_fork = u32::MAX;
+        assert_eq!(State::decode(&state.encode().unwrap()).unwrap().moment.config.grant_fork, 0);
     }
 
     #[test]
