@@ -1,4 +1,4 @@
-//! All vCPUs on, SGIs to each and around, all off, and one on again.
+//! All vCPUs on, SGIs to each and around, all off, and each on again, with the timers off that it left on.
 //!
 //! Options: `rounds=50`, `laps=20`.
 
@@ -70,6 +70,8 @@ pub fn run(machine: &Machine) {
 
 fn secondary(index: usize) {
     assert_eq!(index, cpu(), "X0 and MPIDR_EL1 disagree");
+    let timers = [read_register!("cntv_ctl_el0"), read_register!("cntp_ctl_el0")];
+    assert_eq!(timers.map(|control| control & 1), [0; 2], "a timer is on in a vcpu that was off");
     gic::init_cpu();
     ONLINE[index].store(true, Ordering::Release);
     let vcpus = VCPUS.load(Ordering::Relaxed);
@@ -84,4 +86,7 @@ fn secondary(index: usize) {
             gic::send(RING, if index as u64 + 1 == vcpus { 0 } else { index + 1 });
         }
     }
+    // On, masked, and left so: it is switched off like that.
+    write_register!("cntv_ctl_el0", 3);
+    write_register!("cntp_ctl_el0", 3);
 }

@@ -6,6 +6,7 @@
 
 use super::exit::{Asked, Ending, Exit, Run};
 use super::psci::{self, Request, code};
+use super::sysreg::TimerRegister;
 use super::vcpu::Power;
 use super::{rank, smccc};
 use hv_abi::call::vendor;
@@ -81,11 +82,7 @@ fn power(run: &mut Run<'_>, request: Request, held: &mut Held<'_, { rank::VCPU }
             run.context.regs.x[0] = code::SUCCESS;
             return Exit::Idle;
         }
-        Request::CpuOff => {
-            let (mut power, _held) = run.vcpu.power.lock(held);
-            *power = Power::Off;
-            return Exit::Off;
-        }
+        Request::CpuOff => return cpu_off(run, held),
         Request::CpuOn { target, entry, context } => cpu_on(run, target, entry, context, held),
         Request::AffinityInfo { target } => affinity_info(run, target, held),
         Request::SystemOff => return Exit::End(Ending::Off),
@@ -93,6 +90,19 @@ fn power(run: &mut Run<'_>, request: Request, held: &mut Held<'_, { rank::VCPU }
     };
     run.context.regs.x[0] = answer;
     Exit::Resume
+}
+
+/// Switches the caller off, and its timers with it: the virtual one is among the registers that a start makes anew, the
+/// physical one is a device of ours, and once this vCPU is off another may start it.
+fn cpu_off(run: &mut Run<'_>, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
+    let now = run.guest.time();
+    {
+        let (mut devices, _held) = run.guest.devices.lock(held);
+        run.kicks |= devices.timer_write(run.vcpu.index, TimerRegister::Control, 0, now);
+    }
+    let (mut power, _held) = run.vcpu.power.lock(held);
+    *power = Power::Off;
+    Exit::Off
 }
 
 fn cpu_on(
