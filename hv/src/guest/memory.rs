@@ -53,7 +53,11 @@ pub fn data(
         return device(run, data, at, esr, far, held);
     }
     if write && !data.abort.walk && FLASH0.contains(at.bits()) {
-        // A command for a flash chip that has none: it goes nowhere, and the bus does not mind.
+        // A command for a flash chip that has none: it goes nowhere, and the bus does not mind. Of a store that does more
+        // than store (a write-back, say) the rest would be lost with it.
+        if data.access.is_none() {
+            return undecodable(run, at, external(data, far));
+        }
         aarch32::advance(&mut run.context.regs, esr);
         return Exit::Resume;
     }
