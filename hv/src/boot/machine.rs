@@ -24,8 +24,6 @@ use vmobject::pager::{Down, Shutdown};
 
 /// How many typed bytes one interrupt takes in (invariant I6).
 const MAX_TYPED: usize = 64;
-/// How long the last answer may take to leave the control port, in seconds.
-const PATIENCE_S: u64 = 1;
 /// How long disks may take to be written at the end, in seconds.
 const WRITING_S: u64 = 60;
 /// How much is looked at between two looks for what disks have finished.
@@ -109,6 +107,10 @@ impl Front for Machine {
         control::write(bytes)
     }
 
+    fn is_sent(&self) -> bool {
+        control::is_sent()
+    }
+
     fn receive(&self, into: &mut [u8]) -> usize {
         control::read(into)
     }
@@ -120,11 +122,6 @@ impl Front for Machine {
         }
         // What a disk still has of a job that was given up may be written at any time, or never.
         let written = write_disks(&mut held) && !sched::jobs::are_stuck();
-        // The device takes the last answer in its own time, and the machine's end would be faster.
-        let deadline = timer::now().saturating_add(timer::freq().saturating_mul(PATIENCE_S));
-        while !control::is_sent() && timer::now() < deadline {
-            core::hint::spin_loop();
-        }
         ::log::info!("the last guest has ended");
         crate::arch::power::exit(if written { 0 } else { 1 })
     }
@@ -186,16 +183,17 @@ impl Outside for Machine {
     }
 
     fn last_guest_ended(&self) {
-        if !host::is_leaving() {
+        if host::is_leaving() {
+            // Somebody may wait for an answer still.
+            desk::heard();
+        } else {
             self.deserted.store(true, Ordering::SeqCst);
-        } else if !desk::is_busy() && !sched::jobs::are_running() {
-            self.leave();
         }
     }
 
-    fn job_ended(&self, held: &mut Held<'_, 0>) {
-        if host::is_leaving() && table::is_empty(held) && !desk::is_busy() && !sched::jobs::are_running() {
-            self.leave();
+    fn job_ended(&self) {
+        if host::is_leaving() {
+            desk::heard();
         }
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Read [`typed`] and [`heard`], which only note; then [`serve`], which does. One CPU serves at a time, so
 //! commands run one after the other, and one that makes a guest cannot be met by another in the middle.
-//! What waits is bounded: lines, commands that wait for a guest, and answers not yet taken by the control port.
+//! What waits is bounded: lines, commands that wait for a guest, and answers not yet taken by the control port. Those stay
+//! until it says that it has room: a client that does not read delays who comes by the port after it, and nobody else.
 //! Called by `boot`, which owns the wires ([`Front`]). Calls `cmd` and `host`.
 
 use alloc::collections::VecDeque;
@@ -34,6 +35,8 @@ const MAX_WAITING: usize = 16;
 const MAX_SERVED: usize = 4;
 /// How long a command waits for a guest, in seconds.
 const PATIENCE_S: u64 = 600;
+/// How long the machine's end waits for a client that takes nothing of the last answers, in seconds.
+const LAST_S: u64 = 5;
 /// How much of what the guest printed meanwhile is shown when the monitor closes.
 const REPLAY: usize = 4096;
 /// How much is taken from the control port at once.
@@ -47,8 +50,11 @@ const SHOWN: usize = 128;
 pub trait Front: Outside {
     /// Shows text at the console.
     fn show(&self, text: &str);
-    /// Sends bytes out of the control port; how many there was room for. All, where there is no port.
+    /// Sends bytes out of the control port; how many there was room for. All, where nobody is at its other end. Once there
+    /// was too little, [`heard`] is called when there is more.
     fn send(&self, bytes: &[u8]) -> usize;
+    /// True when everything that was sent has left the machine.
+    fn is_sent(&self) -> bool;
     /// Takes what has come in by the control port; 0 when there is no more.
     fn receive(&self, into: &mut [u8]) -> usize;
     /// Ends the machine well.
@@ -110,24 +116,31 @@ static DESK: Ranked<{ rank::MONITOR }, Desk> = Ranked::new(Desk {
 static WORK: AtomicBool = AtomicBool::new(false);
 /// The control port may have something.
 static HEARD: AtomicBool = AtomicBool::new(false);
+/// It may have room.
+static ROOM: AtomicBool = AtomicBool::new(false);
 /// A CPU serves.
 static SERVING: AtomicBool = AtomicBool::new(false);
 
 impl Desk {
     fn note(&self) {
-        let work = !self.requests.is_empty() || !self.waiting.is_empty() || !self.output.is_empty();
+        WORK.store(!self.waiting.is_empty() || self.answerable().is_some(), Ordering::SeqCst);
         // Whoever hears after this says himself that there is work.
-        WORK.store(work, Ordering::SeqCst);
-        if HEARD.load(Ordering::SeqCst) {
+        let lines = HEARD.load(Ordering::SeqCst) && self.requests.len() < MAX_REQUESTS;
+        let room = ROOM.load(Ordering::SeqCst) && !self.output.is_empty();
+        if lines || room {
             WORK.store(true, Ordering::SeqCst);
         }
     }
 
-    /// The next line that can be answered: those of the port wait until it has taken the last answer.
-    fn next(&mut self) -> Option<Request> {
+    /// The first line that can be answered: those of the port wait until it has taken the last answer.
+    fn answerable(&self) -> Option<usize> {
         let blocked = !self.output.is_empty();
-        let place = self.requests.iter().position(|line| !blocked || matches!(line, Request::Typed(_)))?;
-        self.requests.remove(place)
+        self.requests.iter().position(|line| !blocked || matches!(line, Request::Typed(_)))
+    }
+
+    /// Takes that.
+    fn next(&mut self) -> Option<Request> {
+        self.requests.remove(self.answerable()?)
     }
 
     fn take_byte(&mut self, byte: u8) {
@@ -224,14 +237,10 @@ pub fn open(out: &mut dyn Write, held: &mut Held<'_, 0>) {
     }
 }
 
-/// True when somebody waits for an answer.
-pub fn is_busy() -> bool {
-    WORK.load(Ordering::SeqCst)
-}
-
-/// The control port may have something.
+/// The control port may have something, or room for more; or the last guest or job has ended, which may be the machine's end.
 pub fn heard() {
     HEARD.store(true, Ordering::SeqCst);
+    ROOM.store(true, Ordering::SeqCst);
     WORK.store(true, Ordering::SeqCst);
     sched::call_daemon();
 }
@@ -281,16 +290,37 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
     ask_again(front, cpu, held);
     flush(front, cpu, held);
     DESK.lock(held).0.note();
+    if super::host::is_leaving() && table::is_empty(held) && !sched::jobs::are_running() {
+        end(front, cpu, held);
+    }
     SERVING.store(false, Ordering::SeqCst);
     if WORK.load(Ordering::SeqCst) {
-        // So that running guests let their CPUs go round now and then: for what waits, for the rest of an answer that is
-        // longer than what the port takes at once, and for a line that came to another CPU while this one served.
+        // So that running guests let their CPUs go round now and then: for what waits, for more lines than are carried out at
+        // once, and for what came to another CPU while this one served.
         sched::call_daemon_here();
     }
-    let idle = table::is_empty(held) && !sched::jobs::are_running();
-    if super::host::is_leaving() && idle && DESK.lock(held).0.output.is_empty() {
-        front.leave();
+}
+
+/// Ends the machine. No other CPU serves any more.
+fn end(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) -> ! {
+    // The last guest may have ended since they were asked.
+    ask_again(front, cpu, held);
+    let patience = timer::freq().saturating_mul(LAST_S);
+    let mut deadline = timer::now().saturating_add(patience);
+    loop {
+        if flush(front, cpu, held) > 0 {
+            deadline = timer::now().saturating_add(patience);
+        }
+        if DESK.lock(held).0.output.is_empty() && front.is_sent() {
+            break;
+        }
+        if timer::now() > deadline {
+            log::warn!("nobody has read the last answers for {LAST_S} s: they are lost");
+            break;
+        }
+        sched::let_interrupts_in(cpu, front, held);
     }
+    front.leave()
 }
 
 /// Answers, or puts the command with those that wait.
@@ -390,17 +420,21 @@ fn show(text: &str, front: &dyn Front, rest: &mut dyn FnMut()) {
     }
 }
 
-/// Gives the control port what it has room for, a piece at a time.
-fn flush(front: &dyn Front, cpu: &Cpu, held: &mut Held<'_, 0>) {
+/// Gives the control port what it has room for, a piece at a time; how many bytes that was.
+fn flush(front: &dyn Front, cpu: &Cpu, held: &mut Held<'_, 0>) -> usize {
+    // Before the port is asked: it may have more room the moment after.
+    ROOM.store(false, Ordering::SeqCst);
+    let mut taken = 0;
     loop {
         {
             let (mut desk, _held) = DESK.lock(held);
             let desk = &mut *desk;
-            let Some(piece) = desk.output.first() else { return };
+            let Some(piece) = desk.output.first() else { return taken };
             let sent = front.send(&piece.as_bytes()[desk.sent..]);
             if sent == 0 {
-                return;
+                return taken;
             }
+            taken += sent;
             desk.sent += sent;
             if desk.sent == piece.len() {
                 desk.output.pop();

@@ -1,4 +1,4 @@
-//! The desk between a console and a control port in memory, which has little room.
+//! The desk between a console and a control port in memory: the one always there, the other with little room or none.
 
 use super::*;
 use serde_json::json;
@@ -18,6 +18,7 @@ struct Wires {
     shown: spin::Mutex<String>,
     sent: spin::Mutex<Vec<u8>>,
     came: spin::Mutex<VecDeque<u8>>,
+    full: AtomicBool,
 }
 
 impl Front for Wires {
@@ -25,7 +26,7 @@ impl Front for Wires {
         self.shown.lock().push_str(text);
     }
     fn send(&self, bytes: &[u8]) -> usize {
-        let count = bytes.len().min(7);
+        let count = if self.full.load(Ordering::SeqCst) { 0 } else { bytes.len().min(7) };
         self.sent.lock().extend_from_slice(&bytes[..count]);
         count
     }
@@ -35,6 +36,9 @@ impl Front for Wires {
         into.iter_mut().zip(came.drain(..count)).for_each(|(to, byte)| *to = byte);
         count
     }
+    fn is_sent(&self) -> bool {
+        true
+    }
     fn leave(&self) -> ! {
         panic!("nobody asked for that")
     }
@@ -43,7 +47,7 @@ impl Front for Wires {
 impl Outside for Wires {
     fn interrupt(&self, _: u32, _: &mut Held<'_, { rank::VCPU }>) {}
     fn last_guest_ended(&self) {}
-    fn job_ended(&self, _: &mut Held<'_, 0>) {}
+    fn job_ended(&self) {}
     fn set_timer_active(&self, _: bool) {}
     fn look_around(&self, _: &mut Cpu, _: &mut Held<'_, 0>) {}
     fn poll(&self, _: &mut Held<'_, 0>) {}
@@ -86,8 +90,30 @@ fn lines_of_both_doors_are_answered_where_they_came_from() {
     for _ in 0..1000 {
         serve(&wires, &mut cpu, &mut held);
     }
-    assert!(wires.came.lock().is_empty() && !is_busy(), "all are taken in the end");
-    assert_eq!(wires.sent.lock().iter().filter(|byte| **byte == b'\n').count(), 103);
+    let busy = || WORK.load(Ordering::SeqCst);
+    assert!(wires.came.lock().is_empty() && !busy(), "all are taken in the end");
+    let lines = || wires.sent.lock().iter().filter(|byte| **byte == b'\n').count();
+    assert_eq!(lines(), 103);
+
+    wires.full.store(true, Ordering::SeqCst);
+    arrived(&b"help check\n".repeat(100), &wires);
+    for _ in 0..10 {
+        serve(&wires, &mut cpu, &mut held);
+    }
+    assert!(!busy() && lines() == 103, "who does not read is waited for without looking");
+    let shown = wires.shown.lock().len();
+    for byte in *b"help help\r" {
+        assert_eq!(typed(byte, &mut echo, &mut held), None);
+    }
+    serve(&wires, &mut cpu, &mut held);
+    assert!(wires.shown.lock().len() > shown && !busy(), "the console does not wait for the port");
+    wires.full.store(false, Ordering::SeqCst);
+    heard();
+    for _ in 0..1000 {
+        serve(&wires, &mut cpu, &mut held);
+    }
+    assert!(lines() == 203 && !busy(), "once there is room, all are answered");
+
     assert_eq!(typed(0x14, &mut echo, &mut held), Some(0x14));
     serve(&wires, &mut cpu, &mut held);
     assert!(wires.shown.lock().ends_with("[no guest is attached]\r\n"));

@@ -302,7 +302,7 @@ pub(super) fn work(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>)
     let ended = bury(held);
     CLAIMED.store(false, Ordering::SeqCst);
     if ended {
-        outside.job_ended(held);
+        outside.job_ended();
     }
     if are_running() {
         // A CPU that runs a guest comes round again for it; and what it waits for need not come as an interrupt here.

@@ -61,7 +61,7 @@ pub trait Outside: Sync {
     /// The last guest has ended.
     fn last_guest_ended(&self);
     /// A job is over.
-    fn job_ended(&self, held: &mut Held<'_, 0>);
+    fn job_ended(&self);
     /// Makes the virtual timer's physical interrupt active or not, on this CPU.
     fn set_timer_active(&self, active: bool);
     /// This CPU looks around before it picks a vCPU: for work that no interrupt announces.
