@@ -8,6 +8,7 @@ use hv_abi::{forkpage, machine};
 use serde_json::Value;
 use std::fmt::Display;
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
@@ -40,6 +41,11 @@ impl Monitored {
         machine.console.listens(&machine.socket)?;
         machine.ask("guests")?;
         Ok(machine)
+    }
+
+    /// A client of the control port, for what [`ctl`] does not do.
+    pub(crate) fn client(&self) -> Result<UnixStream> {
+        UnixStream::connect(&self.socket).with_context(|| format!("connecting to {}", self.socket.display()))
     }
 
     /// The value that the monitor answers; a refusal is an error.

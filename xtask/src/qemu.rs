@@ -201,7 +201,8 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
     }
     if let Some(socket) = &machine.socket {
         command.arg("-chardev").arg(format!("socket,id=control,server=on,wait=off,path={}", name(socket)));
-        command.args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=control"]);
+        // Not a virtconsole: QEMU throws away what its socket does not take at once.
+        command.args(["-device", "virtio-serial-device", "-device", "virtserialport,nr=1,chardev=control"]);
     }
     if let Some(trace) = &machine.trace {
         let of: Vec<String> =

@@ -6,6 +6,7 @@
 mod balloon;
 mod boot;
 mod clones;
+mod control;
 mod cuts;
 mod disks;
 mod filesystem;
@@ -95,6 +96,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(disks::trials());
         trials.extend(filesystem::trials());
         trials.extend(monitor::trials());
+        trials.extend(control::trials());
         trials.extend(stored::trials());
         trials.extend(cuts::trials());
         trials.extend(swap::trials());

@@ -1,20 +1,83 @@
-//! A virtio console's first port as a stream of bytes: the hypervisor's control socket.
+//! Port 1 of a virtio console as a stream of bytes: the hypervisor's control port.
 //!
-//! Nothing waits: [`Console::read`] takes what has arrived, [`Console::write`] what there is room for. Each
-//! direction has eight buffers of 512 bytes in one page. QEMU holds back input while no buffer is free, so a slow
-//! reader loses nothing; it drops output while nobody is connected.
-#![expect(unsafe_code, reason = "the device moves bytes to and from pages that it shares with us")]
+//! Nothing waits: [`Console::read`] takes what has arrived, [`Console::write`] what there is room for, and both first
+//! take in what the device says of its ports. Each direction has eight buffers of 512 bytes. QEMU holds back input while
+//! no buffer is free, and keeps output that its socket does not take, so a slow reader loses nothing on either side. Of a
+//! `virtconsole`, which alone may be its port 0, QEMU throws away what the socket does not take: that is why this drives a
+//! `virtserialport`, which is port 1 or above, and so needs MULTIPORT. There is no other way to a port here.
+//!
+//! The device is told DEVICE_READY and adds its ports; port 1 is answered PORT_READY and PORT_OPEN, from when on QEMU
+//! lets input through, and the device says PORT_OPEN whenever a host comes or goes. While none is connected, output goes
+//! nowhere: nobody has asked.
 
-use super::hal::{Identity, Pages};
-use super::{DeviceError, Mmio, kick, negotiate, queue};
-use core::ptr::NonNull;
-use virtio_drivers::queue::VirtQueue;
+use super::buffers::{Buffers, Filled, NotGiven};
+use super::{DeviceError, Mmio, negotiate};
 use virtio_drivers::transport::{DeviceStatus, Transport};
 
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
+/// The feature of having more than one port, and control queues.
+pub(super) const MULTIPORT: u64 = 1 << 1;
+/// The port that we drive, and its queues.
+pub(super) const PORT: u32 = 1;
+pub(super) const RECEIVE: u16 = 4;
+pub(super) const TRANSMIT: u16 = 5;
+/// The control queues: from the device, and to it.
+pub(super) const CONTROL_RECEIVE: u16 = 2;
+pub(super) const CONTROL_TRANSMIT: u16 = 3;
+
+/// Buffers of a direction.
 const QUEUE: usize = 8;
-const BUFFER: usize = 4096 / QUEUE;
+/// Buffers of a control queue: all that QEMU's have. It drops a message for which there is none.
+pub(super) const CONTROL: usize = 32;
+
+pub(super) const DEVICE_READY: u16 = 0;
+pub(super) const PORT_ADD: u16 = 1;
+pub(super) const PORT_REMOVE: u16 = 2;
+pub(super) const PORT_READY: u16 = 3;
+pub(super) const CONSOLE_PORT: u16 = 4;
+pub(super) const PORT_OPEN: u16 = 6;
+
+/// What either side says of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Message {
+    pub(super) id: u32,
+    pub(super) event: u16,
+    pub(super) value: u16,
+}
+
+impl Message {
+    pub(super) const BYTES: usize = 8;
+
+    pub(super) fn from_bytes([a, b, c, d, e, f, g, h]: [u8; Self::BYTES]) -> Self {
+        Self {
+            id: u32::from_le_bytes([a, b, c, d]),
+            event: u16::from_le_bytes([e, f]),
+            value: u16::from_le_bytes([g, h]),
+        }
+    }
+
+    pub(super) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let ([a, b, c, d], [e, f], [g, h]) =
+            (self.id.to_le_bytes(), self.event.to_le_bytes(), self.value.to_le_bytes());
+        [a, b, c, d, e, f, g, h]
+    }
+}
+
+/// How a device broke the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Broken {
+    /// It gave back a buffer that it did not have.
+    NotGiven,
+    /// A message of it is too short to be one.
+    Short,
+    /// It wants one answer after the other, and takes none.
+    Deaf,
+}
+
+impl From<NotGiven> for Broken {
+    fn from(_: NotGiven) -> Self {
+        Self::NotGiven
+    }
+}
 
 /// A buffer that has arrived and is not read to its end.
 #[derive(Clone, Copy)]
@@ -25,44 +88,48 @@ struct Arrived {
 }
 
 /// One console.
-/// # Invariants
-/// C1. `of_receive[head]` and `of_transmit[head]` name the buffer behind each chain in the queue.
-/// C2. A buffer is behind one chain at most; one that is behind none is ours to read and write.
 pub struct Console<T: Transport = Mmio> {
     transport: T,
-    receive: VirtQueue<Identity, QUEUE>,
-    transmit: VirtQueue<Identity, QUEUE>,
-    input: Pages,
-    output: Pages,
-    of_receive: [Option<u8>; QUEUE],
-    of_transmit: [Option<u8>; QUEUE],
+    receive: Buffers<QUEUE>,
+    transmit: Buffers<QUEUE>,
+    control_receive: Buffers<CONTROL>,
+    control_transmit: Buffers<CONTROL>,
     arrived: Option<Arrived>,
+    /// A host is connected to the port.
+    connected: bool,
+    /// It was said that another port is none of ours.
+    told: bool,
     gone: bool,
 }
 
 impl<T: Transport> Console<T> {
-    /// Takes the console over, resetting it, and gives it buffers to fill.
+    /// Takes the console over, resetting it, gives it buffers to fill, and says that it may add its ports.
     pub fn new(mut transport: T) -> Result<Self, DeviceError> {
-        negotiate(&mut transport, 0)?;
-        let receive = queue(&mut transport, RECEIVE)?;
-        let transmit = queue(&mut transport, TRANSMIT)?;
-        let input = Pages::take(1).ok_or(DeviceError::NoMemory)?;
-        let output = Pages::take(1).ok_or(DeviceError::NoMemory)?;
+        if negotiate(&mut transport, MULTIPORT)? & MULTIPORT == 0 {
+            return Err(DeviceError::OnePort);
+        }
+        let receive = Buffers::new(&mut transport, RECEIVE)?;
+        let transmit = Buffers::new(&mut transport, TRANSMIT)?;
+        let control_receive = Buffers::new(&mut transport, CONTROL_RECEIVE)?;
+        let control_transmit = Buffers::new(&mut transport, CONTROL_TRANSMIT)?;
         transport.finish_init();
         let mut console = Self {
             transport,
             receive,
             transmit,
-            input,
-            output,
-            of_receive: [None; QUEUE],
-            of_transmit: [None; QUEUE],
+            control_receive,
+            control_transmit,
             arrived: None,
+            connected: false,
+            told: false,
             gone: false,
         };
-        for buffer in 0..QUEUE {
-            console.offer(buffer);
-        }
+        console.control_receive.offer_all();
+        console.control_receive.kick(&mut console.transport);
+        console.receive.offer_all();
+        console.receive.kick(&mut console.transport);
+        // It is of no port.
+        console.say(Message { id: u32::MAX, event: DEVICE_READY, value: 1 });
         Ok(console)
     }
 
@@ -73,18 +140,21 @@ impl<T: Transport> Console<T> {
 
     /// Takes bytes that have arrived; 0 when there are none.
     pub fn read(&mut self, out: &mut [u8]) -> usize {
+        self.listen();
         let mut count = 0;
-        while count < out.len() {
+        // No buffer twice: a device may fill them with nothing as fast as they are offered.
+        for _ in 0..=QUEUE {
+            if count == out.len() {
+                break;
+            }
             let Some(mut arrived) = self.arrived.take().or_else(|| self.next_arrived()) else { break };
             let bytes = (arrived.end - arrived.next).min(out.len() - count);
-            let from = self.input.at(arrived.buffer * BUFFER + arrived.next);
-            let to = NonNull::from(&mut out[count..count + bytes]).cast();
-            // SAFETY: C2: the buffer is ours, and `next..end` lies in it; `out` has room.
-            unsafe { from.copy_to_nonoverlapping(to, bytes) };
+            self.receive.copy(arrived.buffer, arrived.next, &mut out[count..count + bytes]);
             arrived.next += bytes;
             count += bytes;
             if arrived.next == arrived.end {
-                self.offer(arrived.buffer);
+                self.receive.offer(arrived.buffer);
+                self.receive.kick(&mut self.transport);
             } else {
                 self.arrived = Some(arrived);
             }
@@ -92,86 +162,121 @@ impl<T: Transport> Console<T> {
         count
     }
 
-    /// True when the device has taken everything that was written, or will take nothing any more.
+    /// True when the device has taken everything that was written, or nobody is there to take it.
     pub fn is_sent(&mut self) -> bool {
+        self.listen();
         self.reclaim();
-        self.gone || self.of_transmit.iter().all(Option::is_none)
+        !self.is_heard() || self.transmit.is_empty()
     }
 
-    /// Sends as many bytes as there is room for, and says how many.
+    /// Sends as many bytes as there is room for, and says how many: all of them, into nowhere, where nobody is connected.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
+        self.listen();
         self.reclaim();
+        if !self.is_heard() {
+            return bytes.len();
+        }
         let mut sent = 0;
-        for part in bytes.chunks(BUFFER) {
-            let taken =
-                |buffer: usize| self.of_transmit.iter().flatten().any(|used| usize::from(*used) == buffer);
-            let Some(buffer) = (0..QUEUE).find(|buffer| !taken(*buffer)).filter(|_| !self.gone) else {
-                break;
-            };
-            let start = self.output.at(buffer * BUFFER);
-            // SAFETY: C2: the buffer is ours; a part fits in it.
-            unsafe { start.copy_from_nonoverlapping(NonNull::from(part).cast(), part.len()) };
-            let whole = NonNull::slice_from_raw_parts(start, part.len());
-            // SAFETY: C2: nobody writes the buffer until it is reclaimed.
-            let whole = unsafe { whole.as_ref() };
-            // SAFETY: the page lives as long as the queue, and the buffer is not touched before it comes back.
-            let Ok(head) = (unsafe { self.transmit.add(&[whole], &mut []) }) else { break };
-            remember(&mut self.of_transmit, head, buffer);
-            sent += part.len();
+        while let part @ 1.. = self.transmit.put(&bytes[sent..]) {
+            sent += part;
         }
         if sent > 0 {
-            kick(&mut self.transport, &self.transmit, TRANSMIT);
+            self.transmit.kick(&mut self.transport);
         }
         sent
     }
 
+    fn is_heard(&self) -> bool {
+        self.connected && !self.gone
+    }
+
     /// Takes back the buffers that the device has sent.
     fn reclaim(&mut self) {
-        while let Some(head) = self.transmit.peek_used().filter(|_| !self.gone) {
-            let Some(buffer) = forget(&mut self.of_transmit, head) else { return self.give_up() };
-            let whole = NonNull::slice_from_raw_parts(self.output.at(buffer * BUFFER), BUFFER);
-            // SAFETY: the buffer lies in the page; only its address and count matter to the queue.
-            let whole = unsafe { whole.as_ref() };
-            // SAFETY: C1: this is the buffer that went in with the head.
-            if unsafe { self.transmit.pop_used(head, &[whole], &mut []) }.is_err() {
-                return self.give_up();
-            }
+        if !self.gone
+            && let Err(error) = self.transmit.reclaim()
+        {
+            self.give_up(error.into());
         }
     }
 
     fn next_arrived(&mut self) -> Option<Arrived> {
-        let head = self.receive.peek_used().filter(|_| !self.gone)?;
-        let Some(buffer) = forget(&mut self.of_receive, head) else {
-            self.give_up();
+        if self.gone {
             return None;
-        };
-        let mut whole = NonNull::slice_from_raw_parts(self.input.at(buffer * BUFFER), BUFFER);
-        // SAFETY: the buffer lies in the page, and is ours once popped.
-        let whole = unsafe { whole.as_mut() };
-        // SAFETY: C1: this is the buffer that went in with the head.
-        let Ok(bytes) = (unsafe { self.receive.pop_used(head, &[], &mut [whole]) }) else {
-            self.give_up();
-            return None;
-        };
-        let end = usize::try_from(bytes).unwrap_or(BUFFER).min(BUFFER);
-        Some(Arrived { buffer, next: 0, end })
-    }
-
-    /// Gives a buffer to the device to fill.
-    fn offer(&mut self, buffer: usize) {
-        let mut whole = NonNull::slice_from_raw_parts(self.input.at(buffer * BUFFER), BUFFER);
-        // SAFETY: C2: the buffer is ours until the next call.
-        let whole = unsafe { whole.as_mut() };
-        // SAFETY: the page lives as long as the queue, and the buffer is not touched before it comes back.
-        if let Ok(head) = unsafe { self.receive.add(&[], &mut [whole]) } {
-            remember(&mut self.of_receive, head, buffer);
-            kick(&mut self.transport, &self.receive, RECEIVE);
+        }
+        match self.receive.filled() {
+            Ok(filled) => {
+                let Filled { buffer, bytes } = filled?;
+                // Whoever it is from was connected, even if there was no buffer for the message that said so.
+                self.connected = true;
+                Some(Arrived { buffer, next: 0, end: bytes })
+            }
+            Err(error) => {
+                self.give_up(error.into());
+                None
+            }
         }
     }
 
-    /// Resets a device that answers what was not asked.
-    fn give_up(&mut self) {
-        log::error!("control port: broken");
+    /// Takes in what the device has said of its ports: no more than it has buffers for, since it may go on for ever.
+    fn listen(&mut self) {
+        for _ in 0..CONTROL {
+            if self.gone {
+                return;
+            }
+            match self.next_message() {
+                Ok(Some(message)) => self.take(message),
+                Ok(None) => return,
+                Err(broken) => self.give_up(broken),
+            }
+        }
+    }
+
+    fn next_message(&mut self) -> Result<Option<Message>, Broken> {
+        let Some(Filled { buffer, bytes }) = self.control_receive.filled()? else { return Ok(None) };
+        let mut message = [0; Message::BYTES];
+        self.control_receive.copy(buffer, 0, &mut message);
+        self.control_receive.offer(buffer);
+        self.control_receive.kick(&mut self.transport);
+        // What follows it is a name.
+        if bytes < Message::BYTES { Err(Broken::Short) } else { Ok(Some(Message::from_bytes(message))) }
+    }
+
+    fn take(&mut self, Message { id, event, value }: Message) {
+        match (event, id) {
+            (PORT_ADD, PORT) => {
+                self.say(Message { id, event: PORT_READY, value: 1 });
+                self.say(Message { id, event: PORT_OPEN, value: 1 });
+            }
+            // One for a person, who gets the same bytes.
+            (CONSOLE_PORT, PORT) => self.say(Message { id, event: PORT_OPEN, value: 1 }),
+            (PORT_OPEN, PORT) => self.connected = value != 0,
+            // Its queues stay, should it be added again.
+            (PORT_REMOVE, PORT) => self.connected = false,
+            (PORT_ADD, _) if !self.told => {
+                self.told = true;
+                log::warn!("control port: port {id} is not used; port {PORT} is, a virtserialport");
+            }
+            // Names, sizes, other ports.
+            _ => {}
+        }
+    }
+
+    fn say(&mut self, message: Message) {
+        if self.gone {
+            return;
+        }
+        if let Err(error) = self.control_transmit.reclaim() {
+            return self.give_up(error.into());
+        }
+        if self.control_transmit.put(&message.to_bytes()) == 0 {
+            return self.give_up(Broken::Deaf);
+        }
+        self.control_transmit.kick(&mut self.transport);
+    }
+
+    /// Resets a device that breaks the protocol.
+    fn give_up(&mut self, broken: Broken) {
+        log::error!("control port: broken: {broken:?}");
         self.transport.set_status(DeviceStatus::empty());
         self.gone = true;
     }
@@ -181,99 +286,5 @@ impl<T: Transport> Console<T> {
 impl<T: Transport> Drop for Console<T> {
     fn drop(&mut self) {
         self.transport.set_status(DeviceStatus::empty());
-    }
-}
-
-fn remember(list: &mut [Option<u8>; QUEUE], head: u16, buffer: usize) {
-    if let Some(entry) = list.get_mut(usize::from(head)) {
-        debug_assert!(entry.is_none(), "C1");
-        *entry = u8::try_from(buffer).ok();
-    }
-}
-
-fn forget(list: &mut [Option<u8>; QUEUE], head: u16) -> Option<usize> {
-    list.get_mut(usize::from(head))?.take().map(usize::from)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::fake::{FakeTransport, load, store};
-    use super::*;
-    use std::vec;
-    use std::vec::Vec;
-
-    const IN: usize = RECEIVE as usize;
-    const OUT: usize = TRANSMIT as usize;
-
-    fn console() -> (Console<FakeTransport>, FakeTransport) {
-        let device = FakeTransport::new(0, vec![]);
-        (Console::new(device.clone()).unwrap(), device)
-    }
-
-    /// Plays the other end: text arrives, in one buffer.
-    fn arrive(device: &FakeTransport, text: &[u8]) -> bool {
-        let Some(chain) = device.take(IN) else { return false };
-        let (base, room, device_writes) = chain.buffers[0];
-        assert!(device_writes && text.len() <= room);
-        text.iter().zip(0..).for_each(|(byte, at): (_, u64)| store(base + at, *byte));
-        device.finish(IN, chain.head, u32::try_from(text.len()).unwrap());
-        true
-    }
-
-    /// Plays the other end: takes everything that was sent.
-    fn sent(device: &FakeTransport) -> Vec<u8> {
-        let mut text = vec![];
-        while let Some(chain) = device.take(OUT) {
-            let (base, bytes, _) = chain.buffers[0];
-            text.extend((0..bytes as u64).map(|at| load::<u8>(base + at)));
-            device.finish(OUT, chain.head, 0);
-        }
-        text
-    }
-
-    #[test]
-    fn what_arrives_is_read_in_order_in_pieces_of_any_size() {
-        let (mut console, device) = console();
-        let mut expected = vec![];
-        let mut got: Vec<u8> = vec![];
-        for round in 0..10_000_usize {
-            let text: Vec<u8> =
-                (0..round % 500 + 1).map(|at| u8::try_from((at + round) % 256).unwrap()).collect();
-            if arrive(&device, &text) {
-                expected.extend(text);
-            }
-            let mut out = [0; 97];
-            let count = console.read(&mut out[..round % 97 + 1]);
-            got.extend(&out[..count]);
-        }
-        let mut out = [0; 97];
-        while let count @ 1.. = console.read(&mut out) {
-            got.extend(&out[..count]);
-        }
-        assert_eq!(got, expected);
-    }
-
-    #[test]
-    fn output_beyond_the_buffers_waits_for_the_reader_and_is_never_lost() {
-        let (mut console, device) = console();
-        let text: Vec<u8> = (0..100_000_u32).map(|at| at.to_le_bytes()[0]).collect();
-        let (mut taken, mut seen) = (0, vec![]);
-        while taken < text.len() {
-            let count = console.write(&text[taken..]);
-            assert!(count <= 4096);
-            assert_eq!(console.write(&text[taken + count..]), 0, "there is no room left, or nothing to send");
-            taken += count;
-            seen.extend(sent(&device));
-        }
-        assert_eq!(seen, text);
-    }
-
-    #[test]
-    fn a_device_that_returns_a_buffer_it_does_not_have_is_reset() {
-        let (mut console, device) = console();
-        device.finish(OUT, 3, 0);
-        assert_eq!(console.write(b"x"), 0);
-        assert_eq!(device.state().status, DeviceStatus::empty());
-        assert_eq!(console.read(&mut [0; 8]), 0);
     }
 }

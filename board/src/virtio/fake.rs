@@ -11,6 +11,9 @@ use virtio_drivers::{Error, Result};
 use vmobject::addr::PhysAddr;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+/// Queues of a device: those of a console with two ports are the most.
+const QUEUES: usize = 6;
+
 /// Where a queue is.
 #[derive(Clone, Copy, Debug, Default)]
 struct Queue {
@@ -29,7 +32,7 @@ pub(super) struct State {
     pub(super) accepted: u64,
     pub(super) status: DeviceStatus,
     config: Vec<u8>,
-    queues: [Queue; 2],
+    queues: [Queue; QUEUES],
     pub(super) kicks: usize,
 }
 
@@ -61,7 +64,7 @@ impl FakeTransport {
             accepted: 0,
             status: DeviceStatus::empty(),
             config,
-            queues: [Queue::default(); 2],
+            queues: [Queue::default(); QUEUES],
             kicks: 0,
         })))
     }
@@ -141,7 +144,7 @@ impl Transport for FakeTransport {
         let mut state = self.state();
         state.status = status;
         if status == DeviceStatus::empty() {
-            state.queues = [Queue::default(); 2];
+            state.queues = [Queue::default(); QUEUES];
         }
     }
     fn set_guest_page_size(&mut self, _size: u32) {}

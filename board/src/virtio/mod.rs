@@ -12,7 +12,10 @@
 pub mod blk;
 #[cfg(test)]
 mod blk_tests;
+mod buffers;
 pub mod console;
+#[cfg(test)]
+mod console_tests;
 #[cfg(test)]
 mod fake;
 pub mod hal;
@@ -47,6 +50,8 @@ pub enum DeviceError {
     NotVirtio,
     /// The device does not accept what we need of it.
     Refused,
+    /// A console that can have no port but its first: it lacks MULTIPORT.
+    OnePort,
     /// A queue is smaller than ours, or in use.
     Queue,
     /// No memory for a queue.

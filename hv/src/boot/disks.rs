@@ -8,7 +8,7 @@ use board::platform::{Device, Platform};
 use board::virtio::blk::Blk;
 use board::virtio::console::Console;
 use board::virtio::hal::{self, PageSource};
-use board::virtio::{Kind, Mmio, probe};
+use board::virtio::{DeviceError, Kind, Mmio, probe};
 use log::{info, warn};
 use vmobject::addr::{PAGE_SIZE, PhysAddr};
 
@@ -78,6 +78,7 @@ fn listen(slot: &Device, transport: Mmio) {
                 warn!("console at {at:#x}: there is a control port already");
             }
         }
+        Err(DeviceError::OnePort) => warn!("console at {at:#x}: it has no port 1, so it is no control port"),
         Err(error) => warn!("console at {at:#x}: {error:?}"),
     }
 }
