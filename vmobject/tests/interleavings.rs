@@ -188,7 +188,7 @@ fn serve(rig: &Rig, _what: WaitFor) {
 fn park(rig: &Rig, what: WaitFor) {
     thread::yield_now();
     if let WaitFor::Io(token) = what {
-        while rig.vm.in_flight(token, &mut Held::root()) {
+        while rig.vm.in_flight(token) {
             thread::yield_now();
         }
     }

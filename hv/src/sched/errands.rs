@@ -51,7 +51,7 @@ pub(super) fn run(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VC
             };
             ERRANDS.add(waiting, &Errand { guest: guest.clone(), device, slot }, held);
             // Look once more now that a completion would find us: it may have come before.
-            if matches!(what, WaitFor::Io(token) if !crate::mm::vm().in_flight(token, held)) {
+            if matches!(what, WaitFor::Io(token) if !crate::mm::vm().in_flight(token)) {
                 guest.work.wake();
             }
             true

@@ -113,7 +113,7 @@ enum Came {
 impl Running {
     /// Does a piece of it, which began so many ticks ago.
     fn advance(&mut self, id: u32, ran: u64, held: &mut Held<'_, { rank::GUESTS }>) -> Came {
-        self.awaited = self.awaited.filter(|&token| mm::vm().in_flight(token, held));
+        self.awaited = self.awaited.filter(|&token| mm::vm().in_flight(token));
         if self.awaited.is_some() && !self.writer.has_stopped() {
             return Came::Silence;
         }

@@ -187,11 +187,14 @@ impl<M: Machine> Vm<M> {
         purpose: &mut Purpose<'_>,
         held: &mut Held<'_, CALLER>,
     ) -> Result<Copied, FaultError> {
-        let first = self.attempt(map, at, access, purpose, held);
-        if matches!(first, Ok(Step::Done)) {
-            return Ok(Copied::Done);
+        match self.attempt(map, at, access, purpose, held) {
+            Ok(Step::Done) => Ok(Copied::Done),
+            Ok(Step::Wait(wait @ WaitFor::Io(_))) => {
+                map.stats.count(Event::FaultWait);
+                Ok(Copied::Wait(wait))
+            }
+            first => self.retry(map, at, access, purpose, first, held),
         }
-        self.retry(map, at, access, purpose, first, held)
     }
 
     /// From the top again and again, each time after what the attempt before it asked for; `first` came to
@@ -206,10 +209,6 @@ impl<M: Machine> Vm<M> {
         first: Result<Step, FaultError>,
         held: &mut Held<'_, CALLER>,
     ) -> Result<Copied, FaultError> {
-        if let Ok(Step::Wait(wait @ WaitFor::Io(_))) = first {
-            map.stats.count(Event::FaultWait);
-            return Ok(Copied::Wait(wait));
-        }
         let mut step = first?;
         for _ in 1..MAX_RESTARTS {
             let wait = match self.help(map, at, step, purpose, held) {
@@ -388,18 +387,18 @@ impl<M: Machine> Vm<M> {
         }
         map.stats.count(Event::FaultResident);
         let enters = matches!(purpose, Purpose::Enter(_));
-        if enters && !prot.allows(Prot::WRITE) {
+        // Of what was in swap as much as came along: who reads it in no order has nothing from more.
+        let window = if page.has_clean_slot() { top.ahead.came() } else { AROUND_PAGES };
+        if enters && window > 1 && !prot.allows(Prot::WRITE) {
             let around = Around::Own(top, prot);
             if self.enter_block(map, place, &around, frame, held) {
                 return Step::Done;
             }
         }
         let step = self.finish_found(map, place, purpose, frame, prot, held);
-        if enters && matches!(step, Step::Done) {
+        if enters && window > 1 && matches!(step, Step::Done) {
             // The copy may have received this page and not its neighbours.
             let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
-            // Of what was in swap as much as came along: who reads it in no order has nothing from more.
-            let window = if page.clean_slot().is_some() { top.ahead.came() } else { AROUND_PAGES };
             self.enter_neighbours(map, place, window, &Around::Own(top, prot), held);
         }
         step

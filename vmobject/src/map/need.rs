@@ -19,7 +19,7 @@ use crate::{Vm, VmError};
 /// No frame.
 const NONE: u32 = u32::MAX;
 
-/// One vCPU's last pages.
+/// One vCPU's last pages. Only the vCPU adds to them.
 pub(crate) struct Needs {
     frames: [AtomicU32; NEED_PAGES],
     next: AtomicUsize,
@@ -46,16 +46,22 @@ impl Needs {
         self.frames.iter().any(|known| known.load(Relaxed) == frame.number())
     }
 
+    /// The one that was added last.
+    fn last(&self) -> u32 {
+        self.frames[self.next.load(Relaxed).wrapping_sub(1) % NEED_PAGES].load(Relaxed)
+    }
+
     fn forget(&self) {
         self.frames.iter().for_each(|known| known.store(NONE, Relaxed));
     }
 
     fn add(&self, pc: u64, frame: Pfn) {
-        if self.pc.swap(pc, Relaxed) != pc {
+        if self.pc.load(Relaxed) != pc {
+            self.pc.store(pc, Relaxed);
             self.forget();
             self.next.store(1, Relaxed);
             self.frames[0].store(frame.number(), Relaxed);
-        } else if !self.has(frame) {
+        } else if self.last() != frame.number() && !self.has(frame) {
             let place = self.next.fetch_add(1, Relaxed) % NEED_PAGES;
             self.frames[place].store(frame.number(), Relaxed);
         }

@@ -40,11 +40,10 @@ impl Ahead {
     /// Takes note of a wanted page; in how many pages, aligned, it is to come.
     pub(crate) fn window(&mut self, wanted: PageIndex) -> u32 {
         let near = |&recent: &u32| recent != NOWHERE && recent.abs_diff(wanted.number()) <= NEAR;
-        let first = self.recent.iter().all(|&recent| recent == NOWHERE);
         if self.recent.iter().any(near) {
             self.shift = (self.shift + 1).min(LARGEST);
-        } else if !first {
-            self.shift = self.shift.saturating_sub(1);
+        } else if self.shift > 0 && self.recent.iter().any(|&recent| recent != NOWHERE) {
+            self.shift -= 1;
         }
         self.recent[usize::from(self.next) % RECENT] = wanted.number();
         self.next = self.next.wrapping_add(1);

@@ -55,6 +55,17 @@ impl ObjectId {
     pub const fn number(self) -> u32 {
         self.index
     }
+
+    /// As one number.
+    pub(crate) const fn encode(self) -> u64 {
+        (self.generation as u64) << 32 | self.index as u64
+    }
+
+    /// What was encoded.
+    #[expect(clippy::cast_possible_truncation, reason = "each half for itself")]
+    pub(crate) const fn decode(number: u64) -> Self {
+        Self { index: number as u32, generation: (number >> 32) as u32 }
+    }
 }
 
 impl core::fmt::Debug for ObjectId {

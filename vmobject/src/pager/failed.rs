@@ -8,6 +8,7 @@
 //! the store well again. Called by `transfer`.
 
 use alloc::collections::VecDeque;
+use core::sync::atomic::Ordering::Relaxed;
 
 use super::{Home, Transfers};
 use crate::addr::PageIndex;
@@ -29,6 +30,10 @@ impl Failures {
         let mut list = VecDeque::new();
         list.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
         Ok(Self(list))
+    }
+
+    fn count(&self) -> u32 {
+        u32::try_from(self.0.len()).unwrap_or(u32::MAX)
     }
 
     fn place(&self, what: (Contents, u32)) -> Option<usize> {
@@ -60,7 +65,9 @@ impl Transfers {
         error: Option<StoreError>,
         held: &mut Held<'_, OBJECT>,
     ) {
-        self.0.lock(held).0.failures.note((contents, by), error);
+        let (mut table, _held) = self.table.lock(held);
+        table.failures.note((contents, by), error);
+        self.unread.store(table.failures.count(), Relaxed);
     }
 
     /// Whether something did not come in that a map's guest wanted, since the last call.
@@ -70,12 +77,20 @@ impl Transfers {
         by: u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Option<StoreError>> {
-        self.0.lock(held).0.failures.take((contents, by))
+        if self.unread.load(Relaxed) == 0 {
+            return None;
+        }
+        let (mut table, _held) = self.table.lock(held);
+        let taken = table.failures.take((contents, by));
+        self.unread.store(table.failures.count(), Relaxed);
+        taken
     }
 
     /// A map is gone: nobody comes for what it wanted.
     pub(crate) fn forget_failed<const OUTER: u8>(&self, by: u32, held: &mut Held<'_, OUTER>) {
-        self.0.lock(held).0.failures.0.retain(|((_, asker), _)| *asker != by);
+        let (mut table, _held) = self.table.lock(held);
+        table.failures.0.retain(|((_, asker), _)| *asker != by);
+        self.unread.store(table.failures.count(), Relaxed);
     }
 }
 
@@ -83,6 +98,6 @@ impl<M: Machine> Vm<M> {
     /// True for a page that did not come in, of which nobody was told yet.
     pub(crate) fn has_failed(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
         let Some(contents) = self.contents(state, page, held) else { return false };
-        self.transfers.0.lock(held).0.failures.0.iter().any(|((known, _), _)| *known == contents)
+        self.transfers.table.lock(held).0.failures.0.iter().any(|((known, _), _)| *known == contents)
     }
 }

@@ -20,13 +20,17 @@ mod transfer;
 pub use clean::{Clean, Cleaned};
 pub use shutdown::{Down, Left, Shutdown};
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::{AtomicU32, AtomicU64};
 
 use crate::VmError;
 use crate::addr::{PageIndex, Pfn};
 use crate::limits::{CLUSTER_PAGES, MAX_DISK_PUTS, MAX_IO, MAX_SWAP_PUTS};
 use crate::lock::{Held, IO, Ranked};
 use crate::object::ObjectId;
+use crate::point;
 use crate::store::{Direction, IoToken, StoreId};
 use failed::Failures;
 
@@ -121,8 +125,21 @@ struct Table {
     failures: Failures,
 }
 
+/// What there is to know of a place without its lock.
+struct Flight {
+    /// The token of the transfer there, or 0: no token is that.
+    token: AtomicU64,
+    /// Its object, [`ObjectId::encode`]d; set before the token is.
+    object: AtomicU64,
+}
+
 /// The transfers in flight.
-pub struct Transfers(Ranked<IO, Table>);
+pub struct Transfers {
+    table: Ranked<IO, Table>,
+    flights: Box<[Flight]>,
+    /// How many failures of `table` there are. One of a page is noted, and asked for, with its object locked.
+    unread: AtomicU32,
+}
 
 /// The last generation of a place: a token's top bit stays clear.
 const LAST_GENERATION: u32 = u32::MAX >> 1;
@@ -139,12 +156,15 @@ fn parts(token: IoToken) -> Option<(usize, u32)> {
 impl Transfers {
     /// None, and places for as many as there may be: what begins a transfer allocates nothing.
     pub fn new() -> Result<Self, VmError> {
-        let (mut places, mut vacant) = (Vec::new(), Vec::new());
+        let (mut places, mut vacant, mut flights) = (Vec::new(), Vec::new(), Vec::new());
+        flights.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
+        flights
+            .resize_with(MAX_IO as usize, || Flight { token: AtomicU64::new(0), object: AtomicU64::new(0) });
         places.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
         vacant.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
         places.resize_with(MAX_IO as usize, || Place { generation: 1, transfer: None });
         vacant.extend((0..MAX_IO).rev());
-        Ok(Self(Ranked::new(Table {
+        let table = Ranked::new(Table {
             places,
             vacant,
             disk_puts: 0,
@@ -153,7 +173,15 @@ impl Transfers {
             serial: 0,
             ended: 0,
             failures: Failures::new()?,
-        })))
+        });
+        Ok(Self { table, flights: flights.into_boxed_slice(), unread: AtomicU32::new(0) })
+    }
+
+    /// The place of a token that is in flight.
+    fn flight(&self, token: IoToken) -> Option<&Flight> {
+        point::here();
+        let (place, _) = parts(token)?;
+        self.flights.get(place).filter(|flight| flight.token.load(Acquire) == token.0)
     }
 
     /// Notes a transfer that is about to start.
@@ -162,7 +190,8 @@ impl Transfers {
         transfer: &Transfer,
         held: &mut Held<'_, OUTER>,
     ) -> Result<IoToken, VmError> {
-        let (mut table, _held) = self.0.lock(held);
+        let (mut table, _held) = self.table.lock(held);
+        let table = &mut *table;
         let (swap, disk) = (MAX_SWAP_PUTS - table.swap_puts, MAX_DISK_PUTS - table.disk_puts);
         let kept = match transfer.way {
             Direction::In => swap + disk,
@@ -185,14 +214,17 @@ impl Transfers {
         let serial = table.serial;
         let slot = &mut table.places[place as usize];
         slot.transfer.insert(*transfer).serial = serial;
-        Ok(token(place, slot.generation))
+        let (token, flight) = (token(place, slot.generation), &self.flights[place as usize]);
+        flight.object.store(transfer.object.encode(), Relaxed);
+        flight.token.store(token.0, Release);
+        Ok(token)
     }
 
     /// The transfer that a token names, which is over now; `None` for a stale token.
     #[inline]
     pub fn end<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> Option<Transfer> {
         let (place, generation) = parts(token)?;
-        let (mut table, _held) = self.0.lock(held);
+        let (mut table, _held) = self.table.lock(held);
         let table = &mut *table;
         let slot = table.places.get_mut(place).filter(|slot| slot.generation == generation)?;
         let transfer = slot.transfer.as_ref()?;
@@ -205,6 +237,7 @@ impl Transfers {
             Direction::Out => table.disk_puts -= 1,
         }
         table.ended += 1;
+        self.flights[place].token.store(0, Release);
         // A place whose generation would repeat, or leave the VM's tokens, retires.
         if generation < LAST_GENERATION {
             slot.generation = generation + 1;
@@ -213,38 +246,29 @@ impl Transfers {
         slot.transfer.take()
     }
 
-    /// The object of a transfer that is in flight.
-    pub(crate) fn object<const OUTER: u8>(
-        &self,
-        token: IoToken,
-        held: &mut Held<'_, OUTER>,
-    ) -> Option<ObjectId> {
-        let (place, generation) = parts(token)?;
-        let (table, _held) = self.0.lock(held);
-        let slot = table.places.get(place).filter(|slot| slot.generation == generation)?;
-        slot.transfer.as_ref().map(|transfer| transfer.object)
+    /// The object of a transfer that is in flight; if that ends meanwhile, of another. [`Self::end`] knows.
+    pub(crate) fn object(&self, token: IoToken) -> Option<ObjectId> {
+        self.flight(token).map(|flight| ObjectId::decode(flight.object.load(Relaxed)))
     }
 
     /// True until the transfer's completion was delivered.
-    pub fn in_flight<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> bool {
-        let Some((place, generation)) = parts(token) else { return false };
-        let (table, _held) = self.0.lock(held);
-        table.places.get(place).is_some_and(|slot| slot.generation == generation && slot.transfer.is_some())
+    pub fn in_flight(&self, token: IoToken) -> bool {
+        self.flight(token).is_some()
     }
 
     /// Pages on their way to swap.
     pub(crate) fn leaving<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u32 {
-        self.0.lock(held).0.leaving
+        self.table.lock(held).0.leaving
     }
 
     /// How many transfers of any kind have ended.
     pub(crate) fn ended<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u64 {
-        self.0.lock(held).0.ended
+        self.table.lock(held).0.ended
     }
 
     /// The number of the last transfer that began.
     pub(crate) fn last_serial<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> u64 {
-        self.0.lock(held).0.serial
+        self.table.lock(held).0.serial
     }
 
     /// A transfer out of an object that is in flight and has a number up to this one.
@@ -254,7 +278,7 @@ impl Transfers {
         serial: u64,
         held: &mut Held<'_, OUTER>,
     ) -> Option<IoToken> {
-        let (table, _held) = self.0.lock(held);
+        let (table, _held) = self.table.lock(held);
         (0..).zip(&table.places).find_map(|(number, place)| {
             let transfer = place.transfer.as_ref()?;
             let found = transfer.object == object && transfer.way == Direction::Out;
@@ -264,7 +288,7 @@ impl Transfers {
 
     /// How many there are.
     pub fn count<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
-        let (table, _held) = self.0.lock(held);
+        let (table, _held) = self.table.lock(held);
         table.places.iter().filter(|slot| slot.transfer.is_some()).count()
     }
 }

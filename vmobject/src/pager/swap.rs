@@ -25,7 +25,7 @@ use crate::{Vm, VmError};
 
 /// What is known of a slot's contents.
 #[derive(Clone, Copy, Default)]
-struct Mark {
+pub(super) struct Mark {
     /// How often it was written.
     generation: u32,
     /// Sum of what was written last.
@@ -97,6 +97,15 @@ impl Areas {
         Some((place, slot - self.list[place].first))
     }
 
+    /// How much they have together.
+    fn info(&self) -> SwapInfo {
+        self.list.iter().map(Area::info).fold(SwapInfo::default(), |all, one| SwapInfo {
+            slots: all.slots + one.slots,
+            in_use: all.in_use + one.in_use,
+            bad: all.bad + one.bad,
+        })
+    }
+
     /// The same for a slot that was taken.
     fn of(&mut self, slot: u32) -> (&mut Area, u32) {
         let Some((place, own)) = self.find(slot) else { panic!("slot {slot} is of no store") };
@@ -162,6 +171,11 @@ impl SwapInfo {
     /// Slots that can be had.
     pub const fn free(&self) -> u32 {
         self.slots - self.in_use - self.bad
+    }
+
+    /// True if slots are so few that a page that is in a frame should not keep one as well.
+    const fn is_tight(&self) -> bool {
+        self.free() < self.slots / 2
     }
 }
 
@@ -297,14 +311,22 @@ impl Swap {
         self.0.lock(held).0.of(slot).0.closed
     }
 
+    /// Pages of neighbouring slots were read: what is known of the first, and whether slots are few.
+    pub(super) fn came<const OUTER: u8>(
+        &self,
+        first: u32,
+        pages: u32,
+        held: &mut Held<'_, OUTER>,
+    ) -> (Mark, bool) {
+        let (mut areas, _held) = self.0.lock(held);
+        let (area, own) = areas.of(first);
+        area.counts.read += u64::from(pages);
+        (area.marks[own as usize], areas.info().is_tight())
+    }
+
     /// How much there is.
     pub fn info<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> SwapInfo {
-        let (areas, _held) = self.0.lock(held);
-        areas.list.iter().map(Area::info).fold(SwapInfo::default(), |all, one| SwapInfo {
-            slots: all.slots + one.slots,
-            in_use: all.in_use + one.in_use,
-            bad: all.bad + one.bad,
-        })
+        self.0.lock(held).0.info()
     }
 
     /// One of the stores, in the order in which they were added.
@@ -324,19 +346,13 @@ impl Swap {
         self.0.lock(held).0.list.last().map_or(0, |area| area.first + area.slots.slots())
     }
 
-    /// True if slots are so few that a page that is in a frame should not keep one as well.
-    pub(crate) fn is_tight<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
-        let info = self.info(held);
-        info.free() < info.slots / 2
-    }
-
     /// True if this slot is taken.
     pub(crate) fn holds<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> bool {
         let (areas, _held) = self.0.lock(held);
         areas.find(slot).is_some_and(|(place, own)| areas.list[place].slots.is_taken(own))
     }
 
-    fn mark<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> Mark {
+    pub(super) fn mark<const OUTER: u8>(&self, slot: u32, held: &mut Held<'_, OUTER>) -> Mark {
         let (mut areas, _held) = self.0.lock(held);
         let (area, own) = areas.of(slot);
         area.marks[own as usize]
@@ -401,13 +417,7 @@ impl<M: Machine> Vm<M> {
     }
 
     /// True if a frame that was just read from a slot has what was written there last; it is ready for guests then.
-    pub(super) fn has_arrived<const OUTER: u8>(
-        &self,
-        slot: u32,
-        frame: Pfn,
-        held: &mut Held<'_, OUTER>,
-    ) -> bool {
-        let mark = self.swap.mark(slot, held);
+    pub(super) fn has_arrived(&self, slot: u32, mark: Mark, frame: Pfn) -> bool {
         self.machine.memory().publish_sealed(frame, mark.key(slot)) == mark.sum
     }
 

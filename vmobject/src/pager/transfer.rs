@@ -155,45 +155,72 @@ impl<M: Machine> Vm<M> {
         alone: bool,
         held: &mut Held<'_, OBJECT>,
     ) -> bool {
-        let wanted = transfer.wanted.number();
-        let window = match (alone, state.slots.get(PageIndex::new(wanted))) {
+        let was = state.slots.get(transfer.wanted);
+        let window = match (alone, was) {
             (true, _) => 1,
-            (false, Slot::Swapped(_)) => state.ahead.window(PageIndex::new(wanted)),
+            (false, Slot::Swapped(_)) => state.ahead.window(transfer.wanted),
             (false, Slot::Absent | Slot::Zero | Slot::Resident(_)) => CLUSTER_PAGES,
         };
+        let Some(frame) = self.give_to_fill(state, transfer.wanted, was, held) else { return false };
+        (transfer.frames[0], transfer.pages) = (frame, 1);
+        if window > 1 {
+            self.gather_neighbours(state, transfer, home, window, held);
+        }
+        true
+    }
+
+    /// A frame for a page that has something else in the index now.
+    fn give_to_fill(
+        &self,
+        state: &mut State,
+        page: PageIndex,
+        was: Slot,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Pfn> {
+        let frame = self.give_frame(state, page, Queue::None, held)?;
+        if let Slot::Swapped(slot) = was {
+            self.frames.page(frame).set_clean_slot(Some(slot));
+        }
+        Some(frame)
+    }
+
+    /// The rest of [`Self::gather`], in the aligned window of the wanted page, which has its frame.
+    #[inline(never)]
+    fn gather_neighbours(
+        &self,
+        state: &mut State,
+        transfer: &mut Transfer,
+        home: Home,
+        window: u32,
+        held: &mut Held<'_, OBJECT>,
+    ) {
+        let wanted = transfer.wanted.number();
         let base = wanted - wanted % window;
         let end = base.saturating_add(window).min(state.pages);
         let frames = &mut transfer.frames;
-        let mut give = |state: &mut State, number: u32, held: &mut Held<'_, OBJECT>| {
+        frames[(wanted - base) as usize] = frames[0];
+        let mut give = |number: u32| {
             let page = PageIndex::new(number);
-            let found = if number == wanted { home } else { self.home(state, page, held)? };
+            let found = self.home(state, page, held)?;
             let near = i64::from(found.page) - i64::from(home.page) == i64::from(number) - i64::from(wanted);
             if found.store != home.store || !near {
                 return None;
             }
-            let before = state.slots.get(page);
-            let frame = self.give_frame(state, page, Queue::None, held)?;
-            if let Slot::Swapped(slot) = before {
-                self.frames.page(frame).set_clean_slot(Some(slot));
-            }
-            frames[(number - base) as usize] = frame;
+            let was = state.slots.get(page);
+            frames[(number - base) as usize] = self.give_to_fill(state, page, was, held)?;
             Some(())
         };
-        if give(state, wanted, held).is_none() {
-            return false;
-        }
         let (mut first, mut last) = (wanted, wanted);
-        while last + 1 < end && give(state, last + 1, held).is_some() {
+        while last + 1 < end && give(last + 1).is_some() {
             last += 1;
         }
-        while first > base && give(state, first - 1, held).is_some() {
+        while first > base && give(first - 1).is_some() {
             first -= 1;
         }
         if first > base {
             frames.copy_within((first - base) as usize..=(last - base) as usize, 0);
         }
         (transfer.first, transfer.pages) = (PageIndex::new(first), last - first + 1);
-        true
     }
 
     /// Takes back what [`Self::gather`] gave.
@@ -257,7 +284,7 @@ impl<M: Machine> Vm<M> {
         result: Result<(), StoreError>,
         held: &mut Held<'_, OUTER>,
     ) -> u32 {
-        let Some(object) = self.transfers.object(token, held) else {
+        let Some(object) = self.transfers.object(token) else {
             self.stats.count(Event::StaleCompletion);
             return 0;
         };
@@ -272,11 +299,14 @@ impl<M: Machine> Vm<M> {
         self.frames.clear_busy(transfer.frames(), &mut held);
         state.ends(transfer.way, transfer.leaving());
         let first = transfer.frames().first();
-        if let Some(slot) = first.and_then(|&frame| self.frames.page(frame).clean_slot()) {
+        let slot = first.and_then(|&frame| self.frames.page(frame).clean_slot());
+        if let Some(slot) = slot
+            && (transfer.way, result) != (Direction::In, Ok(()))
+        {
             self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
         }
         let freed = match (transfer.way, result) {
-            (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, &mut held),
+            (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, slot, &mut held),
             (Direction::In, Err(error)) => {
                 self.scatter(&mut state, &transfer, &mut held);
                 let error = (transfer.pages == 1).then_some(error);
@@ -318,14 +348,27 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// The bytes are there. Those that are not what was written go back, and fail whoever wanted them.
-    fn is_in(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
-        let tight = self.swap.is_tight(held);
+    /// The bytes are there, from swap if there is a `first` slot. Those that are not what was written go back, and fail
+    /// whoever wanted them.
+    fn is_in(
+        &self,
+        state: &mut State,
+        transfer: &Transfer,
+        first: Option<u32>,
+        held: &mut Held<'_, OBJECT>,
+    ) -> u32 {
+        let (mark, tight) = match first {
+            Some(slot) => self.swap.came(slot, transfer.pages, held),
+            None => Default::default(),
+        };
         let mut freed = 0;
         for (page, frame) in transfer.iter() {
             let slot = self.frames.page(frame).clean_slot();
             let genuine = match slot {
-                Some(slot) => self.has_arrived(slot, frame, held),
+                Some(slot) => {
+                    let mark = if Some(slot) == first { mark } else { self.swap.mark(slot, held) };
+                    self.has_arrived(slot, mark, frame)
+                }
                 None => self.is_as_stored(state, page, frame),
             };
             if !genuine {
@@ -428,7 +471,7 @@ impl<M: Machine> Vm<M> {
     }
 
     /// True until the completion of a transfer was delivered.
-    pub fn in_flight<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> bool {
-        self.transfers.in_flight(token, held)
+    pub fn in_flight(&self, token: IoToken) -> bool {
+        self.transfers.in_flight(token)
     }
 }
