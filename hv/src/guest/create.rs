@@ -258,7 +258,7 @@ fn prepare(
     map: &Arc<Map>,
     id: GuestId,
     config: &GuestConfig,
-    log: Option<Arc<Log>>,
+    kept: Option<Kept>,
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Parts, CreateError> {
@@ -284,28 +284,32 @@ fn prepare(
     }
     let mut devices = Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds());
     devices.disks = disks;
-    Ok(Parts {
-        devices,
-        vcpus: vcpus.into_boxed_slice(),
-        random,
-        log: log.unwrap_or_default(),
-        offset: timer::now(),
-        birth: Birth::first(config.grant_fork),
-    })
+    let Kept { log, birth } =
+        kept.unwrap_or_else(|| Kept { log: Arc::default(), birth: Birth::first(config.grant_fork) });
+    let (vcpus, offset) = (vcpus.into_boxed_slice(), timer::now());
+    Ok(Parts { devices, vcpus, random, log, offset, birth })
 }
 
-/// Makes a guest that is ready to be given to the scheduler. `log` is that of the guest whose place it
+/// What a guest that begins again keeps: a reset neither hides what it said nor lets it fork more than was granted.
+pub struct Kept {
+    /// What it wrote on its console.
+    pub log: Arc<Log>,
+    /// Where it comes from.
+    pub birth: Birth,
+}
+
+/// Makes a guest that is ready to be given to the scheduler. `kept` is of the guest whose place it
 /// takes; `poll` lets transfers finish.
 pub fn create(
     id: GuestId,
     config: GuestConfig,
-    log: Option<Arc<Log>>,
+    kept: Option<Kept>,
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, CreateError> {
     let map = mm::new_map(held)?;
     let promised = mm::vm().set_vcpus(&map, config.vcpus, held).map_err(CreateError::from);
-    match promised.and_then(|()| prepare(&map, id, &config, log, poll, held)) {
+    match promised.and_then(|()| prepare(&map, id, &config, kept, poll, held)) {
         Ok(parts) => Ok(Arc::new(Guest::new(id, config, map, parts))),
         Err(error) => {
             mm::vm().destroy_map(map, held);
@@ -315,6 +319,6 @@ pub fn create(
 }
 
 /// Gives back everything of a guest that no CPU uses any more.
-pub fn destroy(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
+pub fn destroy(guest: &Guest, held: &mut Held<'_, 0>) {
     mm::vm().destroy_map(guest.map.clone(), held);
 }

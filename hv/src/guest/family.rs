@@ -58,15 +58,15 @@ impl Drop for Room {
     }
 }
 
-/// Where a guest comes from.
-#[derive(Debug)]
+/// Where a guest comes from. A guest that begins again comes from where it came from before, and has the same room.
+#[derive(Clone, Debug)]
 pub struct Birth {
     /// Its place in the fork that made it, from 1 on; 0 when it was not forked.
     pub place: u32,
     /// How many children that fork made.
     pub of: u32,
     /// Its room in the family, if a guest forked it and not a person: it counts there as long as it lives.
-    pub room: Option<Room>,
+    pub room: Option<Arc<Room>>,
     /// Its family.
     pub family: Arc<Family>,
 }
@@ -80,7 +80,7 @@ impl Birth {
 
     /// A child's.
     pub fn child(&self, place: u32, of: u32, room: Option<Room>) -> Self {
-        Self { place, of, room, family: self.family.clone() }
+        Self { place, of, room: room.map(Arc::new), family: self.family.clone() }
     }
 }
 

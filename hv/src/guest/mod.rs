@@ -117,6 +117,17 @@ pub enum Life {
     Ending,
 }
 
+/// How a guest's life says that it ends, and why.
+const fn ending_code(ending: Ending) -> u8 {
+    Life::Ending as u8 + ending as u8
+}
+
+/// How it says that another guest has its place.
+const REPLACED: u8 = STILL - 1;
+
+/// Beside a guest's life: one CPU keeps its vCPUs still, to copy or to change what they are.
+const STILL: u8 = 1 << 7;
+
 /// What is logged once for each guest, however often it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -164,11 +175,10 @@ pub struct Guest {
     /// The vCPU that each CPU ran last.
     pub last_ran: [AtomicUsize; MAX_CPUS],
     life: AtomicU8,
-    ending: AtomicU8,
+    /// How often it was reset to a snapshot.
+    pub resets: AtomicU32,
     /// One CPU has taken it upon itself to bury it.
     claimed: AtomicBool,
-    /// One CPU keeps its vCPUs still, to copy or to change what they are.
-    still: AtomicBool,
     complaints: AtomicU32,
 }
 
@@ -192,9 +202,8 @@ impl Guest {
             birth: parts.birth,
             last_ran: [const { AtomicUsize::new(usize::MAX) }; MAX_CPUS],
             life: AtomicU8::new(Life::Running as u8),
-            ending: AtomicU8::new(Ending::Off as u8),
+            resets: AtomicU32::new(0),
             claimed: AtomicBool::new(false),
-            still: AtomicBool::new(false),
             complaints: AtomicU32::new(0),
         }
     }
@@ -226,7 +235,7 @@ impl Guest {
 
     /// Whether its vCPUs may run.
     pub fn life(&self) -> Life {
-        match self.life.load(Ordering::SeqCst) {
+        match self.life.load(Ordering::SeqCst) & !STILL {
             0 => Life::Running,
             1 => Life::Paused,
             _ => Life::Ending,
@@ -235,14 +244,33 @@ impl Guest {
 
     /// Pauses or resumes; false when it is ending or already so.
     pub fn move_life(&self, from: Life, to: Life) -> bool {
-        self.life.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        let moved = |life: u8| (life & !STILL == from as u8).then_some(life & STILL | to as u8);
+        self.life.fetch_update(Ordering::SeqCst, Ordering::SeqCst, moved).is_ok()
     }
 
-    /// Ends it. The first reason stays.
-    pub fn end(&self, ending: Ending) {
-        if self.move_life(Life::Running, Life::Ending) || self.move_life(Life::Paused, Life::Ending) {
-            self.ending.store(ending as u8, Ordering::SeqCst);
-        }
+    /// Resumes; false when it is not paused, or somebody keeps it still.
+    pub fn go_on(&self) -> bool {
+        let (from, to) = (Life::Paused as u8, Life::Running as u8);
+        self.life.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Ends it. The first reason stays, but who is killed does not begin again. False when another has its place.
+    pub fn end(&self, ending: Ending) -> bool {
+        let ended = |life: u8| match life & !STILL {
+            before if before < Life::Ending as u8 => Some(life & STILL | ending_code(ending)),
+            before if before == ending_code(Ending::Reset) && ending == Ending::Killed => {
+                Some(life & STILL | ending_code(ending))
+            }
+            _ => None,
+        };
+        let before = self.life.fetch_update(Ordering::SeqCst, Ordering::SeqCst, ended);
+        before.map_or_else(|life| life & !STILL != REPLACED, |_| true)
+    }
+
+    /// Its place is another's from now on; false when it is not to begin again after all.
+    pub fn make_room(&self) -> bool {
+        let (from, to) = (ending_code(Ending::Reset), REPLACED);
+        self.life.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
     /// True for the first caller: it alone buries the guest.
@@ -252,12 +280,20 @@ impl Guest {
 
     /// True when nobody else keeps it still; then the caller does, until [`Self::let_go`].
     pub fn keep_still(&self) -> bool {
-        !self.still.swap(true, Ordering::SeqCst)
+        self.life.fetch_or(STILL, Ordering::SeqCst) & STILL == 0
     }
 
-    /// Ends what [`Self::keep_still`] began.
-    pub fn let_go(&self) {
-        self.still.store(false, Ordering::SeqCst);
+    /// True when somebody keeps it still.
+    pub fn is_kept_still(&self) -> bool {
+        self.life.load(Ordering::SeqCst) & STILL != 0
+    }
+
+    /// Ends what [`Self::keep_still`] began, and resumes a paused guest if that is wanted: true if it did.
+    pub fn let_go(&self, resume: bool) -> bool {
+        let resumed = |life: u8| resume && life & !STILL == Life::Paused as u8;
+        let next = |life: u8| if resumed(life) { Life::Running as u8 } else { life & !STILL };
+        let before = self.life.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |life| Some(next(life)));
+        before.is_ok_and(resumed)
     }
 
     /// True when no CPU runs any of its vCPUs or has their registers.
@@ -269,12 +305,10 @@ impl Guest {
 
     /// Why it ended.
     pub fn ending(&self) -> Ending {
-        match self.ending.load(Ordering::SeqCst) {
-            0 => Ending::Off,
-            1 => Ending::Reset,
-            2 => Ending::Killed,
-            _ => Ending::Lost,
-        }
+        let life = self.life.load(Ordering::SeqCst) & !STILL;
+        let reasons = [Ending::Off, Ending::Reset, Ending::Killed, Ending::Lost];
+        // A guest that lives has none yet, and one whose place is taken had this one.
+        reasons.into_iter().find(|&ending| ending_code(ending) == life).unwrap_or(Ending::Reset)
     }
 
     /// True the first time.

@@ -233,12 +233,15 @@ pub fn restore(
     poll(held);
     mm::vm().reset_map(&guest.map, &snapshot.memory, poll, held)?;
     poll(held);
+    guest.resets.fetch_add(1, Ordering::SeqCst);
     let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);
     for (vcpu, (context, power)) in guest.vcpus.iter().zip(states) {
         *vcpu.context.lock(held).0 = context.clone();
         *vcpu.power.lock(held).0 = *power;
     }
     *guest.devices.lock(held).0 = devices;
+    // What each CPU knows of the old life's own tables goes when it loads one of the vCPUs, as if another had run there.
+    guest.last_ran.iter().for_each(|last| last.store(usize::MAX, Ordering::Relaxed));
     guest.work.wake();
     guest.offset.store(timer::now().wrapping_sub(snapshot.moment.time), Ordering::SeqCst);
     poll(held);

@@ -69,13 +69,16 @@ pub fn claim_ended<const R: u8>(held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
     guests.iter().find(ended).cloned()
 }
 
-/// Puts a guest into the place of the one with its number.
-pub fn replace<const R: u8>(guest: Arc<Guest>, held: &mut Held<'_, R>) {
+/// Puts a guest into the place of the one with its number, which begins again; hands it back when that was killed
+/// meanwhile. Whoever kills the old one later is told that it has no place, and finds this one here.
+pub fn replace<const R: u8>(guest: Arc<Guest>, held: &mut Held<'_, R>) -> Result<(), Arc<Guest>> {
     const { assert!(R < rank::GUESTS) };
     let (mut guests, _held) = GUESTS.lock(held);
-    if let Some(place) = guests.iter_mut().find(|other| other.id == guest.id) {
-        *place = guest;
+    match guests.iter_mut().find(|other| other.id == guest.id).filter(|old| old.make_room()) {
+        Some(place) => *place = guest,
+        None => return Err(guest),
     }
+    Ok(())
 }
 
 /// Takes a guest out of the list.
@@ -91,5 +94,5 @@ pub fn is_empty<const R: u8>(held: &mut Held<'_, R>) -> bool {
 }
 
 fn is_over(guest: &Guest) -> bool {
-    guest.is_quiet() && guest.vcpus.iter().all(|vcpu| vcpu.state() == State::Off)
+    !guest.is_kept_still() && guest.is_quiet() && guest.vcpus.iter().all(|vcpu| vcpu.state() == State::Off)
 }

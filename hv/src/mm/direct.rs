@@ -37,6 +37,17 @@ impl Direct {
         Self { offset: (arena.expose_provenance() as u64).wrapping_sub(first.base().bits()) }
     }
 
+    /// These frames, of zeros, for tests on the host that use no others.
+    #[cfg(test)]
+    pub fn of_zeros(frames: &core::ops::Range<Pfn>) -> Self {
+        let pages = usize::try_from(frames.end.number() - frames.start.number()).unwrap();
+        let layout = std::alloc::Layout::from_size_align(pages * PAGE, PAGE).unwrap();
+        // SAFETY: it has a size.
+        let arena = unsafe { std::alloc::alloc_zeroed(layout) };
+        // SAFETY: it is as large as the frames, and is never given back.
+        unsafe { Self::over(arena, frames.start) }
+    }
+
     /// Where a frame's bytes are.
     pub fn pointer(self, frame: Pfn) -> *mut u8 {
         let address = frame.base().bits().wrapping_add(self.offset);

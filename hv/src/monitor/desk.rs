@@ -284,6 +284,7 @@ pub fn serve(front: &dyn Front, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
             replay(front, cpu, held);
             continue;
         }
+        cpu.make_way(front, held);
         let outcome = cmd::run(&line, &mut Guests::new(front, cpu, held));
         settle(door, &line, outcome, front, cpu, held);
     }

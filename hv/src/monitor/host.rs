@@ -115,13 +115,9 @@ impl Guests<'_, '_> {
         snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))
     }
 
-    fn create_from(
-        &mut self,
-        id: GuestId,
-        from: &str,
-        name: Option<&str>,
-        grant: Option<u32>,
-    ) -> Result<u32, String> {
+    fn create_from(&mut self, id: GuestId, from: &str, given: [Option<&str>; 2]) -> Result<u32, String> {
+        let [name, grant] = given;
+        let grant = grant.map(granted).transpose()?;
         let moment = self.moment(from, id)?;
         let name = name.map_or_else(|| format!("{from}.{id}"), String::from);
         if table::find(&name, self.held).is_some() {
@@ -178,15 +174,12 @@ impl Host for Guests<'_, '_> {
             return Err("the machine is shutting down".into());
         }
         let id = table::next_id();
-        let given = |key| options.iter().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
+        let given = |key: &str| options.iter().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
         if let Some(from) = given("from") {
-            let (name, grant) = (given("name"), given("grant-fork"));
-            if options.len() > 1 + usize::from(name.is_some()) + usize::from(grant.is_some()) {
-                let all =
-                    "a guest from a snapshot can be given a name and grant-fork; all else is the snapshot's";
-                return Err(all.into());
+            if options.iter().any(|(key, _)| !["from", "name", "grant-fork"].contains(&key.as_str())) {
+                return Err("a guest from a snapshot has all but its name and grant-fork from there".into());
             }
-            return self.create_from(id, from, name, grant.map(granted).transpose()?);
+            return self.create_from(id, from, ["name", "grant-fork"].map(given));
         }
         let config = configure(id, options)?;
         if table::find(&config.name, self.held).is_some() {

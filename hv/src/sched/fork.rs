@@ -10,6 +10,7 @@ use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::Ordering;
 
 use crate::arch::timer;
 use crate::guest::exit::Asked;
@@ -110,7 +111,10 @@ pub fn fork(
     snapshot::delete(moment, held);
     rest(held);
     if let Err(error) = result {
-        children.into_iter().for_each(|guest| create::destroy(guest, held));
+        for guest in children {
+            create::destroy(&guest, held);
+            rest(held);
+        }
         return Err(error.into());
     }
     let mut ids = Vec::new();
@@ -119,6 +123,7 @@ pub fn fork(
         if launch(guest, held) {
             ids.push(id);
         }
+        rest(held);
     }
     let total = timer::now().wrapping_sub(start);
     log::info!("guest {}: forked into {count}, still for {pause} ticks, {total} in all", source.id);
@@ -156,7 +161,9 @@ fn child(
         Begin::Paused => {
             guest.move_life(Life::Running, Life::Paused);
         }
-        Begin::Returning(vcpu, asked, _) => answer(&guest, *vcpu, *asked, (code::SUCCESS, place, of), held),
+        Begin::Returning(vcpu, asked, _) => {
+            answer(&guest, *vcpu, *asked, (code::SUCCESS, place, of), 0, held)
+        }
     }
     Ok(guest)
 }
@@ -167,19 +174,30 @@ fn name_for(source: &str, id: GuestId) -> String {
     format!("{stem}.{id}")
 }
 
-/// What the call or the page that forks answers, in a vCPU whose registers are in memory. A refusal leaves all registers
-/// but the first alone.
+/// What the call or the page that forks answers, in a vCPU whose registers are in memory: in the life that asked, and not
+/// in one that it was reset to meanwhile. A refusal leaves all registers but the first alone.
 fn answer(
     guest: &Guest,
     vcpu: usize,
     asked: Asked,
     (status, place, of): (u64, u32, u32),
+    resets: u32,
     held: &mut Held<'_, 0>,
 ) {
+    // A reset counts itself first, and takes the same locks then.
+    let is_same = || guest.resets.load(Ordering::SeqCst) == resets;
     match (asked, guest.vcpus.get(vcpu)) {
-        (Asked::Page, _) => guest.devices.lock(held).0.outcome = Outcome { status, place, of },
+        (Asked::Page, _) => {
+            let (mut devices, _held) = guest.devices.lock(held);
+            if is_same() {
+                devices.outcome = Outcome { status, place, of };
+            }
+        }
         (Asked::Call, Some(vcpu)) => {
             let (mut context, _held) = vcpu.context.lock(held);
+            if !is_same() {
+                return;
+            }
             let answer = [status, place.into(), of.into(), guest.id.0.into()];
             let length = if status == code::SUCCESS { answer.len() } else { 1 };
             context.regs.x[..length].copy_from_slice(&answer[..length]);
@@ -198,11 +216,15 @@ pub(super) fn by_itself(
 ) {
     let (guest, index) = (&entry.guest, entry.vcpu().index);
     let interval = timer::freq().saturating_mul(INTERVAL_US) / 1_000_000;
+    let resets = guest.resets.load(Ordering::SeqCst);
+    // Who copies the guest while its children are made has a vCPU that was answered.
+    answer(guest, index, asked, (code::DENIED, 0, 0), resets, held);
     let forked = guest.birth.family.admit(count, interval, timer::now()).is_some_and(|room| {
         fork(guest, count, Begin::Returning(index, asked, room), cpu, outside, held).is_ok()
     });
     // A vCPU that has been forked is unloaded; one that was refused may not be.
     cpu.unload(outside, held);
-    let outcome = if forked { (code::SUCCESS, 0, count) } else { (code::DENIED, 0, 0) };
-    answer(guest, index, asked, outcome, held);
+    if forked {
+        answer(guest, index, asked, (code::SUCCESS, 0, count), resets, held);
+    }
 }

@@ -9,7 +9,7 @@ use crate::arch::{irq, timer};
 use vmobject::lock::Held;
 
 use super::load::{Cpu, ticks};
-use super::{ASLEEP, Outside, QUEUES, slice};
+use super::{ASLEEP, Outside, slice};
 
 /// How much of the memory manager's chores is done between two looks around (invariant I6).
 pub(super) const CHORES: u32 = 12;
@@ -26,7 +26,7 @@ pub(super) fn sleep(cpu: &mut Cpu, more: bool, outside: &dyn Outside, held: &mut
     }
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // Whoever makes a vCPU ready after this sees the flag; whoever did before left it in the queue.
-    if QUEUES[cpu.id].is_empty(held) {
+    if !super::has_next(cpu.id, held) {
         // A chore that is not done yet waits for something that need not come as an interrupt here.
         let round =
             super::CHORES.load(Ordering::SeqCst).then(|| timer::now().saturating_add(ticks(ROUND_MS)));

@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering;
 use crate::arch::{self, fpsimd, gich, switch, timer, tlb};
 use crate::guest::Guest;
 use crate::guest::rank;
-use crate::guest::vcpu::{Context, NOWHERE, Power, Vcpu, VcpuRef, count};
+use crate::guest::vcpu::{Context, NOWHERE, Power, State, Vcpu, VcpuRef, count};
 use vmobject::lock::Held;
 
 use super::Outside;
@@ -37,6 +37,8 @@ pub struct Cpu {
     pub stood: u64,
     /// Before this, chores have had their share of a busy CPU.
     pub chores_due: u64,
+    /// How many ends of guests it has heard of.
+    pub ended: u64,
     /// vCPUs that wait for a time.
     pub sleepers: Sleepers<VcpuRef>,
 }
@@ -54,6 +56,7 @@ impl Cpu {
             slice_end: 0,
             stood: 0,
             chores_due: 0,
+            ended: 0,
             sleepers,
         }
     }
@@ -120,7 +123,18 @@ impl Cpu {
         fpsimd::trap(true);
         self.fp_live = false;
         vcpu.loaded_on.store(NOWHERE, Ordering::SeqCst);
+        if vcpu.state() == State::Ready {
+            // Until now no other CPU could have it.
+            super::rouse();
+        }
         super::wake_many(&entry.guest, kicks & !(1 << vcpu.index), held);
+    }
+
+    /// Before this CPU does something that takes long: who waits for it, with registers here, may go elsewhere.
+    pub fn make_way(&mut self, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+        if self.loaded.as_ref().is_some_and(|loaded| loaded.vcpu().state() == State::Ready) {
+            self.unload(outside, held);
+        }
     }
 
     /// Brings the list registers up to date before an entry; the other vCPUs that have something to look at.

@@ -17,6 +17,8 @@ pub mod quiet;
 pub mod runqueue;
 pub mod slice;
 pub mod still;
+#[cfg(test)]
+mod tests;
 pub mod wait;
 
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -89,7 +91,13 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         // Whoever looked before saw that its registers were still here.
         call_daemon_here();
     }
+    let ended = ENDED.load(Ordering::SeqCst);
+    if core::mem::replace(&mut cpu.ended, ended) != ended {
+        // Their deadlines may be as far away as they liked.
+        cpu.sleepers.forget(|vcpu| vcpu.guest.life() != Life::Ending);
+    }
     if CHORES.swap(false, Ordering::SeqCst) {
+        cpu.make_way(outside, held);
         daemon::work(cpu, outside, held);
     }
     // After the chores: what it asks for is for the next round.
@@ -131,6 +139,9 @@ fn share_with_chores(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0
     }
 }
 
+/// Counts the calls for the daemon: a guest may have ended, and no CPU is to keep anything of it.
+static ENDED: AtomicU64 = AtomicU64::new(0);
+
 /// Ticks that the memory manager's chores have taken on all CPUs.
 static CHORE_TICKS: AtomicU64 = AtomicU64::new(0);
 
@@ -166,8 +177,18 @@ fn next(cpu: usize, held: &mut Held<'_, 0>) -> Option<VcpuRef> {
         return Some(vcpu);
     }
     let cpus = percpu::count();
-    let movable = |entry: &VcpuRef| entry.vcpu().loaded_on.load(Ordering::SeqCst) == NOWHERE;
-    (1..cpus).find_map(|step| QUEUES[(cpu + step) % cpus].steal(movable, held))
+    (1..cpus).find_map(|step| QUEUES[(cpu + step) % cpus].steal(is_movable, held))
+}
+
+/// True for a vCPU whose registers are in no CPU.
+fn is_movable(entry: &VcpuRef) -> bool {
+    entry.vcpu().loaded_on.load(Ordering::SeqCst) == NOWHERE
+}
+
+/// True when [`next`] would find one.
+fn has_next(cpu: usize, held: &mut Held<'_, 0>) -> bool {
+    let cpus = percpu::count();
+    !QUEUES[cpu].is_empty(held) || (1..cpus).any(|step| QUEUES[(cpu + step) % cpus].has(is_movable, held))
 }
 
 /// True when somebody waits for this CPU.
@@ -214,10 +235,16 @@ fn enqueue<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
     }
     if vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE && !ASLEEP[home].load(Ordering::SeqCst) {
         // Its own CPU is busy and any other may run it: one that sleeps will find it.
-        let sleeper = (0..percpu::count()).find(|&cpu| ASLEEP[cpu].load(Ordering::SeqCst));
-        if let Some(cpu) = sleeper {
-            irq::kick(cpu);
-        }
+        rouse();
+    }
+}
+
+/// Wakes a CPU that sleeps, if there is one: each call another.
+fn rouse() {
+    let sleeps =
+        |&cpu: &usize| ASLEEP[cpu].load(Ordering::SeqCst) && ASLEEP[cpu].swap(false, Ordering::SeqCst);
+    if let Some(cpu) = (0..percpu::count()).find(sleeps) {
+        irq::kick(cpu);
     }
 }
 
@@ -255,17 +282,18 @@ pub fn start<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
 pub fn launch(guest: Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
     if let Err(guest) = table::add(guest.clone(), held) {
         log::error!("guest {}: there are too many guests", guest.id);
-        create::destroy(guest, held);
+        create::destroy(&guest, held);
         return false;
     }
     start_all(&guest, held);
     true
 }
 
-/// Lets a guest run in the place of the one with its number.
-fn launch_again(guest: Arc<Guest>, held: &mut Held<'_, 0>) {
-    table::replace(guest.clone(), held);
+/// Lets a guest run in the place of the one with its number; hands it back when that is not to begin again.
+fn launch_again(guest: Arc<Guest>, held: &mut Held<'_, 0>) -> Result<(), Arc<Guest>> {
+    table::replace(guest.clone(), held)?;
     start_all(&guest, held);
+    Ok(())
 }
 
 /// Starts the vCPUs of a guest that are switched on and are nowhere yet.
@@ -289,9 +317,9 @@ pub fn pause(guest: &Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
     done
 }
 
-/// Lets a paused guest's vCPUs go on; false when it is not paused.
+/// Lets a paused guest's vCPUs go on; false when it is not paused, or just being copied or reset.
 pub fn resume(guest: &Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
-    let done = guest.move_life(Life::Paused, Life::Running);
+    let done = guest.go_on();
     if done {
         interrupt_guest(guest, held);
     }
@@ -300,8 +328,13 @@ pub fn resume(guest: &Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
 
 /// Ends a guest.
 pub fn end(guest: &Arc<Guest>, ending: Ending, held: &mut Held<'_, 0>) {
-    guest.end(ending);
-    interrupt_guest(guest, held);
+    let mut guest = guest.clone();
+    while !guest.end(ending) {
+        // It has just begun again.
+        let Some(next) = table::get(guest.id, held) else { break };
+        guest = next;
+    }
+    interrupt_guest(&guest, held);
     call_daemon();
 }
 
@@ -351,6 +384,7 @@ pub fn reserve(vcpus: usize, held: &mut Held<'_, 0>) -> Result<(), alloc::collec
 /// Asks for the daemon, on whichever CPU goes round next, and shakes every CPU: one may still hold
 /// registers of a guest that ended.
 pub fn call_daemon() {
+    ENDED.fetch_add(1, Ordering::SeqCst);
     CHORES.store(true, Ordering::SeqCst);
     let me = percpu::cpu();
     for cpu in (0..percpu::count()).filter(|&cpu| cpu != me) {

@@ -53,6 +53,12 @@ impl<T> RunQueue<T> {
         queue.remove(place)
     }
 
+    /// True when [`Self::steal`] would find one.
+    pub fn has<const R: u8>(&self, movable: impl Fn(&T) -> bool, held: &mut Held<'_, R>) -> bool {
+        const { assert!(R < rank::SCHED) };
+        self.0.lock(held).0.iter().any(movable)
+    }
+
     /// True when nobody waits here.
     pub fn is_empty<const R: u8>(&self, held: &mut Held<'_, R>) -> bool {
         const { assert!(R < rank::SCHED) };

@@ -49,6 +49,8 @@ struct Seen {
 pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     let vcpu = entry.vcpu();
     vcpu.home.store(cpu.id, Ordering::SeqCst);
+    // Before the look at its guest's life: who keeps that still either is seen here, or sees this and waits.
+    vcpu.set_state(State::Running);
     match entry.guest.life() {
         Life::Running => {}
         Life::Paused => {
@@ -56,7 +58,8 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             vcpu.set_cause(Cause::Event);
             vcpu.set_state(State::Blocked);
             vcpu.note();
-            if entry.guest.life() == Life::Running && vcpu.move_state(State::Blocked, State::Ready) {
+            // Or it has ended, and whoever told found this one still in a queue.
+            if entry.guest.life() != Life::Paused && vcpu.move_state(State::Blocked, State::Ready) {
                 enqueue(entry, held);
             }
             return;
@@ -69,18 +72,13 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
     }
     if *vcpu.power.lock(held).0 == Power::Off {
         // A reset has switched it off while it was in a queue.
-        vcpu.set_state(State::Off);
-        // CPU_ON may have come in between.
-        if Cpu::is_starting(vcpu, held) {
-            start(entry, held);
-        }
+        switch_off(entry, held);
         return;
     }
     if !cpu.has_loaded(entry) {
         cpu.unload(outside, held);
     }
     vcpu.set_cause(Cause::Event);
-    vcpu.set_state(State::Running);
     let begun = timer::now();
     cpu.stood = 0;
     let leaves = {
@@ -246,12 +244,12 @@ fn decide(
             let added = WAITERS.add(waiting, entry, held);
             if let Waiting::Io(token) = waiting {
                 // Look once more now that a completion would find us: it may have come before.
-                let mut came = !crate::mm::vm().in_flight(token, held);
+                let mut came = !crate::mm::vm().in_flight(token);
                 if !came && added && has_nothing_else(cpu, entry, held) {
                     if let Some(leaves) = stand_still(cpu, entry, outside, held) {
                         return Some(leaves);
                     }
-                    came = !crate::mm::vm().in_flight(token, held);
+                    came = !crate::mm::vm().in_flight(token);
                 }
                 // Or somebody has told us of something else meanwhile: the guest looks at that, and faults again.
                 if came || cpu.flush {
@@ -337,6 +335,8 @@ fn block(cpu: &mut Cpu, entry: &VcpuRef, deadline: u64) -> Option<Leaves> {
     vcpu.set_state(State::Blocked);
     if vcpu.take_note() {
         if vcpu.move_state(State::Blocked, State::Running) {
+            // Of what, only a look at everything says.
+            cpu.flush = true;
             return None;
         }
         // A waker was faster: the vCPU is in a queue already.
@@ -362,11 +362,7 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
         }
         Leaves::Off => {
             cpu.unload(outside, held);
-            vcpu.set_state(State::Off);
-            // CPU_ON may have come between the switch-off and here.
-            if Cpu::is_starting(vcpu, held) {
-                start(entry, held);
-            }
+            switch_off(entry, held);
         }
         Leaves::Fork(count, asked) => {
             // Ready, and in no queue: nobody but us touches it.
@@ -381,6 +377,19 @@ fn leave(cpu: &mut Cpu, entry: &VcpuRef, leaves: Leaves, outside: &dyn Outside, 
             super::interrupt_guest(&entry.guest, held);
             call_daemon();
         }
+    }
+}
+
+/// Leaves a vCPU that is switched off to whoever switches it on.
+fn switch_off(entry: &VcpuRef, held: &mut Held<'_, 0>) {
+    entry.vcpu().set_state(State::Off);
+    // CPU_ON may have come before that.
+    if Cpu::is_starting(entry.vcpu(), held) {
+        start(entry, held);
+    }
+    // And so may the guest's end: the daemon did not bury it, for this vCPU was not off.
+    if entry.guest.life() == Life::Ending {
+        call_daemon();
     }
 }
 
@@ -421,11 +430,9 @@ fn interrupted(
         let _ = guest.devices.lock(held).0.vgic.timer_fired(vcpu.index);
         cpu.flush = true;
     }
-    // A kick may mean new interrupts for us; the maintenance interrupt does.
-    if seen.kicked {
-        cpu.flush = true;
-        vcpu.take_note();
-    }
+    // A kick may mean new interrupts for us; the maintenance interrupt does; and what this CPU has just been told of
+    // itself, a byte for the console say, left only the note.
+    cpu.flush |= vcpu.take_note() | seen.kicked;
     if seen.ticked && guest.work.waits() {
         guest.work.wake();
     }

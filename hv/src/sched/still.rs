@@ -11,7 +11,7 @@ use crate::guest::{Guest, Life};
 use vmobject::lock::Held;
 
 use super::load::Cpu;
-use super::{Outside, interrupt_guest, resume, shake_until};
+use super::{Outside, call_daemon, interrupt_guest, shake_until};
 
 /// How long the other CPUs are waited for, in milliseconds.
 const PATIENCE_MS: u64 = 200;
@@ -52,9 +52,13 @@ pub fn while_still<R>(
     }
     let ran = guest.move_life(Life::Running, Life::Paused);
     let result = settle(guest, cpu, outside, held).map(|()| work(cpu, held));
-    guest.let_go();
-    if ran {
-        resume(guest, held);
+    if guest.let_go(ran) {
+        interrupt_guest(guest, held);
+    }
+    if guest.life() == Life::Ending {
+        // Perhaps in the midst of the work. Its vCPUs stand where they are, and each has to be switched off.
+        interrupt_guest(guest, held);
+        call_daemon();
     }
     result.map(|value| (value, timer::now().wrapping_sub(start)))
 }
