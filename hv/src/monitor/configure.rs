@@ -25,8 +25,32 @@ pub fn configure(id: GuestId, options: &[(String, String)]) -> Result<GuestConfi
     changed(id, options, MODEL.get())
 }
 
+/// What `create --from` was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Twin<'o> {
+    /// The snapshot or image.
+    pub from: &'o str,
+    /// The guest's name, if it is to have one of its own.
+    pub name: Option<&'o str>,
+    /// How many children it may fork, if not as many as the snapshot's guest.
+    pub grant: Option<u32>,
+}
+
+/// What was asked for, if it is a guest from a snapshot or image. The error is a sentence.
+pub fn twin(options: &[(String, String)]) -> Result<Option<Twin<'_>>, String> {
+    let given = |key: &str| options.iter().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
+    let (Some(from), name, grant) = (given("from"), given("name"), given("grant-fork")) else {
+        return Ok(None);
+    };
+    if options.len() > 1 + usize::from(name.is_some()) + usize::from(grant.is_some()) {
+        let what = "a guest from a snapshot can be given name and grant-fork; all else is the snapshot's";
+        return Err(what.into());
+    }
+    Ok(Some(Twin { from, name, grant: grant.map(granted).transpose()? }))
+}
+
 /// How many children a guest may fork, as a person says it. The error is a sentence.
-pub fn granted(word: &str) -> Result<u32, String> {
+fn granted(word: &str) -> Result<u32, String> {
     let number = word.parse().ok().filter(|number| *number <= FORK_LIMIT);
     number.ok_or_else(|| format!("grant-fork: '{word}' is not a number up to {FORK_LIMIT}"))
 }
@@ -135,6 +159,16 @@ mod tests {
         assert_eq!(made.boot, Boot::Kernel { image: "other".into(), initrd: None });
         assert_eq!((made.name.as_str(), made.append.as_str()), ("x", "a b"));
         assert_eq!((made.memory, made.vcpus), (1 << 30, 4));
+    }
+
+    #[test]
+    fn a_guest_from_a_snapshot_is_given_a_name_and_a_grant_and_nothing_else() {
+        assert_eq!(twin(&options(&[("name", "x")])), Ok(None));
+        let asked = options(&[("grant-fork", "4"), ("from", "golden")]);
+        assert_eq!(twin(&asked), Ok(Some(Twin { from: "golden", name: None, grant: Some(4) })));
+        for more in [("memory", "1G"), ("grant-fork", "1025"), ("from", "other")] {
+            assert!(twin(&options(&[("from", "golden"), ("name", "x"), more])).is_err(), "{more:?}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vmobject::lock::Held;
 
 use super::cmd::Host;
-use super::configure::{configure, granted};
+use super::configure::{Twin, configure, twin};
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::arch::context::Trap;
@@ -115,9 +115,7 @@ impl Guests<'_, '_> {
         snapshot::find(from, id, self.held).ok_or_else(|| unknown(from))
     }
 
-    fn create_from(&mut self, id: GuestId, from: &str, given: [Option<&str>; 2]) -> Result<u32, String> {
-        let [name, grant] = given;
-        let grant = grant.map(granted).transpose()?;
+    fn create_from(&mut self, id: GuestId, &Twin { from, name, grant }: &Twin<'_>) -> Result<u32, String> {
         let moment = self.moment(from, id)?;
         let name = name.map_or_else(|| format!("{from}.{id}"), String::from);
         if table::find(&name, self.held).is_some() {
@@ -174,12 +172,8 @@ impl Host for Guests<'_, '_> {
             return Err("the machine is shutting down".into());
         }
         let id = table::next_id();
-        let given = |key: &str| options.iter().find(|(have, _)| have == key).map(|(_, value)| value.as_str());
-        if let Some(from) = given("from") {
-            if options.iter().any(|(key, _)| !["from", "name", "grant-fork"].contains(&key.as_str())) {
-                return Err("a guest from a snapshot has all but its name and grant-fork from there".into());
-            }
-            return self.create_from(id, from, ["name", "grant-fork"].map(given));
+        if let Some(twin) = twin(options)? {
+            return self.create_from(id, &twin);
         }
         let config = configure(id, options)?;
         if table::find(&config.name, self.held).is_some() {

@@ -146,11 +146,23 @@ struct Job {
     began: u64,
     /// Until it is over and no disk has anything of it any more.
     running: Option<Running>,
+    /// What it stored is just being put into the list of images.
+    settling: bool,
 }
 
 impl Job {
     fn is_running(&self) -> bool {
         self.info.state == State::Running
+    }
+
+    /// What is told of it: that it is done when what it stored can be seen, unless a disk that is silent has that.
+    fn told(&self) -> Info {
+        let settles = self.settling || self.running.as_ref().is_some_and(|job| !job.writer.is_awaited());
+        let mut info = self.info.clone();
+        if info.state == State::Done && settles {
+            info.state = State::Running;
+        }
+        info
     }
 
     /// It is over.
@@ -242,7 +254,7 @@ pub fn save(
     {
         jobs.remove(oldest);
     }
-    jobs.push(Job { info, began, running: Some(running) });
+    jobs.push(Job { info, began, running: Some(running), settling: false });
     RUNNING.store(true, Ordering::SeqCst);
     ACTIVE.store(true, Ordering::SeqCst);
     call_daemon();
@@ -251,7 +263,7 @@ pub fn save(
 
 /// All jobs that run, and the last that did.
 pub fn all(held: &mut Held<'_, 0>) -> Vec<Info> {
-    JOBS.lock(held).0.iter().map(|job| job.info.clone()).collect()
+    JOBS.lock(held).0.iter().map(Job::told).collect()
 }
 
 /// True while any job runs.
@@ -379,7 +391,10 @@ fn bury(held: &mut Held<'_, 0>) -> bool {
             let lies = |job: &Running| !job.writer.is_awaited();
             let over =
                 jobs.iter_mut().find(|job| !job.is_running() && job.running.as_ref().is_some_and(lies));
-            let over = over.and_then(|job| Some((job.info.clone(), job.running.take()?)));
+            let over = over.and_then(|job| {
+                job.settling = true;
+                Some((job.info.clone(), job.running.take()?))
+            });
             if over.is_none() {
                 let running = jobs.iter().any(Job::is_running);
                 any |= RUNNING.swap(running, Ordering::SeqCst) != running;
@@ -389,9 +404,13 @@ fn bury(held: &mut Held<'_, 0>) -> bool {
         };
         let Some((info, Running { writer, snapshot, .. })) = over else { return any };
         any = true;
-        snapshot::delete(snapshot, held);
         let stored: Option<Opened> = (info.state == State::Done).then(|| writer.finish());
         stored::end(&info.image, stored, held);
+        {
+            let mut jobs = JOBS.lock(held).0;
+            jobs.iter_mut().filter(|job| job.info.id == info.id).for_each(|job| job.settling = false);
+        }
+        snapshot::delete(snapshot, held);
     }
 }
 
