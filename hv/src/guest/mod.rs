@@ -269,8 +269,9 @@ impl Guest {
 
     /// Its place is another's from now on; false when it is not to begin again after all.
     pub fn make_room(&self) -> bool {
-        let (from, to) = (ending_code(Ending::Reset), REPLACED);
-        self.life.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        let begins = |life: u8| life & !STILL == ending_code(Ending::Reset);
+        let replaced = |life: u8| begins(life).then_some(life & STILL | REPLACED);
+        self.life.fetch_update(Ordering::SeqCst, Ordering::SeqCst, replaced).is_ok()
     }
 
     /// True for the first caller: it alone buries the guest.
@@ -298,9 +299,12 @@ impl Guest {
 
     /// True when no CPU runs any of its vCPUs or has their registers.
     pub fn is_quiet(&self) -> bool {
-        self.vcpus
-            .iter()
-            .all(|vcpu| vcpu.state() != State::Running && vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE)
+        self.vcpus.iter().all(|vcpu| vcpu.state() != State::Running) && self.is_unloaded()
+    }
+
+    /// True when no CPU has registers of any of its vCPUs.
+    pub fn is_unloaded(&self) -> bool {
+        self.vcpus.iter().all(|vcpu| vcpu.loaded_on.load(Ordering::SeqCst) == NOWHERE)
     }
 
     /// Why it ended.

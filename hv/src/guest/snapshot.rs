@@ -144,7 +144,7 @@ pub fn take(
     keep: Keep,
     held: &mut Held<'_, 0>,
 ) -> Result<Box<Snapshot>, SnapshotError> {
-    debug_assert!(guest.is_quiet());
+    debug_assert!(guest.is_unloaded());
     let (mut contexts, mut powers) = (Vec::new(), Vec::new());
     contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
     powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
@@ -219,7 +219,7 @@ pub fn restore(
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<(), SnapshotError> {
-    debug_assert!(guest.is_quiet());
+    debug_assert!(guest.is_unloaded());
     let config = &snapshot.moment.config;
     let shape = |config: &GuestConfig| (config.vcpus, config.memory, config.disks.len());
     if shape(&guest.config) != shape(config) {

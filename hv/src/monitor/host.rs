@@ -105,6 +105,11 @@ fn state(guest: &Guest) -> &'static str {
     }
 }
 
+fn is_not(guest: &Guest, wanted: &str) -> String {
+    let is = if guest.is_kept_still() { "just being copied or reset" } else { state(guest) };
+    format!("guest {} is {is}, not {wanted}", guest.id)
+}
+
 impl Guests<'_, '_> {
     /// The snapshot of that name, for a guest that is made from it.
     fn moment(&mut self, from: &str, id: GuestId) -> Result<Arc<Snapshot>, String> {
@@ -338,13 +343,13 @@ impl Host for Guests<'_, '_> {
     fn pause(&mut self, id: u32) -> Result<(), String> {
         let guest = self.guest(id)?;
         let done = sched::pause(&guest, self.held);
-        if done { Ok(()) } else { Err(format!("guest {id} is {}, not running", state(&guest))) }
+        if done { Ok(()) } else { Err(is_not(&guest, "running")) }
     }
 
     fn resume(&mut self, id: u32) -> Result<(), String> {
         let guest = self.guest(id)?;
         let done = sched::resume(&guest, self.held);
-        if done { Ok(()) } else { Err(format!("guest {id} is {}, not paused", state(&guest))) }
+        if done { Ok(()) } else { Err(is_not(&guest, "paused")) }
     }
 
     fn kill(&mut self, id: u32) -> Result<(), String> {

@@ -97,7 +97,6 @@ pub fn turn(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
         cpu.sleepers.forget(|vcpu| vcpu.guest.life() != Life::Ending);
     }
     if CHORES.swap(false, Ordering::SeqCst) {
-        cpu.make_way(outside, held);
         daemon::work(cpu, outside, held);
     }
     // After the chores: what it asks for is for the next round.

@@ -51,6 +51,8 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
     vcpu.home.store(cpu.id, Ordering::SeqCst);
     // Before the look at its guest's life: who keeps that still either is seen here, or sees this and waits.
     vcpu.set_state(State::Running);
+    // And the note before it, too: whoever ends the guest says so first, and notes then.
+    vcpu.take_note();
     match entry.guest.life() {
         Life::Running => {}
         Life::Paused => {
@@ -91,7 +93,6 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             Cpu::start(vcpu, &mut context, &mut held);
             switch::load_el1(&context.el1);
         }
-        vcpu.take_note();
         (cpu.flush, cpu.again) = (true, false);
         if entry.guest.work.waits() {
             entry.guest.work.wake();
@@ -335,7 +336,10 @@ fn block(cpu: &mut Cpu, entry: &VcpuRef, deadline: u64) -> Option<Leaves> {
     vcpu.set_state(State::Blocked);
     if vcpu.take_note() {
         if vcpu.move_state(State::Blocked, State::Running) {
-            // Of what, only a look at everything says.
+            if entry.guest.life() != Life::Running {
+                return Some(Leaves::Ready);
+            }
+            // Of what else, only a look at everything says.
             cpu.flush = true;
             return None;
         }
@@ -448,7 +452,8 @@ fn interrupted(
         if timer::now() >= cpu.slice_end {
             let daemon = super::CHORES.load(Ordering::SeqCst);
             let vm = crate::mm::vm();
-            if daemon || contended(cpu.id, held) || vm.has_chores(held) || vm.wants_pageout() {
+            let ended = super::ENDED.load(Ordering::SeqCst) != cpu.ended;
+            if daemon || ended || contended(cpu.id, held) || vm.has_chores(held) || vm.wants_pageout() {
                 return Some(Leaves::Ready);
             }
             cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));

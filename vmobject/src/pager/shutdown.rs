@@ -74,11 +74,12 @@ impl<M: Machine> Vm<M> {
         if self.step(budget, held) {
             return Down::More;
         }
-        if !self.is_at_rest(held) && !self.has(Defect::CountsTooEarly) {
-            return Down::More;
-        }
+        // First the transfers: what comes of one is there before it is over.
         if self.transfers.count(held) > 0 {
             return Down::Wait(WaitFor::Memory);
+        }
+        if !self.is_at_rest(held) && !self.has(Defect::CountsTooEarly) {
+            return Down::More;
         }
         let queues = self.frames.lengths(held);
         Down::Done(Left {

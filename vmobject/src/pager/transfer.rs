@@ -291,6 +291,9 @@ impl<M: Machine> Vm<M> {
         // It is over only when the object says so, too: who sees that a token is, and locks the object, sees what came of it.
         let early = if self.has(Defect::EndsUnlocked) { self.transfers.end(token, held) } else { None };
         let (mut state, mut held) = self.objects.get(object).write(held);
+        // Who counts what is left sees the transfer, or this, or the chore that comes of it.
+        let idle = state.life == Life::Dying || state.refs == 0;
+        let _at_work = idle.then(|| self.objects.begin_work());
         let Some(transfer) = early.or_else(|| self.transfers.end(token, &mut held)) else {
             self.stats.count(Event::StaleCompletion);
             return 0;
@@ -328,7 +331,6 @@ impl<M: Machine> Vm<M> {
                 0
             }
         };
-        let idle = state.life == Life::Dying || state.refs == 0;
         if idle && state.paging == 0 {
             self.objects.chore(transfer.object.number(), &mut held);
         }
