@@ -41,12 +41,10 @@ fn begin_again(old: &Arc<Guest>, cpu: &Cpu, outside: &dyn Outside, held: &mut He
 }
 
 /// Does what there is to do.
-pub(super) fn work(cpu: &mut Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+pub(super) fn work(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
     for _ in 0..MAX_BURIALS {
         let Some(guest) = table::claim_ended(held) else { return };
         let id = guest.id;
-        // To take a guest apart, and to make it once more, takes long.
-        cpu.make_way(outside, held);
         WAITERS.forget(|entry| entry.guest.id != id, held);
         errands::forget(id, held);
         log::info!("guest {} \"{}\": ended: {}", id, guest.name(), guest.ending().name());

@@ -23,10 +23,14 @@ use crate::guest::{Guest, GuestId, Life, create, table};
 use crate::mm;
 use vmobject::lock::Held;
 
-use super::load::Cpu;
+use super::load::{Cpu, ticks};
 use super::still::{Restless, while_still};
 use super::{Outside, launch, take_interrupts};
 
+/// With so many maps and objects to be seen to, a fork helps first.
+const BACKLOG: usize = 64;
+/// For how long, in milliseconds.
+const HELP_MS: u64 = 10;
 /// A family forks from inside at most once in so many microseconds (invariant I16).
 const INTERVAL_US: u64 = 100;
 
@@ -87,6 +91,7 @@ pub fn fork(
     if usize::try_from(count).is_ok_and(|count| count > room) {
         return Err(ForkError::Room(room));
     }
+    help(cpu, outside, held);
     let random = snapshot::draw(source, held);
     take_interrupts(cpu, outside, held);
     let start = timer::now();
@@ -119,15 +124,27 @@ pub fn fork(
     }
     let mut ids = Vec::new();
     for guest in children {
+        if !ids.is_empty() {
+            rest(held);
+        }
         let id = guest.id;
         if launch(guest, held) {
             ids.push(id);
         }
-        rest(held);
     }
     let total = timer::now().wrapping_sub(start);
     log::info!("guest {}: forked into {count}, still for {pause} ticks, {total} in all", source.id);
     Ok(ids)
+}
+
+/// Does chores first, where very many are left behind: generations that fork as fast as they can would else die faster
+/// than the chain that they leave becomes shorter.
+fn help(cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) {
+    let deadline = timer::now().saturating_add(ticks(HELP_MS));
+    while mm::vm().backlog(held) > BACKLOG && timer::now() < deadline {
+        super::chores(held);
+        take_interrupts(cpu, outside, held);
+    }
 }
 
 /// A guest that comes from another has its limit: neither a fork nor a reset leads out of one.

@@ -57,6 +57,13 @@ impl<M: Machine> Vm<M> {
         !self.maps.lock(held).0.ending.is_empty() || self.objects.chores(held) != (0, 0)
     }
 
+    /// How many maps and objects there is something to do for.
+    pub fn backlog<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
+        let held: &mut Held<'_, CALLER> = &mut held.deepen();
+        let ending = self.maps.lock(held).0.ending.len();
+        ending + self.objects.chores(held).0
+    }
+
     /// True if there are no chores, and no other CPU is in the midst of one. What comes of a map's end are objects'
     /// chores, and never the other way round.
     pub(crate) fn is_at_rest<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> bool {
