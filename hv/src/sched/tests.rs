@@ -90,6 +90,29 @@ fn runs_and_is_paused(guest: &Arc<Guest>) {
 /// Something that happens once, in a device.
 type Happens = Box<dyn FnOnce(&mut Held<'_, { rank::VCPU }>) + Send>;
 
+/// A guest in the list, whose vCPU waits for something.
+fn listed_and_blocked(held: &mut Held<'_, 0>) -> (Arc<Guest>, VcpuRef) {
+    let guest = guest(held);
+    assert!(table::add(guest.clone(), held).is_ok());
+    let entry = ready(&guest);
+    entry.vcpu().set_state(State::Blocked);
+    (guest, entry)
+}
+
+/// A CPU that has run a guest's vCPU, which is ready again; its registers are still there.
+fn cpu_that_ran(guest: &Arc<Guest>, board: &Board, held: &mut Held<'_, 0>) -> Cpu {
+    let mut cpu = Cpu::new(0);
+    runs_and_is_paused(guest);
+    slice::run(&mut cpu, &ready(guest), board, held);
+    assert!(guest.go_on() && cpu.loaded.is_some());
+    cpu
+}
+
+/// A CPU goes round a few times, and does what there is to do.
+fn go_round(cpu: &mut Cpu, board: &Board, held: &mut Held<'_, 0>) {
+    (0..10).for_each(|_| turn(cpu, board, held));
+}
+
 #[derive(Default)]
 struct Board {
     /// When a vCPU's registers come or go, on another CPU.
@@ -121,11 +144,8 @@ fn a_vcpu_that_is_about_to_run_while_its_guest_is_kept_still_is_waited_for() {
     let _one = machine_of_two();
     let held = &mut Held::root();
     let (before, guest, board) = (guest(held), guest(held), Board::default());
-    let mut cpu = Cpu::new(0);
     // Somebody else's registers are in the CPU, so there is something to do before the vCPU runs.
-    runs_and_is_paused(&before);
-    slice::run(&mut cpu, &ready(&before), &board, held);
-    before.go_on();
+    let mut cpu = cpu_that_ran(&before, &board, held);
     let seen = Arc::new(Mutex::new((false, false)));
     let (other, quiet) = (guest.clone(), seen.clone());
     *board.loads.lock().unwrap() = Some(Box::new(move || {
@@ -191,24 +211,16 @@ fn what_an_interrupt_tells_the_vcpu_that_it_ended_reaches_it_at_once() {
 fn a_guest_that_ends_while_it_is_kept_still_is_buried() {
     let _one = machine_of_two();
     let held = &mut Held::root();
-    let (guest, board) = (guest(held), Board::default());
-    let mut cpu = Cpu::new(0);
-    assert!(table::add(guest.clone(), held).is_ok());
-    let entry = ready(&guest);
-    entry.vcpu().set_state(State::Blocked);
+    let ((guest, entry), board, mut cpu) = (listed_and_blocked(held), Board::default(), Cpu::new(0));
     let during = |_: &Cpu, held: &mut Held<'_, 0>| {
         assert!(guest.end(Ending::Lost));
         interrupt_guest(&guest, held);
-        for _ in 0..3 {
-            turn(&mut Cpu::new(1), &board, held);
-        }
+        go_round(&mut Cpu::new(1), &board, held);
         table::get(guest.id, held).is_some()
     };
     let there = still::while_still(&guest, &mut cpu, &board, held, during).unwrap().0;
     assert!(there, "it is not taken apart while somebody copies it");
-    for _ in 0..10 {
-        turn(&mut cpu, &board, held);
-    }
+    go_round(&mut cpu, &board, held);
     assert!(table::get(guest.id, held).is_none(), "{:?}", entry.vcpu().state());
 }
 
@@ -239,11 +251,7 @@ fn a_vcpu_that_leaves_its_cpu_while_it_waits_for_one_is_offered_to_those_that_sl
     let _one = machine_of_two();
     let held = &mut Held::root();
     let (guest, board) = (guest(held), Board::default());
-    let mut cpu = Cpu::new(0);
-    runs_and_is_paused(&guest);
-    slice::run(&mut cpu, &ready(&guest), &board, held);
-    guest.go_on();
-    assert!(cpu.loaded.is_some());
+    let mut cpu = cpu_that_ran(&guest, &board, held);
     ASLEEP[1].store(true, Ordering::SeqCst);
     cpu.make_way(&board, held);
     assert_eq!((irq::take_kicks(), ASLEEP[1].load(Ordering::SeqCst)), (1 << 1, false));
@@ -255,16 +263,10 @@ fn a_vcpu_that_leaves_its_cpu_while_it_waits_for_one_is_offered_to_those_that_sl
 fn nothing_of_a_guest_that_ended_stays_with_those_who_sleep() {
     let _one = machine_of_two();
     let held = &mut Held::root();
-    let (guest, board) = (guest(held), Board::default());
-    let mut cpu = Cpu::new(0);
-    assert!(table::add(guest.clone(), held).is_ok());
-    let entry = ready(&guest);
-    entry.vcpu().set_state(State::Blocked);
+    let ((guest, entry), board, mut cpu) = (listed_and_blocked(held), Board::default(), Cpu::new(0));
     assert!(cpu.sleepers.add(u64::MAX - 1, entry).is_ok());
     end(&guest, Ending::Killed, held);
-    for _ in 0..10 {
-        turn(&mut cpu, &board, held);
-    }
+    go_round(&mut cpu, &board, held);
     assert!(table::get(guest.id, held).is_none());
     assert_eq!(Arc::strong_count(&guest), 1);
 }
@@ -277,19 +279,17 @@ fn who_is_killed_while_it_begins_again_does_not() {
     assert!(again.end(Ending::Reset) && again.end(Ending::Killed));
     assert_eq!((again.ending(), again.make_room()), (Ending::Killed, false));
     create::destroy(&again, held);
-    let [old, new, late] = [guest(held), guest(held), guest(held)].map(|guest| (guest.id, guest));
-    assert!(table::add(old.1.clone(), held).is_ok());
-    assert!(old.1.end(Ending::Reset));
-    let again = |mut guest: Arc<Guest>| {
-        Arc::get_mut(&mut guest).unwrap().id = old.0;
-        guest
-    };
-    let (new, late) = (again(new.1), again(late.1));
+    let [old, mut new, mut late] = [guest(held), guest(held), guest(held)];
+    assert!(table::add(old.clone(), held).is_ok());
+    assert!(old.end(Ending::Reset));
+    for guest in [&mut new, &mut late] {
+        Arc::get_mut(guest).unwrap().id = old.id;
+    }
     // In time: the old one was not to begin again. Too late: the new one ends.
     assert!(table::replace(new.clone(), held).is_ok());
-    end(&old.1, Ending::Killed, held);
+    end(&old, Ending::Killed, held);
     assert_eq!((new.life(), new.ending()), (Life::Ending, Ending::Killed));
     assert!(table::replace(late.clone(), held).is_err());
-    table::remove(old.0, held);
-    [old.1, new, late].iter().for_each(|guest| create::destroy(guest, held));
+    table::remove(old.id, held);
+    [old, new, late].iter().for_each(|guest| create::destroy(guest, held));
 }
