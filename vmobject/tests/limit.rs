@@ -177,6 +177,24 @@ fn what_a_guest_shares_is_charged_to_nobody_until_it_is_written_or_alone() {
 }
 
 #[test]
+fn a_guest_that_stands_still_pays_for_what_becomes_its_own_when_it_is_alone_with_it() {
+    let rig = Rig::with_swap(4096, 512);
+    let guest = rig.guest(300);
+    rig.fill(&guest, 0..300);
+    let clone = rig.clone(&guest);
+    rig.fill(&clone, 0..10);
+    limit(&rig, &clone, 128);
+    turn(&rig);
+    assert_eq!(own(&rig, &clone), 10, "it has not too much yet");
+    rig.destroy(guest);
+    rig.settle();
+    assert_eq!(own(&rig, &clone), 300);
+    turn(&rig);
+    assert!(own(&rig, &clone) <= 128, "{} of 128", own(&rig, &clone));
+    rig.check();
+}
+
+#[test]
 fn a_limited_guest_for_which_swap_is_full_waits_and_goes_on_when_its_limit_is_lifted() {
     let rig = Rig::with_swap(4096, 20);
     let guest = rig.guest(400);

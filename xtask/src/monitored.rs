@@ -82,12 +82,13 @@ impl Monitored {
 
     /// Asks until the answer is as it should be; the last one.
     pub(crate) fn until(&mut self, command: &str, good: impl Fn(&Value) -> bool) -> Result<Value> {
+        let mut last = Value::Null;
         loop {
-            let answer = self.ask(command)?;
-            if good(&answer) {
-                return Ok(answer);
+            last = self.ask(command).with_context(|| format!("the last answer was {last}"))?;
+            if good(&last) {
+                return Ok(last);
             }
-            self.rest(&format!("a better answer to \"{command}\" than {answer}"))?;
+            self.rest(&format!("a better answer to \"{command}\" than {last}"))?;
         }
     }
 

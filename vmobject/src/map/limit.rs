@@ -58,13 +58,15 @@ pub enum LimitError {
 /// Which maps have limits.
 pub(crate) struct Limited<M: Machine> {
     maps: Ranked<REGISTRY, Vec<Weak<Map<M>>>>,
+    /// There are some.
+    any: AtomicBool,
     /// One of them may have too much.
     asked: AtomicBool,
 }
 
 impl<M: Machine> Limited<M> {
     pub(crate) const fn new() -> Self {
-        Self { maps: Ranked::new(Vec::new()), asked: AtomicBool::new(false) }
+        Self { maps: Ranked::new(Vec::new()), any: AtomicBool::new(false), asked: AtomicBool::new(false) }
     }
 
     /// True if pageout is to look.
@@ -76,6 +78,13 @@ impl<M: Machine> Limited<M> {
     /// Says whether it is.
     pub(crate) fn ask(&self, asked: bool) {
         self.asked.store(asked, Relaxed);
+    }
+
+    /// Pages have become the own ones of a guest that did not ask for them, and may stand still: pageout is to look.
+    pub(crate) fn has_grown(&self) {
+        if self.any.load(Relaxed) {
+            self.ask(true);
+        }
     }
 
     /// The map at a place of the list, modulo its length, and that length.
@@ -145,6 +154,7 @@ impl<M: Machine> Vm<M> {
             maps.push(Arc::downgrade(map));
         }
         map.limit.frames.store(frames.unwrap_or(NONE), Relaxed);
+        self.limited.any.store(!maps.is_empty(), Relaxed);
         self.limited.ask(!maps.is_empty());
         Ok(())
     }

@@ -75,6 +75,7 @@ impl<M: Machine> Vm<M> {
         } else {
             self.raise(top, backing, shadow, left, held)
         };
+        self.limited.has_grown();
         if let Some(progress) = moved {
             return Some(progress);
         }

@@ -124,6 +124,10 @@ fn page_out(machine: &mut Monitored, guest: u64) -> Result<()> {
     machine.ask(&format!("pause {guest}"))?;
     let least = number(&machine.ask(&format!("limit {guest}"))?, "/least_pages")?;
     machine.ask(&format!("limit {guest} resident={}K", least * 4))?;
+    let lives = |row: &Value| row["state"] != "ending";
+    // What the dead leave to it comes to be its own meanwhile.
+    machine.until("guests", |all| rows(all).is_ok_and(|all| all.iter().all(lives)))?;
+    machine.until("stats", |stats| stats["chores"] == false)?;
     let small = |limit: &Value| number(limit, "/own_pages").is_ok_and(|own| own <= least);
     machine.until(&format!("limit {guest}"), small)?;
     machine.until("memory", |memory| memory["transfers"] == 0)?;
