@@ -2,10 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may fail")]
 
-use vmobject::addr::PAGE_SIZE;
-use vmobject::fault::Copied;
+use vmobject::addr::{IpaRange, PAGE_SIZE};
+use vmobject::fault::Looked;
 use vmobject::lock::Held;
-use vmobject::map::{Share, Snapshot};
+use vmobject::map::{Discarded, Share, Snapshot};
 use vmobject::object::Role;
 use vmobject::prot::Prot;
 use vmobject::store::StoreId;
@@ -29,8 +29,12 @@ fn guest_of(rig: &Rig, snapshot: &Snapshot) -> TestMap {
 /// What an image writer reads.
 fn kept(rig: &Rig, snapshot: &Snapshot, page: u32) -> u8 {
     let mut byte = [0];
-    while rig.vm.read_snapshot(snapshot, at(page, 0), &mut byte, &mut Held::root()).unwrap() != Copied::Done {
-        assert!(rig.deliver_all() > 0);
+    loop {
+        match rig.vm.read_snapshot(snapshot, at(page, 0), &mut byte, &mut Held::root()).unwrap() {
+            Looked::Done => break,
+            Looked::Wait(_) => assert!(rig.deliver_all() > 0),
+            Looked::Again => {}
+        }
     }
     byte[0]
 }
@@ -52,6 +56,56 @@ fn received(rig: &Rig) -> (u32, u32) {
         Role::Plain => {}
     });
     (copies, heirs)
+}
+
+#[test]
+fn a_discard_of_what_an_image_wants_first_is_done_a_few_pages_at_a_time() {
+    let rig = Rig::new(512);
+    let guest = filled(&rig, 64, 1);
+    let image = freeze(&rig, &guest);
+    let (mut from, mut parts) = (0, 0);
+    loop {
+        let range = IpaRange::from_pages(at(from, 0), 64 - from).unwrap();
+        let pushed = rig.vm.stats().pushed;
+        let discarded = rig.vm.discard(&guest, range, &mut Held::root()).unwrap();
+        assert!(rig.vm.stats().pushed - pushed <= 4, "pages that are copied without an interrupt");
+        let Discarded::Part(pages) = discarded else { break };
+        from += u32::try_from(pages).unwrap();
+        parts += 1;
+    }
+    assert_eq!((from, parts), (60, 15));
+    rig.check();
+    assert!((0..64).all(|page| rig.load(&guest, at(page, 0)) == Ok(0) && kept(&rig, &image, page) == 1));
+    drop_snapshot(&rig, image);
+}
+
+#[test]
+fn a_long_way_to_an_images_page_is_walked_in_parts() {
+    let rig = Rig::new(1024);
+    let mut guest = rig.guest(1024);
+    rig.store(&guest, at(0, 0), 1).unwrap();
+    let mut generations = Vec::new();
+    // Of another 2 MiB: nobody has gone this way yet.
+    for page in 600..700 {
+        rig.store(&guest, at(page, 0), 2).unwrap();
+        generations.push(rig.vm.snapshot(&guest, &mut Held::root()).unwrap());
+        let next = guest_of(&rig, generations.last().unwrap());
+        rig.destroy(core::mem::replace(&mut guest, next));
+        rig.settle();
+    }
+    let image = freeze(&rig, &guest);
+    let (mut byte, mut parts) = ([0], 0);
+    loop {
+        let visited = rig.vm.stats().chain_visited;
+        let read = rig.vm.read_snapshot(&image, at(0, 0), &mut byte, &mut Held::root()).unwrap();
+        let visited = rig.vm.stats().chain_visited - visited;
+        assert!(visited < 40, "{visited} objects without an interrupt");
+        if read == Looked::Done {
+            break;
+        }
+        parts += 1;
+    }
+    assert_eq!((byte[0], parts > 0), (1, true), "{parts} parts");
 }
 
 #[test]

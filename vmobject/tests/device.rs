@@ -5,7 +5,7 @@
 
 use vmobject::VmError;
 use vmobject::addr::{IpaRange, PageIndex, Pfn};
-use vmobject::fault::{Copied, FaultError, Wiring};
+use vmobject::fault::{FaultError, Looked, Wiring};
 use vmobject::lock::Held;
 use vmobject::map::{NotDiscarded, Share};
 use vmobject::object::ObjectId;
@@ -87,7 +87,7 @@ fn el2_does_not_touch_a_device_for_a_guest() {
     let snapshot = rig.vm.freeze(&guest, held).unwrap();
     let mut byte = [0];
     assert_eq!(rig.vm.read_snapshot(&snapshot, at(11, 0), &mut byte, held), Err(FaultError::Hole(at(11, 0))));
-    assert_eq!(rig.vm.read_snapshot(&snapshot, at(9, 77), &mut byte, held), Ok(Copied::Done));
+    assert_eq!(rig.vm.read_snapshot(&snapshot, at(9, 77), &mut byte, held), Ok(Looked::Done));
     rig.vm.delete_snapshot(snapshot, held);
     rig.check();
 }

@@ -24,7 +24,7 @@ use shuttle::sync::atomic::AtomicBool;
 use shuttle::{Config, MaxSteps, Runner, thread};
 use vmobject::addr::{CHUNK_PAGES, IpaRange};
 use vmobject::defect::Defect;
-use vmobject::fault::{Copied, Faulted, WaitFor};
+use vmobject::fault::{Faulted, Looked, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::Share;
 use vmobject::pmap::Pmap as _;
@@ -350,7 +350,7 @@ fn an_image_is_of_one_instant(defect: Option<Defect>) {
         })
     };
     let mut byte = [0];
-    while rig.vm.read_snapshot(&kept, at(0, 77), &mut byte, &mut Held::root()).unwrap() != Copied::Done {
+    while rig.vm.read_snapshot(&kept, at(0, 77), &mut byte, &mut Held::root()).unwrap() != Looked::Done {
         thread::yield_now();
     }
     assert_eq!(byte, [byte_of(0)], "an image keeps what was there");

@@ -366,6 +366,7 @@ impl World {
         loop {
             match self.rig.vm.discard(&guest.map, range, &mut Held::root()) {
                 Ok(Discarded::Done(_)) => break,
+                Ok(Discarded::Part(_)) => {}
                 Ok(Discarded::Wait(_)) => {
                     let free = self.rig.free();
                     let delivered = self.rig.deliver_all();

@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::thread;
 
-use vmobject::fault::{Copied, Faulted};
+use vmobject::fault::{Faulted, Looked};
 use vmobject::lock::Held;
 use vmobject::prot::Prot;
 use vmobject::store::{PhysMemory as _, StoreId};
@@ -116,7 +116,7 @@ fn snapshot_and_look(rig: &Rig, guest: &TestMap, freeze: bool) {
     let seen = (0..PAGES).map(|page| {
         thread::yield_now();
         let mut byte = [0];
-        while vm.read_snapshot(&kept, at(page, 0), &mut byte, &mut Held::root()).unwrap() != Copied::Done {
+        while vm.read_snapshot(&kept, at(page, 0), &mut byte, &mut Held::root()).unwrap() != Looked::Done {
             rig.deliver_all();
             thread::yield_now();
         }

@@ -54,9 +54,9 @@ pub fn look(guest: &Guest, held: &mut Held<'_, 0>) -> Balloon {
 }
 
 impl Reservoir for Dma<'_, '_> {
-    fn give_back(&mut self, at: u64, bytes: u64) -> Reached<()> {
+    fn give_back(&mut self, at: u64, bytes: u64) -> Reached<u64> {
         let at = self.ram(at, bytes)?;
         // What stays costs memory; the device works on, and the guest needs nothing of what it gave away.
-        self.discard(at, bytes).map(|_all| ())
+        Ok(self.discard(at, bytes)?.unwrap_or(bytes))
     }
 }

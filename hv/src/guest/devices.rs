@@ -16,11 +16,13 @@ use super::forkpage::Outcome;
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
 use crate::arch::{gich, switch};
+use crate::bounded;
 use crate::vdev::vgic::SgiRegister;
 use crate::vdev::virtio::INTERRUPT_ACK;
 use crate::vdev::virtio::balloon::Balloon;
 use crate::vdev::{Kicks, Vgic, Vpl011, Vrtc, Vtimer};
-use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031};
+use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, MAX_VCPUS};
+use hv_abi::manifest::DISKS_LIMIT;
 
 /// How much may be typed before the guest reads it.
 const TYPE_AHEAD: usize = 4096;
@@ -48,10 +50,12 @@ pub struct Devices {
     /// The clock.
     pub rtc: Vrtc,
     /// The disks.
+    #[serde(deserialize_with = "bounded::list::<_, _, DISKS_LIMIT>")]
     pub disks: Vec<Disk>,
     /// What gives RAM back.
     pub balloon: Balloon,
     /// Each vCPU's EL1 physical timer.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_VCPUS>")]
     pub timers: Vec<Vtimer>,
     /// How the last fork through the fork page ended.
     pub outcome: Outcome,
@@ -343,8 +347,8 @@ mod tests {
     }
 
     impl Reservoir for Rings {
-        fn give_back(&mut self, _at: u64, _bytes: u64) -> Result<(), Fault<()>> {
-            Ok(())
+        fn give_back(&mut self, _at: u64, bytes: u64) -> Result<u64, Fault<()>> {
+            Ok(bytes)
         }
     }
 

@@ -258,9 +258,9 @@ impl Medium for Reach<'_, '_> {
         self.dma.store(self.disk(at)?, bytes)
     }
 
-    fn clear(&mut self, at: u64, bytes: u64) -> Reached<()> {
+    fn clear(&mut self, at: u64, bytes: u64) -> Reached<u64> {
         // Zeros that the guest relies on are there, or its request fails.
-        if self.dma.discard(self.disk(at)?, bytes)? { Ok(()) } else { Err(Fault::Bad) }
+        self.dma.discard(self.disk(at)?, bytes)?.ok_or(Fault::Bad)
     }
 
     fn flush(&mut self, slot: usize, first: bool) -> Reached<bool> {

@@ -7,7 +7,7 @@ use alloc::format;
 use alloc::string::String;
 
 use hv_abi::machine::RAM_BASE;
-use vmobject::addr::{Ipa, IpaRange};
+use vmobject::addr::{Ipa, IpaRange, PAGE_SIZE};
 use vmobject::fault::{Copied, FaultError, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, NotDiscarded};
@@ -47,8 +47,9 @@ impl Dma<'_, '_> {
         self.copied(copied)
     }
 
-    /// Makes pages of the guest's map zero; false when some stay as they are, through no fault of the guest's.
-    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<bool> {
+    /// Makes pages of the guest's map zero, from the first of a range on: how many bytes that was. `None` when some stay
+    /// as they are, through no fault of the guest's.
+    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<Option<u64>> {
         let end = at.checked_add(bytes).ok_or(Fault::Bad)?;
         let range = IpaRange::new(at, end).ok_or(Fault::Bad)?;
         let discarded = mm::vm().discard(&self.guest.map, range, self.held);
@@ -57,7 +58,7 @@ impl Dma<'_, '_> {
             Err(NotDiscarded::Lost(lost)) => self.complain(|| mm::told(FaultError::Lost(lost))),
             Err(error) => self.complain(|| format!("{error:?}")),
         }
-        outcome(discarded)
+        outcome(discarded, bytes)
     }
 
     fn copied(&self, copied: Result<Copied, FaultError>) -> Reached<()> {
@@ -79,12 +80,13 @@ impl Dma<'_, '_> {
     }
 }
 
-/// What a device makes of a discard: true when all of it reads as zero. Only what the guest named wrongly is its fault.
-const fn outcome(discarded: Result<Discarded, NotDiscarded>) -> Reached<bool> {
+/// What a device makes of a discard of so many bytes. Only what the guest named wrongly is its fault.
+const fn outcome(discarded: Result<Discarded, NotDiscarded>, bytes: u64) -> Reached<Option<u64>> {
     match discarded {
-        Ok(Discarded::Done(_)) => Ok(true),
+        Ok(Discarded::Done(_)) => Ok(Some(bytes)),
+        Ok(Discarded::Part(pages)) => Ok(Some(pages * PAGE_SIZE)),
         Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
-        Err(NotDiscarded::Refused(_) | NotDiscarded::Lost(_)) => Ok(false),
+        Err(NotDiscarded::Refused(_) | NotDiscarded::Lost(_)) => Ok(None),
         Err(NotDiscarded::Hole(_) | NotDiscarded::Denied(_)) => Err(Fault::Bad),
     }
 }
@@ -112,13 +114,14 @@ mod tests {
     #[test]
     fn only_what_a_guest_names_wrongly_breaks_the_rules_when_it_is_discarded() {
         let at = Ipa::new(RAM_BASE);
-        assert_eq!(outcome(Ok(Discarded::Done(3))), Ok(true));
-        assert_eq!(outcome(Ok(Discarded::Wait(WaitFor::Memory))), Err(Fault::Wait(WaitFor::Memory)));
-        assert_eq!(outcome(Err(NotDiscarded::Hole(at))), Err(Fault::Bad));
-        assert_eq!(outcome(Err(NotDiscarded::Denied(at))), Err(Fault::Bad));
+        assert_eq!(outcome(Ok(Discarded::Done(3)), 8192), Ok(Some(8192)));
+        assert_eq!(outcome(Ok(Discarded::Part(1)), 8192), Ok(Some(4096)));
+        assert_eq!(outcome(Ok(Discarded::Wait(WaitFor::Memory)), 8192), Err(Fault::Wait(WaitFor::Memory)));
+        assert_eq!(outcome(Err(NotDiscarded::Hole(at)), 8192), Err(Fault::Bad));
+        assert_eq!(outcome(Err(NotDiscarded::Denied(at)), 8192), Err(Fault::Bad));
         // Ours.
-        assert_eq!(outcome(Err(NotDiscarded::Refused(VmError::NoMemory))), Ok(false));
+        assert_eq!(outcome(Err(NotDiscarded::Refused(VmError::NoMemory)), 8192), Ok(None));
         let lost = LostPage { store: StoreId(0), page: 1, error: StoreError::Io };
-        assert_eq!(outcome(Err(NotDiscarded::Lost(lost))), Ok(false));
+        assert_eq!(outcome(Err(NotDiscarded::Lost(lost)), 8192), Ok(None));
     }
 }

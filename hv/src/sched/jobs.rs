@@ -19,7 +19,7 @@ use arrayvec::ArrayVec;
 use hv_abi::image::PAGE;
 use spin::mutex::SpinMutex;
 use vmobject::addr::{Pfn, PhysAddr};
-use vmobject::fault::{Copied, FaultError, WaitFor};
+use vmobject::fault::{FaultError, Looked, WaitFor};
 use vmobject::lock::{Held, Ranked};
 use vmobject::store::{Direction, IoToken, PageStore as _, StoreError, StoreId};
 
@@ -102,8 +102,10 @@ struct Running {
 enum Came {
     /// Something; there is more.
     More,
-    /// Nothing yet, and no disk is to blame.
+    /// Nothing yet, and that is as it should be.
     Later,
+    /// Nothing: there is no memory.
+    Starved,
     /// Nothing: a disk has to say something first.
     Silence,
     /// It is over.
@@ -129,7 +131,7 @@ impl Running {
         match self.writer.step(&mut source, &mut sink) {
             Step::More => Came::More,
             Step::Idle => Came::Silence,
-            Step::Wait(WaitFor::Memory) => idle,
+            Step::Wait(WaitFor::Memory) => Came::Starved,
             Step::Wait(WaitFor::Io(token)) => {
                 self.awaited = Some(token);
                 Came::Silence
@@ -352,18 +354,35 @@ fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
     let since = now.saturating_sub(running.looked).min(ticks(LOOK_MS));
     let came = running.advance(job.info.id, ran, held);
     running.looked = now;
-    running.silence = if matches!(came, Came::Silence) { running.silence + since } else { 0 };
+    let in_vain = matches!(came, Came::Silence | Came::Starved);
+    running.silence = if in_vain { running.silence + since } else { 0 };
     let silent = running.silence > ticks(PATIENCE_S * 1000);
-    let holds = running.writer.holds();
+    let (holds, doubtful) = (running.writer.holds(), running.writer.is_doubtful());
     job.info.ms = ran / ticks(1).max(1);
     (job.info.progress, job.info.stored) = (running.writer.progress(), running.writer.stored());
     match came {
         Came::More => return true,
         Came::Silence if silent && holds => job.end(State::Done),
         Came::Silence if silent => {
-            job.end(State::Failed(format!("a disk has said nothing for {PATIENCE_S} seconds")));
+            let end = if doubtful {
+                "; the next run shows whether the old guest or the new one is there"
+            } else {
+                ""
+            };
+            job.end(State::Failed(format!("a disk has said nothing for {PATIENCE_S} seconds{end}")));
         }
-        Came::Later | Came::Silence => {}
+        // The guest may wait for what it takes to write a page that is not stored yet: without the job it needs none.
+        Came::Starved if silent => {
+            job.end(State::Failed(format!(
+                "there has been no memory to read its pages for {PATIENCE_S} seconds"
+            )));
+        }
+        Came::Later | Came::Silence | Came::Starved => {}
+        Came::Over(State::Failed(why)) if doubtful => {
+            job.end(State::Failed(format!(
+                "{why}; the next run shows whether the old guest or the new one is there"
+            )));
+        }
         Came::Over(state) => job.end(state),
     }
     false
@@ -455,8 +474,9 @@ impl Source for Pages<'_, '_> {
     fn page(&mut self, number: u64, out: &mut [u8; PAGE]) -> Result<(), Lacks<WaitFor>> {
         let at = place(self.regions, number).ok_or(Lacks::Hole)?;
         match mm::vm().read_snapshot(self.snapshot.memory(), at, out, self.held) {
-            Ok(Copied::Done) => Ok(()),
-            Ok(Copied::Wait(what)) => Err(Lacks::Wait(what)),
+            Ok(Looked::Done) => Ok(()),
+            Ok(Looked::Wait(what)) => Err(Lacks::Wait(what)),
+            Ok(Looked::Again) => Err(Lacks::Part),
             Err(FaultError::Lost(lost)) => Err(Lacks::Lost(lost)),
             Err(FaultError::Hole(_) | FaultError::Denied { .. }) => Err(Lacks::Hole),
         }

@@ -41,6 +41,8 @@ pub trait Source {
 pub enum Lacks<W> {
     /// Not yet.
     Wait(W),
+    /// Not yet, and something was done about it: ask again after the interrupts.
+    Part,
     /// It is lost: its own store does not give it.
     Lost(LostPage),
     /// The guest has no such page.
@@ -174,7 +176,8 @@ impl Writer {
         }
         let header = Header {
             slot: newest.map_or(0, |newest| (newest.slot + 1) % SLOTS),
-            generation: newest.map_or(1, |newest| newest.generation + 1),
+            // A header that is sound leaves room for the next.
+            generation: newest.map_or(1, |newest| newest.generation.saturating_add(1)),
             half,
             pages: contents.pages,
             stored: 0,
@@ -250,6 +253,11 @@ impl Writer {
     /// True once the new image is durable and the newest, whatever becomes of the old one's header.
     pub const fn holds(&self) -> bool {
         matches!(self.stage, Stage::Retire)
+    }
+
+    /// True while the new image may be durable or not: who fails now cannot tell.
+    pub const fn is_doubtful(&self) -> bool {
+        matches!(self.stage, Stage::Commit)
     }
 
     /// True while the disk has something of it.
@@ -370,6 +378,7 @@ impl Writer {
             match source.page(number, out) {
                 Ok(()) => {}
                 Err(Lacks::Wait(what)) => return Step::Wait(what),
+                Err(Lacks::Part) => return Step::More,
                 Err(Lacks::Lost(lost)) => {
                     self.stop(WriteError::Lost(number, lost));
                     return Step::More;

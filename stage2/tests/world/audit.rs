@@ -5,7 +5,7 @@ use super::{ALL, Contents, ENOUGH, PAGES, SWAP, World, address, offset};
 use stage2::testing::Access;
 use std::ops::Range;
 use vmobject::addr::{Ipa, Pfn};
-use vmobject::fault::{Copied, FaultError};
+use vmobject::fault::{FaultError, Looked};
 use vmobject::lock::Held;
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
@@ -129,16 +129,17 @@ impl World {
                 let held = &mut Held::root();
                 let snapshot = if part { &self.parts[which].0 } else { &self.kept[which].0 };
                 match self.vm.read_snapshot(snapshot, at, &mut bytes, held) {
-                    Ok(Copied::Wait(_)) if self.deliver_one() || self.page_out(ENOUGH) > 0 => {}
+                    Ok(Looked::Again) => {}
+                    Ok(Looked::Wait(_)) if self.deliver_one() || self.page_out(ENOUGH) > 0 => {}
                     other => break other,
                 }
             };
             match copied {
-                Ok(Copied::Done) if bytes == known => {}
-                Ok(Copied::Done) => {
+                Ok(Looked::Done) if bytes == known => {}
+                Ok(Looked::Done) => {
                     return Err(format!("page {page} of snapshot {which} has {bytes:?} and not {known:?}"));
                 }
-                Ok(Copied::Wait(_)) => self.saw("snapshots that found no memory"),
+                Ok(Looked::Wait(_) | Looked::Again) => self.saw("snapshots that found no memory"),
                 Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) if self.failing > 0 => {}
                 Err(error) => return Err(format!("page {page} of snapshot {which}: {error:?}")),
             }

@@ -324,7 +324,7 @@ impl World {
                 contents.touched &= !(1 << page);
                 self.saw("discards");
             }
-            Ok(Discarded::Wait(_)) => self.saw("discards that had to wait"),
+            Ok(Discarded::Wait(_) | Discarded::Part(_)) => self.saw("discards that had to wait"),
             Err(_) => self.saw("discards refused"),
         }
     }

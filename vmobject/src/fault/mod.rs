@@ -40,6 +40,7 @@ use crate::store::{LostPage, Machine, PhysMemory as _};
 use crate::{PROMPT, Vm};
 use around::Around;
 use chain::{Found, Page};
+pub use snapshot::Looked;
 pub use wire::{Wired, Wiring};
 
 /// How a fault was served.

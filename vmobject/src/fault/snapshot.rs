@@ -5,14 +5,26 @@
 //! when the snapshot was made. Called by the image writer.
 
 use super::chain::Found;
-use super::{Copied, FaultError, Step, WaitFor};
+use super::{FaultError, Step, WaitFor};
 use crate::Vm;
 use crate::addr::Ipa;
+use crate::limits::MAX_RESTARTS;
 use crate::lock::Held;
 use crate::map::Snapshot;
 use crate::pager::NOBODY;
 use crate::prot::Prot;
 use crate::store::{Machine, PhysMemory as _};
+
+/// How a look at a snapshot ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Looked {
+    /// All bytes were read.
+    Done,
+    /// None; look again when this has happened.
+    Wait(WaitFor),
+    /// None: the way is long, or changes all the time. Look again after the interrupts (I6).
+    Again,
+}
 
 impl<M: Machine> Vm<M> {
     /// Reads bytes of one page of a snapshot; `at` and all of `out` lie in it.
@@ -22,7 +34,7 @@ impl<M: Machine> Vm<M> {
         at: Ipa,
         out: &mut [u8],
         held: &mut Held<'_, OUTER>,
-    ) -> Result<Copied, FaultError> {
+    ) -> Result<Looked, FaultError> {
         if at.offset_in_page() + out.len() > 1 << crate::addr::PAGE_SHIFT {
             return Err(FaultError::Denied { at, wanted: Prot::READ });
         }
@@ -31,17 +43,17 @@ impl<M: Machine> Vm<M> {
         if entry.device {
             return Err(FaultError::Hole(at)); // what it has is no part of what was kept
         }
-        loop {
+        for _ in 0..MAX_RESTARTS {
             let step = {
                 let mut chain = self.objects.get(entry.object).descend(held);
                 match self.look(&mut chain, index, None) {
                     Found::Page(page) => {
                         self.machine.memory().read(page.frame, at.offset_in_page(), out);
-                        return Ok(Copied::Done);
+                        return Ok(Looked::Done);
                     }
                     Found::Nothing => {
                         out.fill(0);
-                        return Ok(Copied::Done);
+                        return Ok(Looked::Done);
                     }
                     Found::Busy(frame) => Step::Wait(WaitFor::Io(self.frames.page(frame).transfer())),
                     Found::PageIn(object, index) => Step::PageIn(object, index),
@@ -50,21 +62,22 @@ impl<M: Machine> Vm<M> {
                 }
             };
             match step {
-                Step::Wait(wait) => return Ok(Copied::Wait(wait)),
+                Step::Wait(wait) => return Ok(Looked::Wait(wait)),
                 Step::PageIn(object, index) => {
                     if let Some(wait) =
                         self.page_in((object, index), NOBODY, |_| {}, held).map_err(FaultError::Lost)?
                     {
-                        return Ok(Copied::Wait(wait));
+                        return Ok(Looked::Wait(wait));
                     }
                 }
                 Step::Trail(object, index) => {
-                    if self.lay_trail(object, index, false, held).is_err() {
-                        return Ok(Copied::Wait(WaitFor::Memory));
-                    }
+                    let laid = self.lay_trail(object, index, true, held);
+                    return Ok(laid.map_or(Looked::Wait(WaitFor::Memory), |_| Looked::Again));
                 }
                 Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused | Step::Lost(_) => {}
             }
         }
+        // A guest keeps changing what lies on the way.
+        Ok(Looked::Again)
     }
 }

@@ -5,7 +5,7 @@
 //! guest's own frames and swap slots go back. Called by whoever serves guests. Calls `object`.
 
 use super::{Entry, Map};
-use crate::addr::{CHUNK_PAGES, Ipa, IpaRange};
+use crate::addr::{CHUNK_PAGES, Ipa, IpaRange, PAGE_SIZE};
 use crate::defect::Defect;
 use crate::lock::{Held, MAP};
 use crate::object::Kept;
@@ -23,6 +23,9 @@ pub enum Discarded {
     Done(u32),
     /// A transfer has a page, or there is no memory for what others are to keep: do it again after this.
     Wait(WaitFor),
+    /// So many pages, from the start of the range, read as zero; others had to get what they keep of them, and that took
+    /// long enough (I6).
+    Part(u64),
 }
 
 /// Why a discard was refused; part of the range may have been done.
@@ -38,6 +41,9 @@ pub enum NotDiscarded {
     Lost(LostPage),
 }
 
+/// Pages that others get in one discard.
+const MAX_PUSHES: u32 = 4;
+
 impl<M: Machine> Vm<M> {
     /// Makes a range of a guest's memory zero. Locks are let go after each 2 MiB.
     pub fn discard<const OUTER: u8>(
@@ -47,9 +53,11 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Discarded, NotDiscarded> {
         let (mut from, mut given) = (range.start(), 0);
+        // Up to where the last page was that somebody had to get first: what comes before needs no second look.
+        let (mut until, mut pushes) = (range.end(), 0);
         while from < range.end() {
             let chunk = IpaRange::from_pages(from.chunk(), CHUNK_PAGES);
-            let rest = IpaRange::new(from, range.end());
+            let rest = IpaRange::new(from, until);
             let part = rest.and_then(|rest| rest.intersection(chunk.unwrap_or(rest)));
             let part = part.ok_or(NotDiscarded::Hole(from))?;
             let (mut entries, mut held) = map.entries.write(held);
@@ -61,9 +69,18 @@ impl<M: Machine> Vm<M> {
             match self.discard_part(entry, part, &mut held) {
                 Ok(more) => given += more,
                 Err(Kept::Guarded(page)) => {
-                    let object = entry.object;
+                    let (object, behind) =
+                        (entry.object, entry.place_of(page).and_then(|at| at.checked_add(PAGE_SIZE)));
+                    if pushes == MAX_PUSHES {
+                        self.stats.add(Event::Discarded, given.into());
+                        return Ok(Discarded::Part((from.bits() - range.start().bits()) / PAGE_SIZE));
+                    }
+                    pushes += 1;
                     match self.push(object, page, &mut held) {
-                        Ok(None) => continue,
+                        Ok(None) => {
+                            until = behind.unwrap_or(until).min(range.end());
+                            continue;
+                        }
                         Ok(Some(wait)) => return Ok(Discarded::Wait(wait)),
                         Err(error) => return Err(NotDiscarded::Lost(error)),
                     }
@@ -74,7 +91,7 @@ impl<M: Machine> Vm<M> {
                 }
                 Err(Kept::Refused(error)) => return Err(NotDiscarded::Refused(error)),
             }
-            from = part.end();
+            (from, until) = (part.end(), range.end());
         }
         self.stats.add(Event::Discarded, given.into());
         Ok(Discarded::Done(given))

@@ -211,11 +211,8 @@ impl<M: Machine> Vm<M> {
                 continue;
             }
             while let Some((present, _)) = state.slots.next_present(page..end) {
-                let address = |page: PageIndex| {
-                    entry.range.start().checked_add(page.checked_sub(entry.first.number())?.byte_offset())
-                };
                 if *left == 0 {
-                    go_on(address(present));
+                    go_on(entry.place_of(present));
                     return Next::More;
                 }
                 *left -= 1;
@@ -226,7 +223,7 @@ impl<M: Machine> Vm<M> {
                     Slot::Absent | Slot::Zero | Slot::Swapped(_) => None,
                 });
                 if let Some((page, frame)) = found {
-                    go_on(page.checked_add(1).and_then(address));
+                    go_on(page.checked_add(1).and_then(|next| entry.place_of(next)));
                     return Next::Frame(frame);
                 }
                 let Some(next) = present.checked_add(state.slots.left_in_leaf(present)) else { break };

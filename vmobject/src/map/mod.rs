@@ -95,6 +95,11 @@ impl Entry {
     pub fn page_at(&self, at: Ipa) -> Option<PageIndex> {
         self.first.checked_add(at.pages_above(self.range.start())?.number())
     }
+
+    /// Where a page of the object is, or would be if the range went on.
+    fn place_of(&self, page: PageIndex) -> Option<Ipa> {
+        self.range.start().checked_add(page.checked_sub(self.first.number())?.byte_offset())
+    }
 }
 
 /// The entries of a map. Guarded by its map lock.

@@ -49,6 +49,11 @@ impl<M: Machine> Vm<M> {
     pub fn forget_store<const OUTER: u8>(&self, store: StoreId, held: &mut Held<'_, OUTER>) -> bool {
         if let Ok(Some(id)) = self.objects.find_image(store, held) {
             self.evict_cached(id, &mut held.deepen());
+            let (state, mut held) = self.objects.get(id).read(held);
+            // It goes by and by, and by another name: it has nothing that its store still wants of it.
+            if state.id == id && state.life == Life::Dying && matches!(state.pager, Pager::Image(_)) {
+                self.objects.unregister(store, id, &mut held);
+            }
         }
         matches!(self.objects.find_image(store, held), Ok(None))
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use vmobject::addr::{IpaRange, Pfn};
 use vmobject::defect::Defect;
-use vmobject::fault::{Copied, FaultError, Faulted, WaitFor};
+use vmobject::fault::{FaultError, Faulted, Looked, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, NotDiscarded, Snapshot};
 use vmobject::page::Owner;
@@ -274,7 +274,8 @@ impl World {
                 eager.bytes[usize::from(page)] = 0;
                 eager.frames &= !(1 << page);
             }
-            Ok(Discarded::Wait(_)) | Err(NotDiscarded::Lost(LostPage { error: StoreError::Io, .. })) => {}
+            Ok(Discarded::Wait(_) | Discarded::Part(_))
+            | Err(NotDiscarded::Lost(LostPage { error: StoreError::Io, .. })) => {}
             Err(NotDiscarded::Denied(_)) if eager.sealed => {}
             Err(other) => panic!("page {page}: {other:?}"),
         }
@@ -359,9 +360,9 @@ impl World {
         for _ in 0..4 {
             let read = self.rig.vm.read_snapshot(snapshot, at(page.into(), 0), &mut byte, &mut Held::root());
             match read {
-                Ok(Copied::Done) => return byte[0],
-                Ok(Copied::Wait(_)) => assert!(self.rig.deliver_all() > 0),
-                Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) => {}
+                Ok(Looked::Done) => return byte[0],
+                Ok(Looked::Wait(_)) => assert!(self.rig.deliver_all() > 0),
+                Ok(Looked::Again) | Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) => {}
                 Err(other) => panic!("snapshot, page {page}: {other:?}"),
             }
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use shuttle::rand::{RngCore as _, thread_rng};
 use shuttle::thread;
 use vmobject::addr::{IpaRange, PAGE_SIZE};
-use vmobject::fault::{Copied, WaitFor};
+use vmobject::fault::{Copied, Looked, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::{Discarded, Share, Snapshot};
 use vmobject::object::ObjectId;
@@ -47,8 +47,9 @@ fn look(rig: &Rig, snapshot: &Snapshot, page: u32) -> u8 {
     let mut byte = [0];
     loop {
         match rig.vm.read_snapshot(snapshot, at(page, 77), &mut byte, &mut Held::root()).unwrap() {
-            Copied::Done => return byte[0],
-            Copied::Wait(what) => serve(rig, what),
+            Looked::Done => return byte[0],
+            Looked::Wait(what) => serve(rig, what),
+            Looked::Again => {}
         }
     }
 }

@@ -61,8 +61,9 @@ pub const STATISTICS: [&str; 16] = [
 /// RAM that can be given back.
 pub trait Reservoir: Ram {
     /// Makes whole pages zero and frees what held them: at most [`PART`], and not across a boundary of that. A page that
-    /// cannot be given back stays as it is, and that is no fault.
-    fn give_back(&mut self, at: u64, bytes: u64) -> Result<(), Fault<Self::Wait>>;
+    /// cannot be given back stays as it is, and that is no fault. How many bytes that was, from the first on: ask again for
+    /// the others.
+    fn give_back(&mut self, at: u64, bytes: u64) -> Result<u64, Fault<Self::Wait>>;
 }
 
 /// Memory that a buffer names, and how far we are in it.
@@ -377,14 +378,14 @@ impl Balloon {
                 Some((first, pages)) if number == first + pages && !starts_part(number) => (first, pages + 1),
                 Some((first, pages)) if number + 1 == first && !starts_part(first) => (number, pages + 1),
                 Some((first, pages)) => {
-                    ram.give_back(first * PAGE, pages * PAGE)?;
+                    give_all_back(ram, first, pages)?;
                     (number, 1)
                 }
                 None => (number, 1),
             });
         }
         if let Some((first, pages)) = run {
-            ram.give_back(first * PAGE, pages * PAGE)?;
+            give_all_back(ram, first, pages)?;
         }
         let (count, bytes) = (numbers.len() as u64, u32::try_from(raw.len()).unwrap_or(0));
         self.inflated = self.inflated.saturating_add(count);
@@ -402,8 +403,7 @@ impl Balloon {
         if whole == 0 {
             return Ok(piece.next());
         }
-        let part = whole.min(PART - start % PART);
-        ram.give_back(start, part)?;
+        let part = ram.give_back(start, whole.min(PART - start % PART))?;
         self.reported = self.reported.saturating_add(part / PAGE);
         let done = u32::try_from(start + part - at).map_err(|_| Fault::Bad)?;
         Ok(Phase::Range(Piece { done, ..piece }))
@@ -433,6 +433,15 @@ impl Piece {
             None => Phase::Finish,
         }
     }
+}
+
+/// Gives all of a few pages back.
+fn give_all_back<R: Reservoir>(ram: &mut R, first: u64, pages: u64) -> Result<(), Fault<R::Wait>> {
+    let (mut at, end) = (first * PAGE, (first + pages) * PAGE);
+    while at < end {
+        at += ram.give_back(at, end - at)?;
+    }
+    Ok(())
 }
 
 /// True when the page with this number begins a [`PART`].

@@ -45,8 +45,9 @@ pub trait Medium: Ram {
     fn load(&mut self, at: u64, out: &mut [u8]) -> Result<(), Fault<Self::Wait>>;
     /// Writes bytes of one page of the disk.
     fn store(&mut self, at: u64, bytes: &[u8]) -> Result<(), Fault<Self::Wait>>;
-    /// Makes whole pages of the disk zero: at most [`PART`], and not across a boundary of that.
-    fn clear(&mut self, at: u64, bytes: u64) -> Result<(), Fault<Self::Wait>>;
+    /// Makes whole pages of the disk zero: at most [`PART`], and not across a boundary of that. How many bytes that was,
+    /// from the first on.
+    fn clear(&mut self, at: u64, bytes: u64) -> Result<u64, Fault<Self::Wait>>;
     /// Makes what was stored before request `slot` asked for the `first` time durable; false when it is to be
     /// asked again for more.
     fn flush(&mut self, slot: usize, first: bool) -> Result<bool, Fault<Self::Wait>>;
@@ -481,8 +482,7 @@ fn clear<M: Medium>(medium: &mut M, zero: Zero, zeros: &[u8; PAGE_BYTES]) -> Res
     let Zero { exactly, at, bytes, .. } = zero;
     if at % PAGE == 0 && bytes >= PAGE {
         let whole = (bytes & !(PAGE - 1)).min(PART - at % PART);
-        medium.clear(at, whole)?;
-        return Ok(whole);
+        return medium.clear(at, whole);
     }
     // Part of a page: what is only advised is left alone.
     let part = bytes.min(PAGE - at % PAGE);

@@ -127,13 +127,14 @@ impl Medium for Bench {
         self.disk[place].copy_from_slice(bytes);
         Ok(())
     }
-    fn clear(&mut self, at: u64, bytes: u64) -> Result<(), Fault<u64>> {
+    fn clear(&mut self, at: u64, bytes: u64) -> Result<u64, Fault<u64>> {
         self.wait()?;
         assert!(at.is_multiple_of(4096) && bytes.is_multiple_of(4096), "parts of pages are not cleared");
         assert_eq!(at / PART, (at + bytes - 1) / PART, "too much at once");
+        let bytes = bytes.min(7 * 4096);
         let range = place(at, 0, usize::try_from(bytes).unwrap(), self.disk.len()).unwrap();
         self.disk[range].fill(0);
-        Ok(())
+        Ok(bytes)
     }
     fn flush(&mut self, slot: usize, first: bool) -> Result<bool, Fault<u64>> {
         assert!(slot < SLOTS);
