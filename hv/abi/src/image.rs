@@ -23,7 +23,7 @@ pub const SLOTS: usize = 2;
 /// Bytes of a header's description at most: JSON, for people.
 pub const TEXT_LIMIT: usize = 1024;
 /// Bytes of a guest's state at most.
-pub const STATE_LIMIT: u64 = 16 << 20;
+pub const STATE_LIMIT: u64 = 1 << 20;
 
 /// Where the description begins in a header, and where its sum is.
 const TEXT_AT: usize = 96;
@@ -125,12 +125,7 @@ impl Header {
             return Err(NoHeader::Empty);
         }
         if page[..8] != MAGIC {
-            // Half of one may have been written.
-            return Err(if page[..512].iter().all(|byte| *byte == 0) {
-                NoHeader::Damaged
-            } else {
-                NoHeader::Foreign
-            });
+            return Err(if is_half(page) { NoHeader::Damaged } else { NoHeader::Foreign });
         }
         if word(8) != VERSION {
             return Err(NoHeader::Version(word(8)));
@@ -158,13 +153,22 @@ impl Header {
     /// True when its numbers fit together.
     fn is_sound(&self) -> bool {
         let most = u64::from(u32::MAX);
-        self.pages > 0
+        (1..u64::MAX).contains(&self.generation)
+            && self.pages > 0
             && self.pages <= most
             && self.half <= most
             && self.state <= STATE_LIMIT
             && self.used() <= self.half
             && self.stored <= self.pages
     }
+}
+
+/// True for what a header leaves that lacks its first sector: text, and a sum.
+fn is_half(page: &[u8; PAGE]) -> bool {
+    let (text, rest) = (512..TEXT_AT + TEXT_LIMIT, TEXT_AT + TEXT_LIMIT..SUM_AT);
+    let zeros = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    let told = page[text].iter().all(|byte| *byte == 0 || *byte >= b' ');
+    zeros(&page[..512]) && told && zeros(&page[rest]) && zeros(&page[SUM_AT + 4..])
 }
 
 /// Pages in each half of a disk of so many.
@@ -272,10 +276,25 @@ mod tests {
     }
 
     #[test]
+    fn what_others_put_behind_an_empty_first_sector_is_foreign() {
+        let with = |at: usize, bytes: &[u8]| {
+            let mut page = [0; PAGE];
+            page[at..at + bytes.len()].copy_from_slice(bytes);
+            Header::decode(0, &page).err()
+        };
+        // Of a swap area, a physical volume of LVM, ext4 with blocks of 1 KiB.
+        assert_eq!(with(PAGE - 10, b"SWAPSPACE2"), Some(NoHeader::Foreign));
+        assert_eq!(with(512, b"LABELONE\x01\0\0\0\0\0\0\0"), Some(NoHeader::Foreign));
+        assert_eq!(with(1024, b"\0\0\x01\0\0\0\x04\0"), Some(NoHeader::Foreign));
+    }
+
+    #[test]
     fn numbers_that_do_not_fit_together_are_no_header() {
         let mut page = [0; PAGE];
         for wrong in [
             Header { pages: 0, ..HEADER },
+            Header { generation: 0, ..HEADER },
+            Header { generation: u64::MAX, ..HEADER },
             Header { pages: 1000, ..HEADER },
             Header { state: u64::MAX, ..HEADER },
             Header { half: u64::MAX, ..HEADER },

@@ -29,10 +29,17 @@ impl GuestRegs {
         Self { x, pc, pstate: PSTATE_EL1H_MASKED }
     }
 
-    /// True when they are a guest's: its processor state names EL0 or EL1. For those that were stored.
-    pub const fn is_sound(&self) -> bool {
-        // EL0t, EL1t, EL1h; AArch32's user mode.
-        matches!(self.pstate & 0x1f, 0b0_0000 | 0b0_0100 | 0b0_0101 | 0b1_0000) && self.pstate >> 32 == 0
+    /// True when they are a guest's on a CPU with or without AArch32 at EL0: its processor state names EL0 or EL1. For
+    /// those that were stored: with any other, the return to the guest would be an illegal one and its exception ours.
+    pub const fn is_sound(&self, aarch32: bool) -> bool {
+        let mode = match self.pstate & 0x1f {
+            // EL0t, EL1t, EL1h.
+            0b0_0000 | 0b0_0100 | 0b0_0101 => true,
+            // AArch32's user mode.
+            0b1_0000 => aarch32,
+            _ => false,
+        };
+        mode && self.pstate >> 32 == 0
     }
 
     /// Register `n` as an instruction operand names it: 31 reads as zero.

@@ -16,6 +16,7 @@ use crate::mm;
 use crate::monitor::{configure, host};
 use crate::sched;
 use ::log::{error, info, warn};
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec;
@@ -110,9 +111,12 @@ fn go_on(name: &str, machine: &'static Machine, held: &mut Held<'_, 0>) -> Resul
     let id = table::next_id();
     let moment = stored::moment(name, id, held).map_err(|error| error.to_string())?;
     let config = moment.config().clone();
+    // The name is the image's; who is meant by a number, or by a name that is there, is not its to say.
+    let taken = table::find(&config.name, held).is_some() || config.name.parse::<u32>().is_ok();
+    let own = if taken { format!("{name}.{id}") } else { config.name };
     let poll = |held: &mut Held<'_, 0>| sched::Outside::poll(machine, held);
     let birth = Birth::first(config.grant_fork);
-    snapshot::make(&moment, id, config.name, birth, &poll, held).map_err(|error| error.to_string())
+    snapshot::make(&moment, id, own, birth, &poll, held).map_err(|error| error.to_string())
 }
 
 /// Lets a new guest run; the first is attached to the console.

@@ -15,6 +15,7 @@ use alloc::{format, vec};
 use core::fmt;
 use core::sync::atomic::Ordering;
 
+use hv_abi::machine::MAX_VCPUS;
 use serde::{Deserialize, Serialize};
 use vmobject::VmError;
 use vmobject::lock::{Held, Ranked};
@@ -28,6 +29,7 @@ use super::trng::Generator;
 use super::vcpu::{Context, Power, Vcpu};
 use super::{Guest, GuestId, genid, rank};
 use crate::arch::timer;
+use crate::bounded;
 use crate::loader::GuestConfig;
 use crate::mm;
 
@@ -40,8 +42,10 @@ pub struct Moment {
     /// How it was made.
     pub config: GuestConfig,
     /// Its vCPUs' registers.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_VCPUS>")]
     pub contexts: Vec<Context>,
     /// Which of them are switched on.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_VCPUS>")]
     pub powers: Vec<Power>,
     /// Its devices: apart, so that they are not moved about while the guest stands still.
     pub devices: Box<Devices>,

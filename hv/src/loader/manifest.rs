@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
+use crate::bounded;
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
 use hv_abi::manifest::{
     APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, IMAGE_DISK_ID,
@@ -67,6 +68,9 @@ pub struct Stored {
     pub resume: bool,
 }
 
+/// Bytes of a stored guest's name at most: that of a clone of clones is longer than a manifest's.
+const STORED_NAME: usize = 255;
+
 /// What one guest is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {
@@ -83,7 +87,22 @@ pub struct GuestConfig {
     /// How many children, forked by itself or them, may live at once; 0 is none.
     pub grant_fork: u32,
     /// Its disks.
+    #[serde(deserialize_with = "bounded::list::<_, _, DISKS_LIMIT>")]
     pub disks: Vec<DiskConfig>,
+    /// It comes from an image: what it names is another machine's, perhaps.
+    #[serde(skip)]
+    pub stored: bool,
+}
+
+impl GuestConfig {
+    /// True if its texts are as short as those of a manifest: for one that was stored.
+    pub fn is_sound(&self) -> bool {
+        let boots = [Some(self.boot.image()), self.boot.initrd()].into_iter().flatten();
+        let names = boots.chain(self.disks.iter().map(|disk| disk.id.as_str()));
+        let plain = |name: &str| !name.is_empty() && name.len() <= NAME_LIMIT;
+        let own = self.name.len() <= STORED_NAME && !self.name.chars().any(char::is_control);
+        own && !self.name.is_empty() && self.append.len() <= APPEND_LIMIT && names.into_iter().all(plain)
+    }
 }
 
 /// One disk of a guest.
@@ -274,6 +293,7 @@ fn guest(mut object: Object) -> Parsed<GuestConfig> {
         // At most FORK_LIMIT, which is a u32.
         grant_fork: u32::try_from(grant_fork).unwrap_or(0),
         disks,
+        stored: false,
     })
 }
 

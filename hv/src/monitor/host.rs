@@ -328,9 +328,7 @@ impl Host for Guests<'_, '_> {
                     row["generation"] = json!(generation);
                     row["stored_pages"] = json!(pages);
                     if let Ok(Value::Object(told)) = serde_json::from_str(text) {
-                        for (key, value) in told {
-                            row[key] = value;
-                        }
+                        view::add_told(&mut row, told);
                     }
                 }
                 Err(why) => row["state"] = json!(why),

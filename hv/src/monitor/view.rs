@@ -315,6 +315,15 @@ pub fn swap(held: &mut Held<'_, 0>) -> Value {
     })
 }
 
+/// Adds what an image says of itself: whoever made it wrote that, so it replaces nothing that we know.
+pub fn add_told(row: &mut Value, told: Fields<String, Value>) {
+    let plain = |value: &Value| value.as_str().is_none_or(|text| !text.contains(char::is_control));
+    let Some(row) = row.as_object_mut() else { return };
+    for (key, value) in told.into_iter().filter(|(_, value)| plain(value)) {
+        row.entry(key).or_insert(value);
+    }
+}
+
 fn swap_device(device: &SwapDevice) -> Value {
     let &SwapDevice { store, priority, info, closed, counts } = device;
     json!({

@@ -21,6 +21,13 @@ const MAX_BURIALS: usize = 4;
 /// that cannot be, or was killed meanwhile.
 fn begin_again(old: &Arc<Guest>, cpu: &Cpu, outside: &dyn Outside, held: &mut Held<'_, 0>) -> bool {
     let (id, config) = (old.id, old.config.clone());
+    if config.stored && !config.disks.is_empty() {
+        // By their names it would get what happens to be called so here.
+        log::error!(
+            "guest {id}: cannot start again: it was stored, and its disks are those of the machine it came from"
+        );
+        return false;
+    }
     let kept = Kept { log: old.log.clone(), birth: old.birth.clone() };
     let guest =
         match create::create(id, config, Some(kept), &|held| take_interrupts(cpu, outside, held), held) {

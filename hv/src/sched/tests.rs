@@ -57,6 +57,7 @@ fn guest(held: &mut Held<'_, 0>) -> Arc<Guest> {
         vcpus: 1,
         grant_fork: 0,
         disks: Vec::new(),
+        stored: false,
     };
     let map = mm::new_map(held).unwrap();
     genid::install(&map, held).unwrap();

@@ -85,8 +85,8 @@ pub fn open(read: &mut Read<'_>, pages: u64) -> Result<Option<Opened>, OpenError
     Ok(Some(Opened { header, text, sums, state }))
 }
 
-/// The header that holds, and its text.
-fn newest(read: &mut Read<'_>, pages: u64) -> Result<Option<(Header, String)>, OpenError> {
+/// The header that holds, and its text; whether what it names is whole is [`open`]'s business.
+pub fn newest(read: &mut Read<'_>, pages: u64) -> Result<Option<(Header, String)>, OpenError> {
     if pages < SLOTS as u64 {
         return Ok(None);
     }

@@ -27,7 +27,7 @@ use super::{GuestId, create, rank};
 use crate::arch::{id, timer};
 use crate::mm::store::View;
 use crate::mm::{self, Map};
-use crate::stored::open::{OpenError, Opened, open};
+use crate::stored::open::{OpenError, Opened, newest, open};
 use crate::stored::write::{Contents, WriteError, Writer};
 use state::{Region, State, StateError};
 
@@ -94,8 +94,13 @@ impl From<VmError> for StoredError {
 /// What is on a disk.
 enum Content {
     Empty,
-    Image { header: Header, text: String, state: Arc<Vec<u8>> },
-    Refused(OpenError),
+    Image {
+        header: Header,
+        text: String,
+        state: Arc<Vec<u8>>,
+    },
+    /// The newest header, if there is one, names what cannot be used.
+    Refused(OpenError, Option<Header>),
 }
 
 /// A disk for stored guests.
@@ -109,11 +114,18 @@ struct Disk {
 }
 
 impl Disk {
+    /// The header that whatever is stored next has to be newer than.
     fn newest(&self) -> Option<&Header> {
         match &self.content {
             Content::Image { header, .. } => Some(header),
-            Content::Empty | Content::Refused(_) => None,
+            Content::Refused(_, header) => header.as_ref(),
+            Content::Empty => None,
         }
+    }
+
+    /// The generation of what is stored.
+    fn generation(&self) -> Option<u64> {
+        matches!(self.content, Content::Image { .. }).then_some(self.newest()?.generation)
     }
 
     fn pages(&self) -> u64 {
@@ -162,7 +174,8 @@ pub fn attach(name: &str, id: &str, held: &mut Held<'_, 0>) -> Result<(), Stored
             Ok(())
         }
         Err(error) => {
-            disk.content = Content::Refused(error.clone());
+            let header = newest(&mut read, disk.pages()).ok().flatten().map(|(header, _)| header);
+            disk.content = Content::Refused(error.clone(), header);
             Err(StoredError::Open(error))
         }
     };
@@ -179,7 +192,7 @@ pub fn all(held: &mut Held<'_, 0>) -> Vec<Info> {
         image: match &disk.content {
             Content::Empty => Err("empty".to_string()),
             Content::Image { header, text, .. } => Ok((header.generation, text.clone(), header.stored)),
-            Content::Refused(error) => Err(error.to_string()),
+            Content::Refused(error, _) => Err(error.to_string()),
         },
     };
     DISKS.lock(held).0.iter().map(info).collect()
@@ -188,7 +201,7 @@ pub fn all(held: &mut Held<'_, 0>) -> Vec<Info> {
 /// The generation of what is stored under a name; `None` when there is no such disk or nothing on it.
 pub fn generation(name: &str, held: &mut Held<'_, 0>) -> Option<u64> {
     let (disks, _held) = DISKS.lock(held);
-    disks.iter().find(|disk| disk.name == name)?.newest().map(|header| header.generation)
+    disks.iter().find(|disk| disk.name == name)?.generation()
 }
 
 /// True when there is a disk of that name.
@@ -222,7 +235,7 @@ fn resume(name: &str, held: &mut Held<'_, 0>) -> Result<(Box<Snapshot>, u64), St
         let disk = disks.iter().find(|disk| disk.name == name).ok_or(StoredError::Unknown)?;
         match &disk.content {
             Content::Empty => return Err(StoredError::Empty),
-            Content::Refused(error) => return Err(StoredError::Open(error.clone())),
+            Content::Refused(error, _) => return Err(StoredError::Open(error.clone())),
             Content::Image { header, state, .. } => (disk.half(header.slot), *header, state.clone()),
         }
     };
@@ -268,8 +281,8 @@ pub fn is_free(name: &str, held: &mut Held<'_, 0>) -> Result<(), StoredError> {
     let disk = disks.iter().find(|disk| disk.name == name).ok_or(StoredError::Unknown)?;
     match &disk.content {
         // What is damaged can be replaced; what is not ours is left alone.
-        Content::Empty | Content::Image { .. } | Content::Refused(OpenError::Damaged(..)) => {}
-        Content::Refused(error) => return Err(StoredError::Open(error.clone())),
+        Content::Empty | Content::Image { .. } | Content::Refused(OpenError::Damaged(..), _) => {}
+        Content::Refused(error, _) => return Err(StoredError::Open(error.clone())),
     }
     if mm::disks().is_read_only(disk.store) {
         return Err(StoredError::ReadOnly);

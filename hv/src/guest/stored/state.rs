@@ -17,13 +17,15 @@ use vmobject::addr::{Ipa, IpaRange};
 use vmobject::map::Snapshot as Memory;
 use vmobject::prot::Prot;
 
+use crate::arch::context::id_field;
 use crate::arch::{self, gich, timer};
+use crate::bounded;
 use crate::guest::idregs::GuestIds;
 use crate::guest::snapshot::Moment;
 use crate::guest::{disks, ids};
 
-/// Regions of a guest's memory at most.
-const MAX_REGIONS: usize = 4096;
+/// Regions of a guest's memory at most: RAM, flash, the generation's page and disks are some twenty.
+const MAX_REGIONS: usize = 64;
 
 /// What a guest must find again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +78,7 @@ pub struct State<M = Moment> {
     /// The second, since 1970, when it was taken.
     pub seconds: u32,
     /// Its memory, in the order of its pages.
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_REGIONS>")]
     pub regions: Vec<Region>,
     /// The rest of it.
     pub moment: M,
@@ -122,8 +125,11 @@ impl fmt::Display for StateError {
 
 /// The regions of a guest's memory.
 pub fn regions(memory: &Memory) -> Result<Vec<Region>, VmError> {
-    let mut regions = Vec::new();
-    regions.try_reserve_exact(memory.iter().count()).map_err(|_| VmError::NoMemory)?;
+    let (mut regions, count) = (Vec::new(), memory.iter().count());
+    if count > MAX_REGIONS {
+        return Err(VmError::Limit("regions of a stored guest"));
+    }
+    regions.try_reserve_exact(count).map_err(|_| VmError::NoMemory)?;
     regions.extend(memory.iter().map(|entry| Region { range: entry.range, prot: entry.prot.bits() }));
     Ok(regions)
 }
@@ -188,14 +194,17 @@ impl State {
         let vcpus = config.vcpus;
         let sound = |sound: bool, what| if sound { Ok(()) } else { Err(what) };
         sound((1..=MAX_VCPUS).contains(&vcpus) && contexts.len() == vcpus && powers.len() == vcpus, "vCPUs")?;
+        config.stored = true;
         // A grant to fork is this machine's to give, to whoever is made from it.
         config.grant_fork = 0;
         let memory = (RAM_LEAST..=RAM_LIMIT).contains(&config.memory);
         sound(memory && config.memory % vmobject::addr::PAGE_SIZE == 0, "bytes of RAM")?;
+        let aarch32 = id_field(arch::id::read().pfr0, 0) == 2;
         for (index, context) in contexts.iter().enumerate() {
             let own = context.el1.vmpidr == affinity(index) | 1 << 31;
-            sound(own && context.regs.is_sound() && context.debug.is_sound(), "registers")?;
+            sound(own && context.regs.is_sound(aarch32) && context.debug.is_sound(), "registers")?;
         }
+        sound(config.is_sound(), "names")?;
         sound(devices.adopt(vcpus, gich::nr_lrs(), here.frequency), "devices")?;
         // What is stored is a copy of a guest, and a disk that the guest wrote through was not copied as such. One that
         // says so would write to this machine's disk of that name after its next reset.
@@ -203,7 +212,7 @@ impl State {
         sound(config.disks.len() == devices.disks.len() && config.disks.len() <= DISKS_LIMIT, "disks")?;
         let prots = self.regions.iter().all(|region| Prot::from_bits(region.prot).is_some());
         let ram = self.regions.iter().any(|region| region.range.contains(Ipa::new(RAM_BASE)));
-        sound(prots && ram && self.regions.len() <= MAX_REGIONS, "regions")
+        sound(prots && ram, "regions")
     }
 }
 
@@ -245,6 +254,28 @@ mod tests {
             places,
             [Some(ram), Some(ram + 0x3000), Some(ram + 0x10_0000), Some(ram + 0x10_1000), None]
         );
+    }
+
+    #[test]
+    fn names_that_no_manifest_has_and_more_than_a_guest_can_have_are_refused() {
+        let refused = |change: fn(&mut State)| {
+            let mut state = state();
+            change(&mut state);
+            State::decode(&state.encode().unwrap()).err().unwrap()
+        };
+        let long = |state: &mut State| state.moment.config.append = "a".repeat(3000);
+        assert_eq!(refused(long), StateError::Unsound("names"));
+        let control = |state: &mut State| state.moment.config.name = "a\x1b[2J".into();
+        assert_eq!(refused(control), StateError::Unsound("names"));
+        let regions = |state: &mut State| state.regions = vec![state.regions[0]; MAX_REGIONS + 1];
+        assert_eq!(refused(regions), StateError::Unreadable);
+        let vcpus = |state: &mut State| state.moment.powers = vec![Power::On; MAX_VCPUS + 1];
+        assert_eq!(refused(vcpus), StateError::Unreadable);
+        let wide = |state: &mut State| state.moment.contexts[0].regs.pstate = 0x10;
+        let here = id_field(arch::id::read().pfr0, 0) == 2;
+        let mut state = state();
+        wide(&mut state);
+        assert_eq!(State::decode(&state.encode().unwrap()).is_ok(), here, "AArch32 where there is none");
     }
 
     #[test]

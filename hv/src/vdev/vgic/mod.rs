@@ -19,6 +19,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use super::Kicks;
+use crate::bounded;
 use bank::{BITS, Bank, Ones};
 pub use lists::{Flushed, MAX_LRS};
 use lists::{LR_ACTIVE, LR_PENDING, Lists};
@@ -115,6 +116,7 @@ pub struct Vgic {
     /// GICD_CTLR's group enables.
     groups: u32,
     spis: [Shared; SPI_WORDS],
+    #[serde(deserialize_with = "bounded::list::<_, _, MAX_VCPUS>")]
     vcpus: Vec<Local>,
     lrs: usize,
     /// vCPUs whose list registers a register read depended on.
