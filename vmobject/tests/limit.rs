@@ -1,6 +1,6 @@
 //! Limits of guests, one sentence at a time: what is charged, who pays, and that each gets on.
 
-use vmobject::fault::{Faulted, WaitFor};
+use vmobject::fault::{Faulted, Looked, WaitFor};
 use vmobject::limits::{CLUSTER_PAGES, NEED_PAGES};
 use vmobject::lock::Held;
 use vmobject::map::{Instruction, LimitError, Share};
@@ -192,6 +192,28 @@ fn a_guest_that_stands_still_pays_for_what_becomes_its_own_when_it_is_alone_with
     turn(&rig);
     assert!(own(&rig, &clone) <= 128, "{} of 128", own(&rig, &clone));
     rig.check();
+}
+
+#[test]
+fn a_guest_that_stands_still_pays_for_what_is_brought_in_of_it_for_an_image() {
+    let rig = Rig::with_swap(4096, 512);
+    let guest = rig.guest(300);
+    rig.fill(&guest, 0..300);
+    limit(&rig, &guest, 128);
+    turn(&rig);
+    let image = rig.vm.freeze(&guest, &mut Held::root()).unwrap();
+    for page in 0..300 {
+        let mut byte = [0];
+        while rig.vm.read_snapshot(&image, at(page, 77), &mut byte, &mut Held::root()) != Ok(Looked::Done) {
+            rig.deliver_all();
+        }
+        assert_eq!(byte[0], byte_of(page));
+    }
+    assert!(own(&rig, &guest) > 128, "{}", own(&rig, &guest));
+    turn(&rig);
+    assert!(own(&rig, &guest) <= 128, "{} of 128", own(&rig, &guest));
+    rig.check();
+    rig.vm.delete_snapshot(image, &mut Held::root());
 }
 
 #[test]

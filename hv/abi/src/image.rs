@@ -150,8 +150,8 @@ impl Header {
         }
     }
 
-    /// True when its numbers fit together.
-    fn is_sound(&self) -> bool {
+    /// True when its numbers fit together: no other header is one.
+    pub fn is_sound(&self) -> bool {
         let most = u64::from(u32::MAX);
         (1..u64::MAX).contains(&self.generation)
             && self.pages > 0

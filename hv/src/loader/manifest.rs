@@ -95,13 +95,26 @@ pub struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// True if its texts are as short as those of a manifest: for one that was stored.
+    /// True if its texts are like those of a manifest, but for its own name: for one that was stored.
     pub fn is_sound(&self) -> bool {
         let boots = [Some(self.boot.image()), self.boot.initrd()].into_iter().flatten();
         let names = boots.chain(self.disks.iter().map(|disk| disk.id.as_str()));
-        let plain = |name: &str| !name.is_empty() && name.len() <= NAME_LIMIT;
-        let own = self.name.len() <= STORED_NAME && !self.name.chars().any(char::is_control);
-        own && !self.name.is_empty() && self.append.len() <= APPEND_LIMIT && names.into_iter().all(plain)
+        let plain =
+            |name: &str| (1..=NAME_LIMIT).contains(&name.len()) && !name.chars().any(char::is_control);
+        self.append.len() <= APPEND_LIMIT && names.into_iter().all(plain)
+    }
+
+    /// Makes its name one that can be shown, as short as may be.
+    pub fn tidy_name(&mut self) {
+        let (mut name, fit) =
+            (String::new(), |name: &String, c: char| name.len() + c.len_utf8() <= STORED_NAME);
+        for c in self.name.chars().filter(|c| !c.is_control()) {
+            if !fit(&name, c) {
+                break;
+            }
+            name.push(c);
+        }
+        self.name = if name.is_empty() { "stored".to_owned() } else { name };
     }
 }
 

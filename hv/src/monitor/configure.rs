@@ -109,9 +109,8 @@ fn changed(
         }
     }
     let config = parse_guest(&fields.to_string()).map_err(|error| error.to_string())?;
-    // Another like the first has its disks, unless those are another machine's.
-    let own = model.filter(|model| !model.stored);
-    Ok(GuestConfig { disks: own.map(|model| model.disks.clone()).unwrap_or_default(), ..config })
+    // Another like the first has its disks.
+    Ok(GuestConfig { disks: model.map(|model| model.disks.clone()).unwrap_or_default(), ..config })
 }
 
 #[cfg(test)]

@@ -315,12 +315,17 @@ pub fn swap(held: &mut Held<'_, 0>) -> Value {
     })
 }
 
-/// Adds what an image says of itself: whoever made it wrote that, so it replaces nothing that we know.
+/// Adds what an image says of itself: whoever made it wrote that, so it replaces nothing that we know, and shows as plain text.
 pub fn add_told(row: &mut Value, told: Fields<String, Value>) {
-    let plain = |value: &Value| value.as_str().is_none_or(|text| !text.contains(char::is_control));
-    let Some(row) = row.as_object_mut() else { return };
+    let plain = |value: &Value| match value {
+        Value::String(text) => !text.contains(char::is_control),
+        Value::Number(_) => true,
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => false,
+    };
     for (key, value) in told.into_iter().filter(|(_, value)| plain(value)) {
-        row.entry(key).or_insert(value);
+        if ["guest", "memory_mib", "vcpus", "disks", "midr", "saved"].contains(&key.as_str()) {
+            row[key] = value;
+        }
     }
 }
 

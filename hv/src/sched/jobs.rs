@@ -395,7 +395,11 @@ fn told(error: WriteError) -> String {
             format!("page {page} of the guest cannot be read: {}", mm::disks().told(lost))
         }
         WriteError::Hole(page) => format!("the guest has no page {page}"),
-        WriteError::Small { .. } | WriteError::State | WriteError::NoMemory | WriteError::Cancelled => {
+        WriteError::Small { .. }
+        | WriteError::State
+        | WriteError::LastGeneration
+        | WriteError::NoMemory
+        | WriteError::Cancelled => {
             format!("{error:?}")
         }
     }

@@ -281,6 +281,9 @@ fn a_page_that_is_lost_ends_it_and_a_disk_that_is_too_small_is_refused() {
 fn what_is_damaged_is_refused_with_what_and_where() {
     let mut disk = Disk::new(500);
     let image = store(&mut disk, None, 3, &mut |_| {}).unwrap();
+    let last = Header { generation: u64::MAX - 1, ..image.header };
+    let contents = Contents { pages: PAGES, state: state(1), text: "{}".into(), key: 1 };
+    assert_eq!(Writer::new(contents, Some(&last), 500).err(), Some(WriteError::LastGeneration));
     let whole = disk.durable.clone();
     let table = image.header.start() + PAGES;
     let state = table + image.header.table_pages();

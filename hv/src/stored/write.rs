@@ -69,6 +69,8 @@ pub enum WriteError {
     },
     /// The state is larger than any should be.
     State,
+    /// What is stored there says that it is the last generation.
+    LastGeneration,
     /// There is no memory for the table of sums.
     NoMemory,
     /// Whoever asked for it has given it up.
@@ -176,7 +178,6 @@ impl Writer {
         }
         let header = Header {
             slot: newest.map_or(0, |newest| (newest.slot + 1) % SLOTS),
-            // A header that is sound leaves room for the next.
             generation: newest.map_or(1, |newest| newest.generation.saturating_add(1)),
             half,
             pages: contents.pages,
@@ -188,6 +189,9 @@ impl Writer {
         };
         if header.used() > half || half.saturating_mul(2) + SLOTS as u64 > pages {
             return Err(WriteError::Small { has: half, needs: header.used() });
+        }
+        if !header.is_sound() {
+            return Err(WriteError::LastGeneration);
         }
         let mut sums = Vec::new();
         let count = usize::try_from(contents.pages).map_err(|_| WriteError::NoMemory)?;

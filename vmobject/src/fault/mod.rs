@@ -33,6 +33,7 @@ use crate::map::{Entry, Instruction, Map};
 use crate::object::index::Slot;
 use crate::object::{Hop, ObjectId, Pager, State};
 use crate::page::Queue;
+use crate::pager::Pushed;
 pub use crate::pager::WaitFor;
 use crate::prot::Prot;
 use crate::stats::Event;
@@ -275,7 +276,14 @@ impl<M: Machine> Vm<M> {
                     Err(_) => Helped::Wait(WaitFor::Memory),
                 })
             }
-            Step::Push(object, index) => self.push(object, index, held).map(then).map_err(FaultError::Lost),
+            Step::Push(object, index) => {
+                let parts = matches!(purpose, Purpose::Enter(_));
+                match self.push(object, index, parts, held).map_err(FaultError::Lost)? {
+                    Pushed::Again => Ok(Helped::Again),
+                    Pushed::Part => Ok(Helped::Part),
+                    Pushed::Wait(wait) => Ok(Helped::Wait(wait)),
+                }
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use crate::addr::{PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
 use crate::object::index::Slot;
 use crate::object::{ObjectId, Pager, State};
-use crate::pager::{NOBODY, WaitFor};
+use crate::pager::{NOBODY, Pushed, WaitFor};
 use crate::stats::Event;
 use crate::store::{LostPage, Machine, PhysMemory as _};
 
@@ -29,27 +29,32 @@ enum Attempt {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Pushes a page of an object to its newest copy, unless that has it. `None`: look again, it is done or
-    /// not needed any more.
+    /// Pushes a page of an object to its newest copy, unless that has it. A long way to it is walked in `parts`, if they
+    /// are wanted.
     pub(crate) fn push<const OUTER: u8>(
         &self,
         source: ObjectId,
         page: PageIndex,
+        parts: bool,
         held: &mut Held<'_, OUTER>,
-    ) -> Result<Option<WaitFor>, LostPage> {
-        let Some(copy) = self.objects.get(source).read(held).0.copy else { return Ok(None) };
-        match self.try_push(source, copy, page, held) {
-            Attempt::Done => Ok(None),
-            Attempt::Wait(wait) => Ok(Some(wait)),
-            Attempt::PageIn(object, index) => self.page_in((object, index), NOBODY, |_| {}, held),
-            Attempt::Trail(object, index) => {
-                Ok(self.lay_trail(object, index, false, held).err().map(|_| WaitFor::Memory))
+    ) -> Result<Pushed, LostPage> {
+        let Some(copy) = self.objects.get(source).read(held).0.copy else { return Ok(Pushed::Again) };
+        Ok(match self.try_push(source, copy, page, held) {
+            Attempt::Done => Pushed::Again,
+            Attempt::Wait(wait) => Pushed::Wait(wait),
+            Attempt::PageIn(object, index) => {
+                self.page_in((object, index), NOBODY, |_| {}, held)?.map_or(Pushed::Again, Pushed::Wait)
             }
+            Attempt::Trail(object, index) => match self.lay_trail(object, index, parts, held) {
+                Ok(true) if parts => Pushed::Part,
+                Ok(_) => Pushed::Again,
+                Err(_) => Pushed::Wait(WaitFor::Memory),
+            },
             Attempt::Stale(stale) => {
                 self.forget_copy(source, stale, held);
-                Ok(None)
+                Pushed::Again
             }
-        }
+        })
     }
 
     fn try_push<const OUTER: u8>(

@@ -64,6 +64,8 @@ impl<M: Machine> Vm<M> {
             match step {
                 Step::Wait(wait) => return Ok(Looked::Wait(wait)),
                 Step::PageIn(object, index) => {
+                    // A frozen guest's own page comes in here, though it may stand still.
+                    self.limited.has_grown();
                     if let Some(wait) =
                         self.page_in((object, index), NOBODY, |_| {}, held).map_err(FaultError::Lost)?
                     {
@@ -71,8 +73,12 @@ impl<M: Machine> Vm<M> {
                     }
                 }
                 Step::Trail(object, index) => {
-                    let laid = self.lay_trail(object, index, true, held);
-                    return Ok(laid.map_or(Looked::Wait(WaitFor::Memory), |_| Looked::Again));
+                    match self.lay_trail(object, index, true, held) {
+                        Ok(true) => return Ok(Looked::Again),
+                        // All of it: somebody keeps changing the chain, and would have done so again.
+                        Ok(false) => {}
+                        Err(_) => return Ok(Looked::Wait(WaitFor::Memory)),
+                    }
                 }
                 Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused | Step::Lost(_) => {}
             }

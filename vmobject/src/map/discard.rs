@@ -9,7 +9,7 @@ use crate::addr::{CHUNK_PAGES, Ipa, IpaRange, PAGE_SIZE};
 use crate::defect::Defect;
 use crate::lock::{Held, MAP};
 use crate::object::Kept;
-use crate::pager::WaitFor;
+use crate::pager::{Pushed, WaitFor};
 use crate::point;
 use crate::prot::Prot;
 use crate::stats::Event;
@@ -23,8 +23,8 @@ pub enum Discarded {
     Done(u32),
     /// A transfer has a page, or there is no memory for what others are to keep: do it again after this.
     Wait(WaitFor),
-    /// So many pages, from the start of the range, read as zero; others had to get what they keep of them, and that took
-    /// long enough (I6).
+    /// So many pages, from the start of the range, read as zero, perhaps none; others had to get what they keep of them, and
+    /// that took long enough (I6).
     Part(u64),
 }
 
@@ -76,12 +76,12 @@ impl<M: Machine> Vm<M> {
                         return Ok(Discarded::Part((from.bits() - range.start().bits()) / PAGE_SIZE));
                     }
                     pushes += 1;
-                    match self.push(object, page, &mut held) {
-                        Ok(None) => {
+                    match self.push(object, page, true, &mut held) {
+                        Ok(Pushed::Again | Pushed::Part) => {
                             until = behind.unwrap_or(until).min(range.end());
                             continue;
                         }
-                        Ok(Some(wait)) => return Ok(Discarded::Wait(wait)),
+                        Ok(Pushed::Wait(wait)) => return Ok(Discarded::Wait(wait)),
                         Err(error) => return Err(NotDiscarded::Lost(error)),
                     }
                 }

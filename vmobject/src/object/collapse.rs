@@ -75,10 +75,10 @@ impl<M: Machine> Vm<M> {
         } else {
             self.raise(top, backing, shadow, left, held)
         };
-        self.limited.has_grown();
         if let Some(progress) = moved {
             return Some(progress);
         }
+        self.limited.has_grown();
         self.splice(top, backing, shadow, held);
         self.stats.count(Event::Collapsed);
         Some(Progress::Done)

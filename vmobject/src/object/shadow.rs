@@ -81,6 +81,10 @@ impl<M: Machine> Vm<M> {
             if let Some(id) = self.objects.find_image(store, held)? {
                 let (mut state, mut held) = self.objects.get(id).write(held);
                 let same = state.id == id && state.life != Life::Vacant;
+                // A store that was forgotten meanwhile has other contents than this.
+                let named =
+                    state.life != Life::Dying || self.objects.find_image(store, &mut held)? == Some(id);
+                let same = same && named;
                 if !same && !self.has(Defect::FindsTheDead) {
                     continue; // its name was forgotten between the two locks
                 }

@@ -43,6 +43,16 @@ pub enum WaitFor {
     Memory,
 }
 
+/// What a push came to.
+pub(crate) enum Pushed {
+    /// Look again: it is done, or not needed any more, or something was done about it.
+    Again,
+    /// The same, and that took long enough: after the interrupts (I6).
+    Part,
+    /// Look again when this has happened.
+    Wait(WaitFor),
+}
+
 /// Where a page's contents are when they are in no frame.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Home {

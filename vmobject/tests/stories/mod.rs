@@ -128,10 +128,12 @@ impl Guest {
     }
 
     fn discard(&mut self, page: u32) {
-        while let Discarded::Wait(what) =
-            self.rig.vm.discard(&self.map, page_range(page, 1), &mut Held::root()).unwrap()
-        {
-            (self.wait)(&self.rig, what);
+        loop {
+            match self.rig.vm.discard(&self.map, page_range(page, 1), &mut Held::root()).unwrap() {
+                Discarded::Done(_) => break,
+                Discarded::Wait(what) => (self.wait)(&self.rig, what),
+                Discarded::Part(_) => {}
+            }
         }
         self.bytes.insert(page, 0);
     }

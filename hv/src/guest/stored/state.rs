@@ -195,6 +195,7 @@ impl State {
         let sound = |sound: bool, what| if sound { Ok(()) } else { Err(what) };
         sound((1..=MAX_VCPUS).contains(&vcpus) && contexts.len() == vcpus && powers.len() == vcpus, "vCPUs")?;
         config.stored = true;
+        config.tidy_name();
         // A grant to fork is this machine's to give, to whoever is made from it.
         config.grant_fork = 0;
         let memory = (RAM_LEAST..=RAM_LIMIT).contains(&config.memory);
@@ -221,6 +222,7 @@ mod tests {
     use super::*;
     use crate::guest::devices::Devices;
     use crate::guest::vcpu::{Power, Vcpu};
+    use crate::loader::manifest::Boot;
     use crate::loader::manifest::parse_guest;
     use crate::loader::{DiskConfig, Writes};
     use alloc::vec;
@@ -265,8 +267,15 @@ mod tests {
         };
         let long = |state: &mut State| state.moment.config.append = "a".repeat(3000);
         assert_eq!(refused(long), StateError::Unsound("names"));
-        let control = |state: &mut State| state.moment.config.name = "a\x1b[2J".into();
+        let control = |state: &mut State| state.moment.config.boot = Boot::Bios { image: "a\x1b[2J".into() };
         assert_eq!(refused(control), StateError::Unsound("names"));
+        for (given, taken) in
+            [("", "stored"), ("a\x1b[2J", "a[2J"), (&"\u{fc}".repeat(200), &"\u{fc}".repeat(127))]
+        {
+            let mut state = state();
+            state.moment.config.name = given.into();
+            assert_eq!(State::decode(&state.encode().unwrap()).unwrap().moment.config.name, taken);
+        }
         let regions = |state: &mut State| state.regions = vec![state.regions[0]; MAX_REGIONS + 1];
         assert_eq!(refused(regions), StateError::Unreadable);
         let vcpus = |state: &mut State| state.moment.powers = vec![Power::On; MAX_VCPUS + 1];

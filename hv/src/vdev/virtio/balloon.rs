@@ -371,21 +371,25 @@ impl Balloon {
         }
         ram.read(segment.at.checked_add(done.into()).ok_or(Fault::Bad)?, raw)?;
         let numbers = raw.as_chunks::<4>().0;
-        // Neighbours go together, in either order: Linux takes them from the top.
+        // What is given back already is so once more if the others are not. Neighbours go together, in either order: Linux takes them from the top.
         let mut run: Option<(u64, u64)> = None;
         for number in numbers.iter().map(|word| u64::from(u32::from_le_bytes(*word))) {
             run = Some(match run {
                 Some((first, pages)) if number == first + pages && !starts_part(number) => (first, pages + 1),
                 Some((first, pages)) if number + 1 == first && !starts_part(first) => (number, pages + 1),
                 Some((first, pages)) => {
-                    give_all_back(ram, first, pages)?;
+                    if ram.give_back(first * PAGE, pages * PAGE)? < pages * PAGE {
+                        return Ok(Phase::Numbers(piece));
+                    }
                     (number, 1)
                 }
                 None => (number, 1),
             });
         }
-        if let Some((first, pages)) = run {
-            give_all_back(ram, first, pages)?;
+        if let Some((first, pages)) = run
+            && ram.give_back(first * PAGE, pages * PAGE)? < pages * PAGE
+        {
+            return Ok(Phase::Numbers(piece));
         }
         let (count, bytes) = (numbers.len() as u64, u32::try_from(raw.len()).unwrap_or(0));
         self.inflated = self.inflated.saturating_add(count);
@@ -433,15 +437,6 @@ impl Piece {
             None => Phase::Finish,
         }
     }
-}
-
-/// Gives all of a few pages back.
-fn give_all_back<R: Reservoir>(ram: &mut R, first: u64, pages: u64) -> Result<(), Fault<R::Wait>> {
-    let (mut at, end) = (first * PAGE, (first + pages) * PAGE);
-    while at < end {
-        at += ram.give_back(at, end - at)?;
-    }
-    Ok(())
 }
 
 /// True when the page with this number begins a [`PART`].
