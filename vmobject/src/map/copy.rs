@@ -66,9 +66,8 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Arc<Map<M>>, VmError> {
         let map = self.create_map(pmap, held)?;
-        let list = self.copy_entries(source, None, &Arc::downgrade(&map), Kind::AsNeeded, held)?;
-        map.entries.write(held).0.list = list;
-        Ok(map)
+        let copied = self.copy_entries(source, None, &Arc::downgrade(&map), Kind::AsNeeded, held);
+        self.begun(map, copied, held)
     }
 
     /// Keeps what `source` has now.
@@ -153,9 +152,27 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Arc<Map<M>>, VmError> {
         let map = self.create_map(pmap, held)?;
-        let list = self.duplicate(&snapshot.list, &Arc::downgrade(&map), 0, held)?;
-        map.entries.write(held).0.list = list;
-        Ok(map)
+        let copied = self.duplicate(&snapshot.list, &Arc::downgrade(&map), 0, held);
+        self.begun(map, copied, held)
+    }
+
+    /// A new map with its entries, if there are any to be had; else nothing of it stays.
+    fn begun<const OUTER: u8>(
+        &self,
+        map: Arc<Map<M>>,
+        copied: Result<Vec<Entry>, VmError>,
+        held: &mut Held<'_, OUTER>,
+    ) -> Result<Arc<Map<M>>, VmError> {
+        match copied {
+            Ok(list) => {
+                map.entries.write(held).0.list = list;
+                Ok(map)
+            }
+            Err(error) => {
+                self.unlist(&map, held);
+                Err(error)
+            }
+        }
     }
 
     /// Gives a snapshot back.
@@ -322,5 +339,31 @@ impl<M: Machine> Vm<M> {
         })?;
         let needs_copy = !entry.device && (entry.needs_copy || entry.most.allows(Prot::WRITE));
         Ok(Entry { link, needs_copy, ..*entry })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::VmError;
+    use crate::charge::Overcommit;
+    use crate::lock::Held;
+    use crate::testing::{FakePmap, Rig};
+
+    #[test]
+    fn nothing_stays_of_a_map_that_is_refused() {
+        let rig = Rig::new(256);
+        let guest = rig.guest(100);
+        rig.fill(&guest, 0..100);
+        let held = &mut Held::root();
+        let kept = rig.vm.snapshot(&guest, held).unwrap();
+        rig.vm.set_overcommit(Overcommit::Percent(100), held);
+        for _ in 0..10 {
+            let refused = rig.vm.map_snapshot(&kept, FakePmap::default(), held);
+            assert!(matches!(refused, Err(VmError::Overcommit { .. })));
+            assert!(rig.vm.copy_map(&guest, FakePmap::default(), held).is_err());
+        }
+        assert_eq!(rig.vm.maps.lock(held).0.list.len(), 1);
+        rig.vm.delete_snapshot(kept, held);
+        rig.check();
     }
 }

@@ -98,9 +98,14 @@ impl<M: Machine> Vm<M> {
         }
         self.drop_needs(map, held);
         self.transfers.forget_failed(map.number(), held);
+        self.unlist(map, held);
+        true
+    }
+
+    /// Forgets a map, whose memory its name in the list would keep.
+    pub(super) fn unlist<const OUTER: u8>(&self, map: &Arc<Map<M>>, held: &mut Held<'_, OUTER>) {
         let (mut maps, _held) = self.maps.lock(held);
         let gone = Arc::as_ptr(map);
         maps.list.retain(|other| other.as_ptr() != gone && other.strong_count() > 0);
-        true
     }
 }
