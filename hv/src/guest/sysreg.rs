@@ -29,6 +29,7 @@ const ICC_SGI1R: SysReg = SysReg::new(3, 0, 12, 11, 5);
 const ICC_ASGI1R: SysReg = SysReg::new(3, 0, 12, 11, 6);
 const ICC_SGI0R: SysReg = SysReg::new(3, 0, 12, 11, 7);
 const ICC_DIR: SysReg = SysReg::new(3, 0, 12, 11, 1);
+const ICC_SRE: SysReg = SysReg::new(3, 0, 12, 12, 5);
 const CNTPCT: SysReg = SysReg::new(3, 3, 14, 0, 1);
 const CNTPCTSS: SysReg = SysReg::new(3, 3, 14, 0, 5);
 const CNTP_TVAL: SysReg = SysReg::new(3, 3, 14, 2, 0);
@@ -71,6 +72,9 @@ pub fn access(
             run.kicks |= devices.deactivate(run.vcpu.index, intid);
             Emulated::Done
         }
+        // System registers, no bypass, and that is all there is.
+        ICC_SRE if access.read => Emulated::Value(7),
+        ICC_SRE => Emulated::Done,
         CNTPCT | CNTPCTSS if access.read => Emulated::Value(run.guest.time()),
         CNTP_TVAL => timer(run, TimerRegister::Value, access.read, value, held),
         CNTP_CTL => timer(run, TimerRegister::Control, access.read, value, held),

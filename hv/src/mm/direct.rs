@@ -64,6 +64,8 @@ impl PhysMemory for Direct {
     fn zero(&self, frame: Pfn) {
         // SAFETY: the VM gives frames that it owns and that nobody maps; the direct map covers them.
         unsafe { page::zero(self.pointer(frame)) }
+        // Whoever had the frame may have run code there, and whoever gets it cleans no lines that it does not write.
+        cache::sync_instructions();
     }
 
     fn copy(&self, from: Pfn, to: Pfn) {
@@ -71,6 +73,7 @@ impl PhysMemory for Direct {
         // SAFETY: as above; a guest may write `from` meanwhile, and then gets what it raced for: no Rust
         // reference is involved.
         unsafe { page::copy(to, from) };
+        cache::sync_instructions();
     }
 
     fn fill(&self, frame: Pfn, bytes: &[u8]) {
@@ -91,6 +94,8 @@ impl PhysMemory for Direct {
     fn write(&self, frame: Pfn, offset: usize, bytes: &[u8]) {
         assert_inside(offset, bytes.len());
         let to = self.pointer(frame).wrapping_add(offset);
+        // What a guest with its caches off wrote beside it is not to be overwritten with what the line had before.
+        cache::clean_invalidate(to, bytes.len());
         // SAFETY: the range lies in the frame, which the direct map covers.
         unsafe { to.copy_from(bytes.as_ptr(), bytes.len()) };
         cache::clean(to, bytes.len());
@@ -123,7 +128,7 @@ impl PhysMemory for Direct {
     fn publish_sealed(&self, frame: Pfn, key: u64) -> u32 {
         // Either way of summing cleans the page before it looks, and writes nothing.
         let sum = self.seal(frame, key);
-        cache::sync_instructions(self.pointer(frame), PAGE);
+        cache::sync_instructions();
         sum
     }
 
@@ -131,7 +136,7 @@ impl PhysMemory for Direct {
         let at = self.pointer(frame);
         // SAFETY: the frame is the VM's and the direct map covers it.
         unsafe { page::clean(at) };
-        cache::sync_instructions(at, PAGE);
+        cache::sync_instructions();
     }
 }
 

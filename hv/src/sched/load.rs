@@ -122,6 +122,8 @@ impl Cpu {
         outside.set_timer_active(false);
         fpsimd::trap(true);
         self.fp_live = false;
+        // What it has asked of caches and TLBs is to be done before it goes on elsewhere, where no barrier would wait for it.
+        arch::cache::finish();
         vcpu.loaded_on.store(NOWHERE, Ordering::SeqCst);
         if vcpu.state() == State::Ready {
             // Until now no other CPU could have it.

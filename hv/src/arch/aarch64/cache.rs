@@ -39,9 +39,15 @@ pub fn clean_invalidate(start: *const u8, bytes: usize) {
     each_line!("dc civac", start, bytes);
 }
 
+/// Waits until what a guest has asked of caches and TLBs on this CPU is done, for one that goes on elsewhere: its own
+/// barrier there would not wait for it.
+pub fn finish() {
+    instruction!("dsb ish");
+}
+
 /// Makes what was written visible to instruction fetches on every CPU. The data side must be clean to the
 /// point of unification already; ours is, to the point of coherency.
-pub fn sync_instructions(_start: *const u8, _bytes: usize) {
+pub fn sync_instructions() {
     // IVAU by address needs the address to be mapped executable-alike on some implementations and is slower
     // for a page than this, which DIC lets us skip altogether.
     if read_sysreg!("ctr_el0") & (1 << 29) == 0 {

@@ -136,9 +136,12 @@ pub fn init_cpu() {
     }
     init_newer(pfr0, pfr1, dfr0, mmfr0, mmfr1, mmfr3);
 
-    // SRE (0), DFB, DIB (1, 2): system registers, no bypass; Enable (3): EL1's own SRE does not trap, and
-    // reads as ones on every CPU without the memory-mapped interface.
-    write_sysreg!("s3_4_c12_c9_5", 0xf); // ICC_SRE_EL2
+    // SRE (0), DFB, DIB (1, 2): system registers, no bypass; Enable (3) stays 0 where it can: EL1's own SRE traps, for a
+    // guest that turned it off would leave it so to the next.
+    write_sysreg!("s3_4_c12_c9_5", 7); // ICC_SRE_EL2
+    instruction!("isb");
+    // Where it cannot trap it cannot be turned off either; and as it is out of reset EL1's may be either.
+    write_sysreg!("s3_0_c12_c12_5", 7); // ICC_SRE_EL1
     instruction!("isb");
     write_sysreg!("s3_4_c12_c11_0", 0); // ICH_HCR_EL2
     instruction!("isb");

@@ -25,16 +25,12 @@ pub fn nr_lrs() -> usize {
 
 /// Active priority registers of each group that the CPU has: 1, 2 or 4.
 pub fn nr_aprs() -> usize {
-    match priority_bits() {
+    // They are for preemption levels.
+    match low((vtr() >> 26) & 7).saturating_add(1) {
         0..=5 => 1,
         6 => 2,
         _ => 4,
     }
-}
-
-/// Priority bits that the virtual interface keeps.
-pub fn priority_bits() -> u32 {
-    low((vtr() >> 29) & 7).saturating_add(1)
 }
 
 /// Spells out the sixteen list registers: their number is part of the instruction.

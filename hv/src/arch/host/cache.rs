@@ -16,8 +16,11 @@ pub fn clean(_start: *const u8, _bytes: usize) {}
 /// Cleans and invalidates lines to the point of coherency.
 pub fn clean_invalidate(_start: *const u8, _bytes: usize) {}
 
+/// Waits for what a guest has asked of caches and TLBs.
+pub fn finish() {}
+
 /// Makes what was written visible to instruction fetches on every CPU.
-pub fn sync_instructions(_start: *const u8, _bytes: usize) {}
+pub fn sync_instructions() {}
 
 /// Cleans and invalidates one line by set and way.
 pub fn clean_invalidate_set_way(_operand: u64) {}

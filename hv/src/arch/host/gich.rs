@@ -43,10 +43,6 @@ pub fn nr_lrs() -> usize {
 pub fn nr_aprs() -> usize {
     1
 }
-/// Priority bits that the virtual interface keeps.
-pub fn priority_bits() -> u32 {
-    5
-}
 /// Writes list register `n`.
 pub fn write_lr(n: usize, value: u64) {
     with(|state| state.lr.get_mut(n).map(|lr| *lr = value));
