@@ -16,6 +16,8 @@ pub const LOG_BYTES: usize = 64 * 1024;
 
 /// No guest has this number.
 const NOBODY: u32 = u32::MAX;
+/// A text this long is looked for in as many places at once as is asked for.
+const SHORT: usize = 64;
 
 static ATTACHED: AtomicU32 = AtomicU32::new(NOBODY);
 static HELD_BACK: AtomicBool = AtomicBool::new(false);
@@ -123,6 +125,8 @@ impl Log {
         held: &mut Held<'_, R>,
     ) -> Option<bool> {
         const { assert!(R < rank::CONSOLE) };
+        // A long text may be compared nearly whole at each place.
+        let most = (most * SHORT / text.len().max(SHORT)).max(1);
         let (mut ring, _held) = self.0.lock(held);
         let kept = ring.bytes.len();
         let oldest = ring.total - kept as u64;

@@ -3,8 +3,7 @@
 //! What a driver names is RAM or it is nothing: holes, device registers, flash banks and the disks above RAM are
 //! refused here. Nothing waits: an access that would have to says for what. Called by `disks` and `balloon`.
 
-use alloc::format;
-use alloc::string::String;
+use core::fmt;
 
 use hv_abi::machine::RAM_BASE;
 use vmobject::addr::{Ipa, IpaRange, PAGE_SIZE};
@@ -56,7 +55,12 @@ impl Dma<'_, '_> {
         match discarded {
             Ok(_) => {}
             Err(NotDiscarded::Lost(lost)) => self.complain(|| mm::told(FaultError::Lost(lost))),
-            Err(error) => self.complain(|| format!("{error:?}")),
+            // That there is no memory is told without any.
+            Err(NotDiscarded::Refused(_)) => {
+                self.complain(|| "there is no room for marks of pages that are zero")
+            }
+            Err(NotDiscarded::Hole(_)) => self.complain(|| "nothing is mapped there"),
+            Err(NotDiscarded::Denied(_)) => self.complain(|| "it may not write there"),
         }
         outcome(discarded, bytes)
     }
@@ -73,7 +77,7 @@ impl Dma<'_, '_> {
     }
 
     /// Says once why a request fails.
-    fn complain(&self, why: impl FnOnce() -> String) {
+    fn complain<W: fmt::Display>(&self, why: impl FnOnce() -> W) {
         if self.guest.complain_once(Complaint::Request) {
             log::warn!("guest {}: a request of a device fails: {}", self.guest.id, why());
         }

@@ -13,7 +13,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use alloc::{format, vec};
 use core::fmt;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use hv_abi::machine::MAX_VCPUS;
 use serde::{Deserialize, Serialize};
@@ -315,6 +315,8 @@ pub struct KeptInfo {
 
 static SHELF: Ranked<{ rank::GUESTS }, Vec<Kept>> = Ranked::new(Vec::new());
 
+static NEXT_NAME: AtomicU32 = AtomicU32::new(1);
+
 /// Keeps a snapshot under a name; without one it gets one.
 pub fn keep(
     snapshot: Box<Snapshot>,
@@ -327,9 +329,12 @@ pub fn keep(
         let free = |name: &str| shelf.iter().all(|kept| kept.name != name);
         let name = match name {
             Some(name) => name.to_string(),
-            // The first that is likely to be free: there may be thousands.
+            // Each number is tried once, ever: there may be thousands of them.
             None => {
-                (shelf.len() + 1..).map(|n| format!("snap{n}")).find(|name| free(name)).unwrap_or_default()
+                let number = || NEXT_NAME.fetch_add(1, Ordering::Relaxed);
+                core::iter::repeat_with(|| format!("snap{}", number()))
+                    .find(|name| free(name))
+                    .unwrap_or_default()
             }
         };
         if !free(&name) {

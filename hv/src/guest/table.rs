@@ -6,16 +6,18 @@
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::vcpu::State;
-use super::{Guest, GuestId, Life, rank};
+use super::{Guest, GuestId, Life, MAX_VCPUS, rank};
 use vmobject::lock::{Held, Ranked};
 
 /// The most guests at once.
 pub const MAX_GUESTS: usize = 1024;
 
 static GUESTS: Ranked<{ rank::GUESTS }, Vec<Arc<Guest>>> = Ranked::new(Vec::new());
+/// Nobody comes any more.
+static CLOSED: AtomicBool = AtomicBool::new(false);
 static NEXT_ID: AtomicU32 = AtomicU32::new(1);
 
 /// A number that no guest had.
@@ -23,11 +25,28 @@ pub fn next_id() -> GuestId {
     GuestId(NEXT_ID.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Puts a guest into the list; hands it back when the list is full.
+/// Nobody is put into the list any more: the machine is about to end. Guests whose turn this was first are in it.
+pub fn close<const R: u8>(held: &mut Held<'_, R>) {
+    const { assert!(R < rank::GUESTS) };
+    let (_guests, _held) = GUESTS.lock(held);
+    CLOSED.store(true, Ordering::SeqCst);
+}
+
+/// The guest with the lowest number above one: to come by all without a copy of the list.
+pub fn after<const R: u8>(id: GuestId, held: &mut Held<'_, R>) -> Option<Arc<Guest>> {
+    const { assert!(R < rank::GUESTS) };
+    let (guests, _held) = GUESTS.lock(held);
+    guests.iter().filter(|guest| guest.id.0 > id.0).min_by_key(|guest| guest.id.0).cloned()
+}
+
+/// Puts a guest into the list; hands it back when the list is full, or with it there would be more vCPUs than there is
+/// room for in the queues, or the machine is about to end.
 pub fn add<const R: u8>(guest: Arc<Guest>, held: &mut Held<'_, R>) -> Result<(), Arc<Guest>> {
     const { assert!(R < rank::GUESTS) };
     let (mut guests, _held) = GUESTS.lock(held);
-    if guests.len() >= MAX_GUESTS || guests.try_reserve(1).is_err() {
+    let vcpus: usize = guests.iter().chain([&guest]).map(|guest| guest.vcpus.len()).sum();
+    let full = guests.len() >= MAX_GUESTS || vcpus > MAX_VCPUS || CLOSED.load(Ordering::SeqCst);
+    if full || guests.try_reserve(1).is_err() {
         return Err(guest);
     }
     guests.push(guest);

@@ -347,7 +347,7 @@ fn settle(door: Door, line: &str, outcome: Outcome, front: &dyn Front, cpu: &Cpu
                 }
             };
             if let Some(door) = refused {
-                let error = format!("{MAX_WAITING} commands wait for guests already; not done: {line}");
+                let error = format!("{MAX_WAITING} commands wait for guests already; not waited for: {line}");
                 answer(door, cmd::refusal(&error), front, cpu, held);
             }
         }

@@ -173,7 +173,7 @@ impl Host for Guests<'_, '_> {
     }
 
     fn create(&mut self, options: &[(String, String)]) -> Result<u32, String> {
-        if is_leaving() && table::is_empty(self.held) {
+        if is_leaving() {
             return Err("the machine is shutting down".into());
         }
         let id = table::next_id();
@@ -265,7 +265,7 @@ impl Host for Guests<'_, '_> {
         let guest = self.guest(id)?;
         // It alone may keep the half from being written that comes next.
         stored::forget_stale(image, self.held);
-        let rate = rate.map(|mib| mib << 20);
+        let rate = rate.map(|mib| mib.saturating_mul(1 << 20));
         jobs::save(&guest, image, rate, self.cpu, self.outside, self.held)
     }
 
@@ -506,9 +506,8 @@ impl Host for Guests<'_, '_> {
     fn shutdown(&mut self) -> Result<(), String> {
         leave_with_the_last_guest();
         jobs::cancel_all(self.held);
-        for guest in table::all(self.held) {
-            sched::end(&guest, Ending::Killed, self.held);
-        }
+        let (rest, held) = self.resting();
+        sched::end_all(&rest, held);
         Ok(())
     }
 

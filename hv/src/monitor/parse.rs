@@ -324,12 +324,18 @@ fn split(line: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
+/// Letters of a word that is compared with commands: none is as long.
+const LONGEST: usize = 16;
+
 /// The command that `word` most likely meant: at most two edits away, or the only one it begins.
 fn nearest(word: &str) -> Option<&'static str> {
     let names = || COMMANDS.iter().map(|c| c.name);
     let mut begun = names().filter(|name| name.starts_with(word));
     if let (Some(name), None) = (begun.next(), begun.next()) {
         return Some(name);
+    }
+    if word.len() > LONGEST {
+        return None;
     }
     names()
         .map(|name| (distance(word, name), name))

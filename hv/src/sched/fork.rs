@@ -13,7 +13,7 @@ use core::fmt;
 use core::sync::atomic::Ordering;
 
 use crate::arch::timer;
-use crate::guest::exit::Asked;
+use crate::guest::exit::{Asked, Ending};
 use crate::guest::family::Room;
 use crate::guest::forkpage::Outcome;
 use crate::guest::psci::code;
@@ -123,6 +123,7 @@ pub fn fork(
         return Err(error.into());
     }
     let mut ids = Vec::new();
+    let mut all = true;
     for guest in children {
         if !ids.is_empty() {
             rest(held);
@@ -130,7 +131,18 @@ pub fn fork(
         let id = guest.id;
         if launch(guest, held) {
             ids.push(id);
+        } else {
+            all = false;
         }
+    }
+    if !all {
+        // Somebody else took the room meanwhile.
+        for &id in &ids {
+            if let Some(guest) = table::get(id, held) {
+                super::end(&guest, Ending::Killed, held);
+            }
+        }
+        return Err(ForkError::Room(ids.len()));
     }
     let total = timer::now().wrapping_sub(start);
     log::info!("guest {}: forked into {count}, still for {pause} ticks, {total} in all", source.id);

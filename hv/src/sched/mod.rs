@@ -27,7 +27,7 @@ use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, percpu, timer};
 use crate::guest::exit::Ending;
 use crate::guest::vcpu::{NOWHERE, Power, State, VcpuRef};
-use crate::guest::{Guest, Life, MAX_VCPUS, create, rank, table};
+use crate::guest::{Guest, GuestId, Life, MAX_VCPUS, create, rank, table};
 use alloc::sync::Arc;
 use load::Cpu;
 use runqueue::RunQueue;
@@ -280,7 +280,7 @@ pub fn start<const R: u8>(entry: &VcpuRef, held: &mut Held<'_, R>) {
 /// the guest is gone.
 pub fn launch(guest: Arc<Guest>, held: &mut Held<'_, 0>) -> bool {
     if let Err(guest) = table::add(guest.clone(), held) {
-        log::error!("guest {}: there are too many guests", guest.id);
+        log::error!("guest {}: there is no room for it among the guests, or the machine ends", guest.id);
         create::destroy(&guest, held);
         return false;
     }
@@ -335,6 +335,17 @@ pub fn end(guest: &Arc<Guest>, ending: Ending, held: &mut Held<'_, 0>) {
     }
     interrupt_guest(&guest, held);
     call_daemon();
+}
+
+/// Ends every guest, and lets nobody follow: who is being made now comes too late. `rest` lets interrupts in.
+pub fn end_all(rest: &dyn Fn(&mut Held<'_, 0>), held: &mut Held<'_, 0>) {
+    table::close(held);
+    let mut last = GuestId(0);
+    while let Some(guest) = table::after(last, held) {
+        last = guest.id;
+        end(&guest, Ending::Killed, held);
+        rest(held);
+    }
 }
 
 /// A transfer is finished: wakes who waited for it. After the memory manager was told.

@@ -291,6 +291,8 @@ fn who_is_killed_while_it_begins_again_does_not() {
     end(&old, Ending::Killed, held);
     assert_eq!((new.life(), new.ending()), (Life::Ending, Ending::Killed));
     assert!(table::replace(late.clone(), held).is_err());
+    let found = table::after(crate::guest::GuestId(old.id.0 - 1), held).map(|guest| guest.id);
+    assert_eq!((found, table::after(old.id, held).is_none()), (Some(old.id), true));
     table::remove(old.id, held);
     [old, new, late].iter().for_each(|guest| create::destroy(guest, held));
 }
