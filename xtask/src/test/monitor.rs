@@ -184,6 +184,8 @@ fn console(name: &str) -> Result<()> {
     machine.ask("wait guest0 meanwhile-41")?;
     machine.console.send("gusets\r")?;
     machine.console.wait("did you mean 'guests'?")?;
+    // What is typed before the prompt is there is shown before it.
+    machine.console.wait("hv> ")?;
     machine.console.send("guests\r")?;
     let heading = machine.console.wait("private_pages")?;
     ensure!(heading.starts_with("id  name"), "not a table: {heading}");
