@@ -122,8 +122,7 @@ pub fn fork(
         }
         return Err(error.into());
     }
-    let mut ids = Vec::new();
-    let mut all = true;
+    let (mut ids, wanted) = (Vec::new(), children.len());
     for guest in children {
         if !ids.is_empty() {
             rest(held);
@@ -131,11 +130,9 @@ pub fn fork(
         let id = guest.id;
         if launch(guest, held) {
             ids.push(id);
-        } else {
-            all = false;
         }
     }
-    if !all {
+    if ids.len() < wanted {
         // Somebody else took the room meanwhile.
         for &id in &ids {
             if let Some(guest) = table::get(id, held) {

@@ -98,6 +98,9 @@ struct Running {
     silence: u64,
 }
 
+/// What is said besides of a job that failed while its header was on its way.
+const DOUBT: &str = "; the next run shows whether the old guest or the new one is there";
+
 /// What a look at a job came to.
 enum Came {
     /// Something; there is more.
@@ -357,19 +360,15 @@ fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
     let in_vain = matches!(came, Came::Silence | Came::Starved);
     running.silence = if in_vain { running.silence + since } else { 0 };
     let silent = running.silence > ticks(PATIENCE_S * 1000);
-    let (holds, doubtful) = (running.writer.holds(), running.writer.is_doubtful());
+    let holds = running.writer.holds();
+    let doubt = if running.writer.is_doubtful() { DOUBT } else { "" };
     job.info.ms = ran / ticks(1).max(1);
     (job.info.progress, job.info.stored) = (running.writer.progress(), running.writer.stored());
     match came {
         Came::More => return true,
         Came::Silence if silent && holds => job.end(State::Done),
         Came::Silence if silent => {
-            let end = if doubtful {
-                "; the next run shows whether the old guest or the new one is there"
-            } else {
-                ""
-            };
-            job.end(State::Failed(format!("a disk has said nothing for {PATIENCE_S} seconds{end}")));
+            job.end(State::Failed(format!("a disk has said nothing for {PATIENCE_S} seconds{doubt}")));
         }
         // The guest may wait for what it takes to write a page that is not stored yet: without the job it needs none.
         Came::Starved if silent => {
@@ -378,11 +377,7 @@ fn step(job: &mut Job, held: &mut Held<'_, { rank::GUESTS }>) -> bool {
             )));
         }
         Came::Later | Came::Silence | Came::Starved => {}
-        Came::Over(State::Failed(why)) if doubtful => {
-            job.end(State::Failed(format!(
-                "{why}; the next run shows whether the old guest or the new one is there"
-            )));
-        }
+        Came::Over(State::Failed(why)) => job.end(State::Failed(format!("{why}{doubt}"))),
         Came::Over(state) => job.end(state),
     }
     false

@@ -244,6 +244,13 @@ mod tests {
         State::new(moment, vec![region(RAM_BASE, 4), region(RAM_BASE + 0x10_0000, 2)], 99)
     }
 
+    /// Why a state that was changed is not used.
+    fn refused(change: fn(&mut State)) -> StateError {
+        let mut state = state();
+        change(&mut state);
+        State::decode(&state.encode().unwrap()).err().unwrap()
+    }
+
     #[test]
     fn what_is_read_back_is_what_was_kept() {
         let bytes = state().encode().unwrap();
@@ -260,11 +267,6 @@ mod tests {
 
     #[test]
     fn names_that_no_manifest_has_and_more_than_a_guest_can_have_are_refused() {
-        let refused = |change: fn(&mut State)| {
-            let mut state = state();
-            change(&mut state);
-            State::decode(&state.encode().unwrap()).err().unwrap()
-        };
         let long = |state: &mut State| state.moment.config.append = "a".repeat(3000);
         assert_eq!(refused(long), StateError::Unsound("names"));
         let control = |state: &mut State| state.moment.config.boot = Boot::Bios { image: "a\x1b[2J".into() };
@@ -305,11 +307,6 @@ mod tests {
 
     #[test]
     fn a_state_of_another_machine_is_refused_with_what_differs() {
-        let refused = |change: fn(&mut State)| {
-            let mut state = state();
-            change(&mut state);
-            State::decode(&state.encode().unwrap()).err().unwrap()
-        };
         let here = Machine::this();
         assert_eq!(refused(|state| state.machine.midr = 7), StateError::Cpu(7, here.midr));
         let frequency = refused(|state| state.machine.frequency = 9);
