@@ -1,12 +1,14 @@
 //! What must be so in a world: after a deed, at rest, and when all is over.
 
 use super::host::Scribble;
+use super::whole::{BALLAST_BYTES, ballast};
 use super::{ALL, Contents, ENOUGH, PAGES, SWAP, World, address, offset};
 use stage2::testing::Access;
 use std::ops::Range;
 use vmobject::addr::{Ipa, Pfn};
 use vmobject::fault::{FaultError, Looked};
 use vmobject::lock::Held;
+use vmobject::map::Snapshot;
 use vmobject::page::Owner;
 use vmobject::prot::Prot;
 use vmobject::store::{LostPage, PhysMemory as _, StoreError};
@@ -46,25 +48,11 @@ impl World {
     /// Lets everything come to its end that is under way. Then no page is there that a copy made at once would not
     /// have, no chain is longer than it must be, and snapshots are what they were.
     pub(super) fn rest(&mut self) -> Result<(), String> {
-        let mut rounds = 0;
-        while self.vm.step(1000, &mut Held::root()) | self.deliver_one() {
-            rounds += 1;
-            if rounds > 1000 {
-                return Err("it never comes to rest".into());
-            }
-        }
-        self.check()?;
+        self.settle()?;
         self.absorb();
         self.count_what_is_written()?;
-        let held = &mut Held::root();
-        let objects = || {
-            let mut objects = String::new();
-            let _ = self.vm.describe_objects(&mut objects, &mut Held::root());
-            objects
-        };
-        self.vm.check_at_rest(held).map_err(|violation| format!("at rest: {violation:?}\n{}", objects()))?;
         let mut pages = 0;
-        self.vm.for_each_object(held, |object| {
+        self.vm.for_each_object(&mut Held::root(), |object| {
             pages += (object.counts.resident + object.counts.swapped) as usize;
         });
         let all =
@@ -78,19 +66,19 @@ impl World {
         // A page that was given up and is only read since is counted all the same.
         // What an object comes to have after an asymmetric copy is seen by the copy, too, be it only zeros.
         if pages > eager && self.vm.stats().copy_made == 0 {
-            let objects = objects();
+            let objects = self.objects();
             return Err(format!(
                 "at rest: {pages} pages, and copies made at once would have {eager}\n{objects}"
             ));
         }
-        for which in 0..self.kept.len() {
-            let there = (0..ALL).filter(|&page| self.kept[which].1.has(page));
-            self.look_into(which, false, there.collect())?;
-        }
-        for which in 0..self.parts.len() {
-            self.look_into(which, true, self.parts[which].1.clone().collect())?;
-        }
-        Ok(())
+        let (kept, parts) = (core::mem::take(&mut self.kept), core::mem::take(&mut self.parts));
+        let looked = kept.iter().try_for_each(|(snapshot, what)| self.look_into(snapshot, what, 0..ALL));
+        let looked = looked.and_then(|()| {
+            parts.iter().try_for_each(|(part, pages, what)| self.look_into(part, what, pages.clone()))
+        });
+        (self.kept, self.parts) = (kept, parts);
+        looked?;
+        self.look_into_guests()
     }
 
     /// At rest there are no more frames and slots with something else than zeros in them than holders of memory see, each
@@ -119,30 +107,73 @@ impl World {
         Ok(())
     }
 
-    /// Reads pages of a snapshot, or of a copied range.
-    fn look_into(&mut self, which: usize, part: bool, pages: Vec<u32>) -> Result<(), String> {
-        for page in pages {
-            let what = if part { &self.parts[which].2 } else { &self.kept[which].1 };
-            let (known, at) = (what.of(page), Ipa::new(address(page).bits() + what.offset(page) as u64));
-            let mut bytes = [0; 2];
-            let copied = loop {
-                let held = &mut Held::root();
-                let snapshot = if part { &self.parts[which].0 } else { &self.kept[which].0 };
-                match self.vm.read_snapshot(snapshot, at, &mut bytes, held) {
-                    Ok(Looked::Again) => {}
-                    Ok(Looked::Wait(_)) if self.deliver_one() || self.page_out(ENOUGH) > 0 => {}
-                    other => break other,
-                }
-            };
-            match copied {
-                Ok(Looked::Done) if bytes == known => {}
-                Ok(Looked::Done) => {
-                    return Err(format!("page {page} of snapshot {which} has {bytes:?} and not {known:?}"));
-                }
-                Ok(Looked::Wait(_) | Looked::Again) => self.saw("snapshots that found no memory"),
-                Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) if self.failing > 0 => {}
-                Err(error) => return Err(format!("page {page} of snapshot {which}: {error:?}")),
+    /// Lets all chores and transfers come to their end. Then the books are right, and no chain is longer than it must be.
+    fn settle(&mut self) -> Result<(), String> {
+        let mut rounds = 0;
+        while self.vm.step(1000, &mut Held::root()) | self.deliver_one() {
+            rounds += 1;
+            if rounds > 1000 {
+                return Err("it never comes to rest".into());
             }
+        }
+        self.check()?;
+        let rests = self.vm.check_at_rest(&mut Held::root());
+        rests.map_err(|violation| format!("at rest: {violation:?}\n{}", self.objects()))
+    }
+
+    fn objects(&self) -> String {
+        let mut objects = String::new();
+        let _ = self.vm.describe_objects(&mut objects, &mut Held::root());
+        objects
+    }
+
+    /// Each guest has what it wrote and nothing else, on every page; whoever reads a copy is given no pages of zeros.
+    /// When the copies are gone all is as it was before.
+    fn look_into_guests(&mut self) -> Result<(), String> {
+        for guest in 0..self.guests.len() {
+            let map = self.guests[guest].map.clone();
+            let Ok(snapshot) = self.vm.snapshot(&map, &mut Held::root()) else { continue };
+            self.absorb();
+            let what = self.guests[guest].contents.clone();
+            let looked = self.look_into(&snapshot, &what, 0..ALL);
+            self.vm.delete_snapshot(snapshot, &mut Held::root());
+            looked.map_err(|why| format!("guest {guest} as a copy: {why}"))?;
+            self.saw("guests compared at rest");
+        }
+        self.settle()
+    }
+
+    /// Reads pages of a snapshot, or of a copied range, and what there is of a whole chunk.
+    fn look_into(&mut self, snapshot: &Snapshot, what: &Contents, pages: Range<u32>) -> Result<(), String> {
+        for page in pages.clone().filter(|&page| what.has(page)) {
+            let at = Ipa::new(address(page).bits() + what.offset(page) as u64);
+            self.look_at(snapshot, at, what.of(page), page)?;
+        }
+        let ballast_there = if pages.end == ALL && pages.start == 0 { what.ballast } else { 0 };
+        for page in 0..ballast_there {
+            let known = if what.hole == Some(page) { [0; 2] } else { BALLAST_BYTES };
+            self.look_at(snapshot, ballast(page), known, page)?;
+        }
+        Ok(())
+    }
+
+    fn look_at(&mut self, snapshot: &Snapshot, at: Ipa, known: [u8; 2], page: u32) -> Result<(), String> {
+        let mut bytes = [0; 2];
+        let copied = loop {
+            match self.vm.read_snapshot(snapshot, at, &mut bytes, &mut Held::root()) {
+                Ok(Looked::Again) => {}
+                Ok(Looked::Wait(_)) if self.deliver_one() || self.page_out(ENOUGH) > 0 => {}
+                other => break other,
+            }
+        };
+        match copied {
+            Ok(Looked::Done) if bytes == known => {}
+            Ok(Looked::Done) => {
+                return Err(format!("page {page} at {at} of a snapshot has {bytes:?} and not {known:?}"));
+            }
+            Ok(Looked::Wait(_) | Looked::Again) => self.saw("snapshots that found no memory"),
+            Err(FaultError::Lost(LostPage { error: StoreError::Io, .. })) if self.failing > 0 => {}
+            Err(error) => return Err(format!("page {page} at {at} of a snapshot: {error:?}")),
         }
         Ok(())
     }
@@ -157,7 +188,7 @@ impl World {
         while self.guests.len() > 1 || !self.kept.is_empty() {
             if self.kept.is_empty() || (self.guests.len() > 1 && self.random.below(2) == 0) {
                 let of = self.random.below(self.guests.len());
-                self.death(of);
+                self.death(of)?;
             } else {
                 let of = self.random.below(self.kept.len());
                 self.forget(of);
@@ -165,7 +196,7 @@ impl World {
         }
         self.rest()?;
         self.be_alone()?;
-        self.death(0);
+        self.death(0)?;
         self.rest_of_nobody()
     }
 

@@ -6,26 +6,92 @@ use super::{PAGES, address, offset};
 use stage2::Stage2;
 use stage2::table::{Table, TableSource};
 use stage2::testing::{Access, Frames, Mmu};
+use std::ops::{Deref, Range};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use vmobject::Vm;
 use vmobject::addr::Pfn;
-use vmobject::store::{Machine, PhysMemory as _};
+use vmobject::store::{
+    Direction, Expected, IoToken, Machine, PageStore, PhysMemory as _, StoreError, StoreId,
+};
 use vmobject::testing::{FakeMemory, FakeStore};
 
 #[derive(Default)]
 pub(crate) struct Host {
     pub(crate) memory: FakeMemory,
-    pub(crate) store: FakeStore,
+    pub(crate) store: Store,
+}
+
+/// Pages of a store.
+pub(crate) type Asked = (StoreId, Range<u64>);
+
+/// A store that can be told to take nothing, and to say what it was asked for: so it is found out where a page is, and
+/// it stays there.
+#[derive(Default)]
+pub(crate) struct Store {
+    real: FakeStore,
+    refuses: Mutex<Option<Vec<Asked>>>,
+}
+
+impl Store {
+    fn refuses(&self) -> MutexGuard<'_, Option<Vec<Asked>>> {
+        self.refuses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something while nothing is taken, and says what was asked for last.
+    pub(crate) fn while_it_refuses<R>(&self, what: impl FnOnce() -> R) -> (R, Option<Asked>) {
+        *self.refuses() = Some(Vec::new());
+        let done = what();
+        (done, self.refuses().take().and_then(|mut asked| asked.pop()))
+    }
+}
+
+impl Deref for Store {
+    type Target = FakeStore;
+    fn deref(&self) -> &FakeStore {
+        &self.real
+    }
+}
+
+impl PageStore for Store {
+    fn start(
+        &self,
+        store: StoreId,
+        direction: Direction,
+        first: u64,
+        frames: &[Pfn],
+        token: IoToken,
+    ) -> Result<(), StoreError> {
+        if let Some(asked) = self.refuses().as_mut() {
+            asked.push((store, first..first + frames.len() as u64));
+            return Err(StoreError::Refused);
+        }
+        self.real.start(store, direction, first, frames, token)
+    }
+    fn start_flush(&self, store: StoreId, token: IoToken) -> Result<(), StoreError> {
+        self.real.start_flush(store, token)
+    }
+    fn discard(&self, store: StoreId, first: u64, pages: u64) {
+        self.real.discard(store, first, pages);
+    }
+    fn pages(&self, store: StoreId) -> u64 {
+        PageStore::pages(&self.real, store)
+    }
+    fn whole_pages(&self, store: StoreId) -> u64 {
+        self.real.whole_pages(store)
+    }
+    fn expects(&self, store: StoreId, page: u64) -> Expected {
+        self.real.expects(store, page)
+    }
 }
 
 impl Machine for Host {
     type Pmap = Stage2<Source, Mmu>;
     type Memory = FakeMemory;
-    type Store = FakeStore;
+    type Store = Store;
     fn memory(&self) -> &FakeMemory {
         &self.memory
     }
-    fn store(&self) -> &FakeStore {
+    fn store(&self) -> &Store {
         &self.store
     }
 }

@@ -14,6 +14,7 @@ mod contents;
 mod host;
 mod parts;
 pub(crate) mod story;
+mod watch;
 mod whole;
 
 use contents::Contents;
@@ -123,6 +124,8 @@ pub(crate) struct World {
     last: Option<IoToken>,
     /// Writes in the middle of the last deed.
     scribbled: Vec<Scribble>,
+    /// After every deed everybody's memory is compared with what it ought to be, and the books are audited.
+    watched: bool,
 }
 
 fn address(page: u32) -> Ipa {
@@ -189,6 +192,7 @@ impl World {
             accesses: 0,
             last: None,
             scribbled: Vec::new(),
+            watched: seed.is_multiple_of(watch::OF),
         };
         if whole {
             world.birth_of_a_whole_chunk();
@@ -338,8 +342,15 @@ impl World {
         }
     }
 
-    fn death(&mut self, of: usize) {
+    fn death(&mut self, of: usize) -> Result<(), String> {
         self.stop(of);
+        self.absorb();
+        // Of a copy more can be seen, but whoever was copied dies as one who was copied.
+        self.compare(of)?;
+        self.compare_ballast(of, 1)?;
+        if self.guests[of].name.is_multiple_of(2) {
+            self.compare_copy(of)?;
+        }
         let last = self.guests.len() - 1;
         for running in self.running.iter_mut().filter(|running| **running == Some(last)) {
             *running = Some(of);
@@ -347,6 +358,7 @@ impl World {
         let guest = self.guests.swap_remove(of);
         self.with(Fault::DeafChores, |world| world.vm.destroy_map(guest.map, &mut Held::root()));
         self.saw("deaths");
+        Ok(())
     }
 
     fn switch(&mut self, cpu: usize, to: usize) {
@@ -427,7 +439,7 @@ impl World {
         self.let_others_write(step);
         match step.deed {
             Deed::Clone if guests < self.most.0 => self.clone(guest),
-            Deed::Die if guests > 1 => self.death(guest),
+            Deed::Die if guests > 1 => self.death(guest)?,
             Deed::PageOut(target) => {
                 self.page_out(target);
             }
@@ -486,6 +498,7 @@ impl World {
         self.source.let_nobody_write();
         self.absorb();
         self.audit_scribbles()?;
-        self.mmu.audit()
+        self.mmu.audit()?;
+        if self.watched { self.watch() } else { Ok(()) }
     }
 }

@@ -21,9 +21,11 @@ pub(super) const OF: u64 = 4;
 const BALLAST: u32 = CHUNK_PAGES;
 pub(super) const FRAMES: u32 = BALLAST + 96;
 const BYTE: u8 = 0xba;
+/// The first bytes of a page.
+pub(super) const BALLAST_BYTES: [u8; 2] = [BYTE, 0];
 
 /// A page, counted from the chunk's start.
-fn ballast(page: u32) -> Ipa {
+pub(super) fn ballast(page: u32) -> Ipa {
     Ipa::new(RAM - CHUNK_SIZE + u64::from(page) * PAGE_SIZE)
 }
 
