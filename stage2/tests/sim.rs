@@ -41,7 +41,7 @@ const WANTED: [&str; 21] = [
     "slot_spoiled",
     "stale_completion",
 ];
-const WORLDS_WANT: [&str; 22] = [
+const WORLDS_WANT: [&str; 28] = [
     "blocks mapped",
     "blocks broken by a write",
     "blocks broken by a discard",
@@ -64,6 +64,12 @@ const WORLDS_WANT: [&str; 22] = [
     "completions out of order",
     "accesses that a failed read ended",
     "writes in the middle of an edit",
+    "faults that met a collapse",
+    "pushes that met a pageout",
+    "discards in a shared shadow",
+    "pages compared",
+    "pages compared in the store",
+    "guests compared at rest",
 ];
 /// Deeds of one world: it begins young, and becomes old.
 const LIFE: usize = 2500;

@@ -46,7 +46,10 @@ impl World {
                 return Ok(Some(frame));
             }
             self.source.on(cpu);
-            match self.vm.fault(&self.guests[guest].map, at, wanted, &mut Held::root()) {
+            let pushed = self.vm.stats().pushed;
+            let served = self.vm.fault(&self.guests[guest].map, at, wanted, &mut Held::root());
+            self.note_fault(guest, at, pushed, served);
+            match served {
                 Ok(Faulted::Mapped) => {}
                 Ok(Faulted::Wait(_)) if self.deliver_one() => {}
                 Ok(Faulted::Wait(_)) if self.page_out(ENOUGH) > 0 => short += 1,

@@ -3,15 +3,17 @@
 //! Guests read, write and discard, are cloned, kept as snapshots, made from them, reset to them, and die, on four
 //! CPUs, while pages go to swap and come back: late, in any order, or not at all, and a write that fails may have
 //! been done in part. While one CPU executes the VM, a guest on another may write between any two looks at a table.
-//! Every byte that a guest reads is compared with what it wrote, or its ancestors did before they were copied; after
-//! every step no cache may know more than the tables, every so often no table more than its map, and at rest no more
-//! pages may be there than copies made at once would need. What `model` says of the tables alone is said here of the
-//! two together.
+//! Every byte that a guest reads is compared with what it wrote, or its ancestors did before they were copied; so is
+//! every page of whoever dies, and of everybody at rest. After every step no cache may know more than the tables, every so
+//! often no table more than its map, and at rest no more pages may be there than copies made at once would need. Some
+//! worlds are watched closely: in those everybody's pages are compared and the books are audited after every step. What
+//! `model` says of the tables alone is said here of the two together.
 
 mod access;
 mod audit;
 mod contents;
 mod host;
+mod named;
 mod parts;
 pub(crate) mod story;
 mod watch;
@@ -126,6 +128,8 @@ pub(crate) struct World {
     scribbled: Vec<Scribble>,
     /// After every deed everybody's memory is compared with what it ought to be, and the books are audited.
     watched: bool,
+    /// Objects that have moved some of their pages to each other, and not all yet, the last time that chores were done.
+    half_done: Vec<named::Pair>,
 }
 
 fn address(page: u32) -> Ipa {
@@ -193,6 +197,7 @@ impl World {
             last: None,
             scribbled: Vec::new(),
             watched: seed.is_multiple_of(watch::OF),
+            half_done: Vec::new(),
         };
         if whole {
             world.birth_of_a_whole_chunk();
@@ -321,11 +326,13 @@ impl World {
     /// Makes a page of a guest zero.
     fn discard(&mut self, guest: usize, page: u32) {
         let range = IpaRange::from_pages(address(page), 1).expect("in order");
+        let before = self.before_discard(guest, page);
         match self.vm.discard(&self.guests[guest].map, range, &mut Held::root()) {
             Ok(Discarded::Done(_)) => {
                 let contents = &mut self.guests[guest].contents;
                 contents.bytes[page as usize] = [0; 2];
                 contents.touched &= !(1 << page);
+                self.note_discard(guest, page, before);
                 self.saw("discards");
             }
             Ok(Discarded::Wait(_) | Discarded::Part(_)) => self.saw("discards that had to wait"),
@@ -418,11 +425,12 @@ impl World {
     fn take_turns(&mut self) {
         let target = self.random.small(FRAMES);
         self.vm.set_free_target(target, target);
+        let before = self.pairs();
         for _ in 0..self.random.below(100) {
             if self.random.below(2) == 0 {
                 self.with(Fault::DeafEviction, |world| world.vm.pageout(1, &mut Held::root()));
             } else {
-                self.with(Fault::DeafChores, |world| world.vm.step(2, &mut Held::root()));
+                self.do_chores(2, &before);
             }
         }
     }
@@ -444,10 +452,16 @@ impl World {
                 self.page_out(target);
             }
             Deed::Chores(budget) => {
-                self.with(Fault::DeafChores, |world| world.vm.step(budget, &mut Held::root()));
+                let before = self.pairs();
+                self.do_chores(budget, &before);
             }
             Deed::Both => self.take_turns(),
-            Deed::Keep(pushes) if kept < self.most.1 => self.keep(guest, pushes),
+            Deed::Keep(pushes) if kept < self.most.1 => {
+                self.keep(guest, pushes);
+                if pushes && step.salt.is_multiple_of(2) {
+                    self.write_what_goes_out(cpu, guest)?;
+                }
+            }
             Deed::Forget if kept > self.golden => self.forget(self.golden + step.who % (kept - self.golden)),
             Deed::Revive if self.golden > 0 && step.who.is_multiple_of(2) && guests < self.most.0 => {
                 self.revive(0)

@@ -12,7 +12,7 @@ use vmobject::addr::Ipa;
 use vmobject::fault::{Copied, FaultError, Looked, WaitFor};
 use vmobject::lock::Held;
 use vmobject::map::Snapshot;
-use vmobject::pmap::Pmap as _;
+use vmobject::pmap::{Leaf, Pmap as _};
 use vmobject::store::{Direction, LostPage, PhysMemory as _, StoreError};
 
 /// One world in so many is watched closely: a number that has nothing in common with those of the other kinds.
@@ -150,12 +150,18 @@ impl World {
 
     /// What a guest has where its tables say; that it is what they ought to say the audit finds.
     fn mapped(&self, guest: usize, at: Ipa) -> Option<[u8; 2]> {
+        let frame = self.leaf(guest, at)?.frame;
+        let mut bytes = [0; 2];
+        self.vm.machine().memory.read(frame, at.offset_in_page(), &mut bytes);
+        Some(bytes)
+    }
+
+    /// What its tables say, found out while nobody writes.
+    pub(super) fn leaf(&self, guest: usize, at: Ipa) -> Option<Leaf> {
         self.source.quiet(true);
         let leaf = self.guests[guest].map.with_pmap(&mut Held::root(), |tables| tables.lookup(at.page()));
         self.source.quiet(false);
-        let mut bytes = [0; 2];
-        self.vm.machine().memory.read(leaf?.frame, at.offset_in_page(), &mut bytes);
-        Some(bytes)
+        leaf
     }
 
     fn look_through(&self, guest: usize, at: Ipa) -> Result<Seen, String> {
