@@ -226,10 +226,14 @@ impl World {
         let memory = self.vm.memory(held);
         let frames = memory.total - memory.queues.free;
         let left = (frames, self.source.frames.in_use(), self.vm.swap_info(held).in_use);
-        if left == (0, 0, 0) {
-            Ok(())
-        } else {
-            Err(format!("at the end: {left:?} frames, tables and slots are in use"))
+        if left != (0, 0, 0) {
+            return Err(format!("at the end: {left:?} frames, tables and slots are in use"));
         }
+        let charges = self.vm.charges(held);
+        let owed = (memory.objects, memory.transfers, charges.committed, charges.kept, charges.needed);
+        if owed != (0, 0, 0, 0, 0) {
+            return Err(format!("at the end: {owed:?} objects, transfers and promises are left"));
+        }
+        Ok(())
     }
 }
