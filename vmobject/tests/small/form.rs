@@ -101,7 +101,8 @@ pub(crate) fn fingerprint(world: &World) -> (u64, Vec<u8>) {
     let due = world.rig.vm.machine().store.requests();
     let due: Vec<_> = due.iter().map(|request| (request.direction as u8, request.frames.len())).collect();
     let mut hasher = DefaultHasher::new();
-    (least, due, world.rig.vm.has_chores(held), world.starved, world.tableless).hash(&mut hasher);
+    let short = (world.starved, world.tableless);
+    (least, due, world.rig.vm.has_chores(held), short, world.asymmetric).hash(&mut hasher);
     (hasher.finish(), kinds)
 }
 

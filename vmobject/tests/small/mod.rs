@@ -2,6 +2,8 @@
 
 pub(crate) mod form;
 
+use std::collections::BTreeMap;
+use std::iter::successors;
 use std::sync::atomic::Ordering::Relaxed;
 
 use vmobject::addr::{IpaRange, Pfn};
@@ -87,7 +89,7 @@ pub(crate) struct World {
     pub(crate) starved: bool,
     pub(crate) tableless: bool,
     /// A copy-object may have pages that its guest never touched.
-    asymmetric: bool,
+    pub(crate) asymmetric: bool,
     writes: u8,
 }
 
@@ -279,6 +281,16 @@ impl World {
             Err(NotDiscarded::Denied(_)) if eager.sealed => {}
             Err(other) => panic!("page {page}: {other:?}"),
         }
+    }
+
+    /// How many objects the longest chain has.
+    pub(crate) fn depth(&self) -> usize {
+        let mut below = BTreeMap::new();
+        self.rig.vm.for_each_object(&mut Held::root(), |object| {
+            below.insert(object.id, object.shadow.map(|shadow| shadow.object));
+        });
+        let chain = |from| successors(Some(from), |object| below.get(object).copied().flatten()).count();
+        below.keys().map(|&object| chain(object)).max().unwrap_or(0)
     }
 
     /// After every step: each guest's memory is the eager copy's, and the audit is clean.
