@@ -11,14 +11,21 @@
 //!
 //! | within | found |
 //! |---|---|
-//! | 100 deeds | an instruction left out, one by one: VMALLS12E1IS, IPAS2E1IS, VMALLE1IS; a VMID that is not loaded; no invalidate in a clone, in an eviction, in a collapse; `CopyLeavesWritable`, `SlotFreedTooEarly`, `SlotGivenTwice` |
-//! | 2,500, a world's life | `BypassLooksPastTheEnd`, `CollapseRefusesSwapped`, `RemoveLeavesLeaves`, `DiscardStoresAbsent`, `DiscardIgnoresNeedsCopy`, `ResetEmptiesTop`, `ResetSeesTop`, `NothingIsPushed`, `KeepsTheHidden`, `DirtyKeepsItsSlot`, `EvictedThoughUsed` |
-//! | 24,000 | `PutNeverFails`, `DiscardForgetsSwap`, `BypassForgetsCopy`, `ZeroShowsBelow`, `BlockOverOwn`, `BlockWritable`; a dirty flag that hardware sets between read and write of a leaf |
-//! | 100,000 | a block that is broken without being invalidated |
-//! | 430,000, 600,000, 2.0 million | `AsksFewShadows`, `ShadowOverSole`, `StaleTrail` |
+//! | 100 deeds | an instruction left out, one by one: VMALLS12E1IS, IPAS2E1IS, VMALLE1IS; a VMID that is not loaded; no invalidate in a clone, in an eviction, in chores; `CopyLeavesWritable`, `SlotFreedTooEarly`, `SlotGivenTwice` |
+//! | 2,500, a world's life | `BypassLooksPastTheEnd`, `CollapseRefusesSwapped`, `DiscardStoresAbsent`, `DiscardIgnoresNeedsCopy`, `ResetEmptiesTop`, `ResetSeesTop`, `NothingIsPushed`, `KeepsTheHidden`, `DirtyKeepsItsSlot`, `EvictedThoughUsed` |
+//! | 24,000 | `RemoveLeavesLeaves`, `PutNeverFails`, `DiscardForgetsSwap`, `ShadowOverSole`, `AsksFewShadows`, `ZeroShowsBelow`, `BlockOverOwn`, `BlockWritable` |
+//! | 100,000 | `BypassForgetsCopy`; a dirty flag that hardware sets between read and write of a leaf; a block that is broken without being invalidated |
+//! | 1.1 million | `StaleTrail` |
+//!
+//! Each of these stories is played once more without the defect, and then comes to a good end.
+//!
+//! Of the chores only the end of a map invalidates anything, and it is this that is left out. A collapse calls no pmap:
+//! the frames of anonymous memory go from one object to the other, and every leaf stays right. What it frees besides is
+//! hidden or out of reach, and no leaf leads there. So no invalidate belongs to it that could be missing. That it
+//! makes no leaf wrong, `Vm::check` says (I1); that no cache knows more than the leaves, the audit after every deed.
 //!
 //! Another CPU has to come in between for the others. A scheduler that chooses who goes on (`tests/interleavings.rs`) finds
-//! `SeesWhatFills` in its first round, `FindsTheDead` in the 3rd, `EndsUnlocked` in the 7th and 16th of two stories,
+//! `SeesWhatFills` in its first round, `EndsUnlocked` in the 7th and 116th of two stories, `FindsTheDead` in the 11th,
 //! `CountsTooEarly` in the 24th, `ReadsPastAPush` in the 26th, `PushesUnseen` in the 47th, `PrunesWhatCameDown` in the 55th, `ParksUnlocked` in the 123rd,
 //! `HopsBlindly` in the 390th, `ForgetsALiveCopy` in the 1,348th. `EvictionMissesMoved` has a test of its own in
 //! `tests/pageout.rs`; the exhaustive search finds the defects of the smallest worlds once more.

@@ -75,7 +75,7 @@ pub(crate) enum Fault {
     DeafClone,
     /// No cache is told of what an eviction does.
     DeafEviction,
-    /// No cache is told of what chores do: maps that end, chains that become shorter.
+    /// No cache is told of what chores do. Only the end of a map tells any: chains become shorter with every leaf as it is.
     DeafChores,
     /// Leaves are read, and then written.
     CarelessUpdate,
