@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail")]
 
 use vmobject::addr::CHUNK_PAGES;
+use vmobject::fault::{Copied, WaitFor};
 use vmobject::limits::{TRAIL_PART, TRAIL_STRIDE};
 use vmobject::lock::Held;
 use vmobject::map::{Entry, Share, Snapshot};
@@ -151,6 +152,22 @@ fn a_fault_comes_by_few_objects_before_interrupts_have_their_turn() {
         assert!(part <= u64::from(TRAIL_PART + TRAIL_STRIDE + 1), "part {parts}: {part} objects");
     }
     println!("{parts} parts");
+    assert!(parts > 2314 / TRAIL_PART && parts < 2 * 2314 / TRAIL_PART);
+}
+
+#[test]
+fn an_access_of_el2_comes_by_few_objects_before_interrupts_have_their_turn() {
+    let (rig, guest, _kept) = history(2314, |generation| generation % (CHUNK_PAGES - 1));
+    let (mut byte, mut parts, mut done) = ([0], 0, false);
+    while !done {
+        let part = visited(&rig, || {
+            let read = rig.vm.read(&guest, at(2 * CHUNK_PAGES - 1, 0), &mut byte, &mut Held::root());
+            assert!(matches!(read, Ok(Copied::Done | Copied::Wait(WaitFor::Turn))), "{read:?}");
+            done = read == Ok(Copied::Done);
+        });
+        parts += 1;
+        assert!(part <= u64::from(TRAIL_PART + TRAIL_STRIDE + 1), "part {parts}: {part} objects");
+    }
     assert!(parts > 2314 / TRAIL_PART && parts < 2 * 2314 / TRAIL_PART);
 }
 

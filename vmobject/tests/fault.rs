@@ -143,6 +143,24 @@ fn two_guests_of_one_image_share_its_pages_until_one_writes() {
 }
 
 #[test]
+fn an_image_that_is_hidden_by_and_by_is_passed_over_with_the_last_page() {
+    let pages = 130;
+    let rig = rig_with_image(512, u64::from(pages) * PAGE_SIZE);
+    let guest = guest_on_image(&rig, pages);
+    // Some from either end, so that what holds it up lies in the middle, then at one end, then at the other.
+    for page in (40..70).chain(0..40).chain((71..pages).rev()) {
+        rig.store(&guest, at(page, 0), 1).unwrap();
+        rig.settle();
+        assert_eq!(rig.objects(), 2, "page {page}");
+    }
+    rig.store(&guest, at(70, 0), 1).unwrap();
+    rig.settle();
+    assert_eq!(rig.objects(), 1, "nobody needs the image any more");
+    assert_eq!(rig.vm.disk(IMAGE, &mut Held::root()).map(|_| ()), Ok(()), "and its store may be written");
+    rig.check();
+}
+
+#[test]
 fn an_image_is_never_a_sole_reference_d16() {
     // One guest alone on an image must still get a layer of its own.
     let rig = rig_with_image(64, 16 * PAGE_SIZE);

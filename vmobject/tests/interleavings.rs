@@ -255,7 +255,7 @@ fn those_who_wait_for_a_page_are_woken(defect: Option<Defect>) {
                                     thread::yield_now();
                                 }
                             }
-                            Err(WaitFor::Memory) => panic!("there is memory"),
+                            Err(WaitFor::Memory | WaitFor::Turn) => panic!("there is memory"),
                         }
                     };
                     assert_eq!(seen, byte_of(page), "a page is seen before it is there");

@@ -420,7 +420,7 @@ impl World {
                 self.met.lost += 1;
                 return;
             }
-            Err(other) => panic!("{address:?}: {other:?}"),
+            other @ (Err(_) | Ok(Faulted::Wait(WaitFor::Turn))) => panic!("{address:?}: {other:?}"),
         }
         // Of a long way down a fault does a part: then the instruction faults again, now or later.
         if guest.map.with_pmap(held, |pmap| pmap.access(address, access)).is_none() {

@@ -251,6 +251,7 @@ fn undecodable(run: &mut Run<'_>, at: Ipa, external: Exception) -> Exit {
 const fn waiting(what: WaitFor) -> Waiting {
     match what {
         WaitFor::Io(token) => Waiting::Io(token),
-        WaitFor::Memory => Waiting::Memory,
+        // No fault waits for its turn.
+        WaitFor::Memory | WaitFor::Turn => Waiting::Memory,
     }
 }

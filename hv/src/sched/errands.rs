@@ -48,6 +48,10 @@ pub(super) fn run(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VC
             let waiting = match what {
                 WaitFor::Io(token) => Waiting::Io(token),
                 WaitFor::Memory => Waiting::Memory,
+                WaitFor::Turn => {
+                    guest.work.wake();
+                    return true;
+                }
             };
             ERRANDS.add(waiting, &Errand { guest: guest.clone(), device, slot }, held);
             // Look once more now that a completion would find us: it may have come before.

@@ -135,6 +135,7 @@ impl Running {
             Step::More => Came::More,
             Step::Idle => Came::Silence,
             Step::Wait(WaitFor::Memory) => Came::Starved,
+            Step::Wait(WaitFor::Turn) => Came::More,
             Step::Wait(WaitFor::Io(token)) => {
                 self.awaited = Some(token);
                 Came::Silence

@@ -97,6 +97,14 @@ impl Purpose<'_> {
             map.need(by, frame);
         }
     }
+
+    /// Some of the way is done, and interrupts come first (I6): an instruction faults again.
+    const fn in_part(&self) -> Copied {
+        match self {
+            Self::Enter(_) => Copied::Done,
+            Self::Read(..) | Self::Write(..) | Self::Wire(_) => Copied::Wait(WaitFor::Turn),
+        }
+    }
 }
 
 /// What came of doing what an attempt asked for.
@@ -215,8 +223,7 @@ impl<M: Machine> Vm<M> {
         for _ in 1..MAX_RESTARTS {
             let wait = match self.help(map, at, step, purpose, held) {
                 Ok(Helped::Again) => None,
-                // The instruction faults again, after the interrupts (I6).
-                Ok(Helped::Part) => return Ok(Copied::Done),
+                Ok(Helped::Part) => return Ok(purpose.in_part()),
                 Ok(Helped::Wait(WaitFor::Memory)) if self.step_frees(held) => None,
                 Ok(Helped::Wait(wait)) => Some(wait),
                 Err(error) => {
@@ -229,10 +236,17 @@ impl<M: Machine> Vm<M> {
                 return Ok(Copied::Wait(wait));
             }
             step = self.attempt(map, at, access, purpose, held)?;
-            // Of a long way one part at a time: after the interrupts the instruction faults again (I6).
-            let part = matches!((&step, &*purpose), (Step::Trail(..), Purpose::Enter(_)));
-            if part || matches!(step, Step::Done) {
-                return Ok(Copied::Done);
+            match step {
+                Step::Done => return Ok(Copied::Done),
+                // Of a long way one part at a time.
+                Step::Trail(..) => return Ok(purpose.in_part()),
+                Step::Again
+                | Step::Wait(_)
+                | Step::Shadow
+                | Step::PageIn(..)
+                | Step::Push(..)
+                | Step::Refused
+                | Step::Lost(_) => {}
             }
         }
         // Somebody keeps changing what we look at. The others must get on, too.
@@ -268,22 +282,16 @@ impl<M: Machine> Vm<M> {
                 .page_in((object, index), map.number(), |frame| purpose.needs(map, frame), held)
                 .map(then)
                 .map_err(FaultError::Lost),
-            Step::Trail(object, index) => {
-                let parts = matches!(purpose, Purpose::Enter(_));
-                Ok(match self.lay_trail(object, index, parts, held) {
-                    Ok(true) if parts => Helped::Part,
-                    Ok(_) => Helped::Again,
-                    Err(_) => Helped::Wait(WaitFor::Memory),
-                })
-            }
-            Step::Push(object, index) => {
-                let parts = matches!(purpose, Purpose::Enter(_));
-                match self.push(object, index, parts, held).map_err(FaultError::Lost)? {
-                    Pushed::Again => Ok(Helped::Again),
-                    Pushed::Part => Ok(Helped::Part),
-                    Pushed::Wait(wait) => Ok(Helped::Wait(wait)),
-                }
-            }
+            Step::Trail(object, index) => Ok(match self.lay_trail(object, index, held) {
+                Ok(true) => Helped::Part,
+                Ok(false) => Helped::Again,
+                Err(_) => Helped::Wait(WaitFor::Memory),
+            }),
+            Step::Push(object, index) => match self.push(object, index, held).map_err(FaultError::Lost)? {
+                Pushed::Again => Ok(Helped::Again),
+                Pushed::Part => Ok(Helped::Part),
+                Pushed::Wait(wait) => Ok(Helped::Wait(wait)),
+            },
         }
     }
 

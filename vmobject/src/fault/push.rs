@@ -29,13 +29,11 @@ enum Attempt {
 }
 
 impl<M: Machine> Vm<M> {
-    /// Pushes a page of an object to its newest copy, unless that has it. A long way to it is walked in `parts`, if they
-    /// are wanted.
+    /// Pushes a page of an object to its newest copy, unless that has it. A long way to it is walked in parts.
     pub(crate) fn push<const OUTER: u8>(
         &self,
         source: ObjectId,
         page: PageIndex,
-        parts: bool,
         held: &mut Held<'_, OUTER>,
     ) -> Result<Pushed, LostPage> {
         let Some(copy) = self.objects.get(source).read(held).0.copy else { return Ok(Pushed::Again) };
@@ -45,9 +43,9 @@ impl<M: Machine> Vm<M> {
             Attempt::PageIn(object, index) => {
                 self.page_in((object, index), NOBODY, |_| {}, held)?.map_or(Pushed::Again, Pushed::Wait)
             }
-            Attempt::Trail(object, index) => match self.lay_trail(object, index, parts, held) {
-                Ok(true) if parts => Pushed::Part,
-                Ok(_) => Pushed::Again,
+            Attempt::Trail(object, index) => match self.lay_trail(object, index, held) {
+                Ok(true) => Pushed::Part,
+                Ok(false) => Pushed::Again,
                 Err(_) => Pushed::Wait(WaitFor::Memory),
             },
             Attempt::Stale(stale) => {

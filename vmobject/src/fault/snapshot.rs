@@ -73,7 +73,7 @@ impl<M: Machine> Vm<M> {
                     }
                 }
                 Step::Trail(object, index) => {
-                    match self.lay_trail(object, index, true, held) {
+                    match self.lay_trail(object, index, held) {
                         Ok(true) => return Ok(Looked::Again),
                         // All of it: somebody keeps changing the chain, and would have done so again.
                         Ok(false) => {}

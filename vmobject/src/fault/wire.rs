@@ -63,3 +63,25 @@ impl<M: Machine> Vm<M> {
         self.frames.unwire(wired.frame, held)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Wiring;
+    use crate::lock::Held;
+    use crate::prot::Prot;
+    use crate::testing::{Rig, at};
+
+    #[test]
+    fn a_frame_that_was_wired_for_writing_longer_than_its_guest_lived_is_clean_for_whoever_gets_it() {
+        let (rig, held) = (Rig::new(64), &mut Held::root());
+        let guest = rig.guest(1);
+        assert_eq!(rig.store(&guest, at(0, 0), 9), Ok(()));
+        let Ok(Wiring::Done(wired)) = rig.vm.wire(&guest, at(0, 0), Prot::WRITE, held) else {
+            panic!("it is there")
+        };
+        rig.destroy(guest);
+        rig.settle();
+        assert!(rig.vm.unwire(wired, held), "its frame is free now");
+        assert!(rig.frames().all(|frame| !rig.vm.frames.page(frame).is_dirty()));
+    }
+}

@@ -76,7 +76,7 @@ impl<M: Machine> Vm<M> {
                         return Ok(Discarded::Part((from.bits() - range.start().bits()) / PAGE_SIZE));
                     }
                     pushes += 1;
-                    match self.push(object, page, true, &mut held) {
+                    match self.push(object, page, &mut held) {
                         Ok(Pushed::Again | Pushed::Part) => {
                             until = behind.unwrap_or(until).min(range.end());
                             continue;

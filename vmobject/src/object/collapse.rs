@@ -248,11 +248,11 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Progress> {
         let full = top.slots.counts().present() >= top.pages;
-        if backing.role != Role::Plain && !full {
-            return None; // what is pushed there is for us, too
-        }
-        if backing.pager != Pager::None && !full {
-            return None; // what is absent there may be in its store
+        // What is pushed there is for us, too; what is absent there may be in its store.
+        let holds_all = backing.role != Role::Plain || backing.pager != Pager::None;
+        if holds_all && !full {
+            let known = top.blocked_at != NOWHERE;
+            return self.stop_at_absent(top, if known { top.blocked_at } else { 0 }, left);
         }
         if !full {
             let limit = shadow.limit + u32::from(self.has(Defect::BypassLooksPastTheEnd));
@@ -302,6 +302,26 @@ impl<M: Machine> Vm<M> {
         self.drop_reference(backing, held);
         self.stats.count(Event::Bypassed);
         Some(Progress::Done)
+    }
+
+    /// Remembers the first page that an object has not, those before `from` being there: an object below that holds
+    /// all may not be passed over before that comes.
+    fn stop_at_absent(&self, top: &mut State, from: u32, left: &mut u32) -> Option<Progress> {
+        let mut page = from;
+        while page < top.pages {
+            top.blocked_at = page;
+            if *left == 0 {
+                return Some(Progress::More);
+            }
+            *left -= 1;
+            self.stats.count(Event::SlotVisited);
+            match top.slots.rest_of_leaf(PageIndex::new(page)).held() {
+                0 => break,
+                held => page += held,
+            }
+        }
+        self.stats.count(Event::BypassRefused);
+        None
     }
 
     /// Something that held up those who shadow an object is gone from it, a page or its role: they are looked at

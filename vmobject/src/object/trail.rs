@@ -7,7 +7,7 @@
 //! to an object with a trail for the same chunk takes over what that one knows: so in a history that grows by a few pages a
 //! generation, each object is walked by for a chunk about once, however long the history.
 //!
-//! A walk may be done in parts, with guests and interrupts in between (invariant I6): until it is done a look that needs
+//! A walk is done in parts, with guests and interrupts in between (invariant I6): until it is done a look that needs
 //! the rest asks for the next part.
 //!
 //! A trail is valid while no object that others shadow gains a page or comes to shadow something else: each such
@@ -277,6 +277,14 @@ impl Trails {
         Ok(())
     }
 
+    /// Forgets the trail of a chunk, and with the last one the places for them.
+    fn forget(&mut self, chunk: u32) {
+        drop(self.take(chunk));
+        if self.0.iter().all(|place| place.is_empty()) {
+            self.clear();
+        }
+    }
+
     /// Forgets them all.
     pub(crate) fn clear(&mut self) {
         self.0 = Vec::new();
@@ -308,14 +316,13 @@ impl<M: Machine> Vm<M> {
         same && (self.trails_now() == version || self.has(Defect::HopsBlindly))
     }
 
-    /// Lays a trail for the chunk of a page of an object: all of it, or in `parts` the next few objects. True if
-    /// nobody has changed the chain since a trail was last laid here: then the look may wait for interrupts, without
-    /// its vCPU never coming to its page.
+    /// Lays a part of a trail for the chunk of a page of an object: the next few objects. True if nobody has changed
+    /// the chain since a trail was last laid here: then the look may wait for interrupts, without its vCPU never coming
+    /// to its page.
     pub(crate) fn lay_trail<const OUTER: u8>(
         &self,
         object: ObjectId,
         page: PageIndex,
-        parts: bool,
         held: &mut Held<'_, OUTER>,
     ) -> Result<bool, VmError> {
         let version = self.trails_now();
@@ -341,7 +348,7 @@ impl<M: Machine> Vm<M> {
                 }
             };
             // Whoever keeps changing the chain would keep one that has to begin again from ever being done.
-            let left = if parts && !unfinished { TRAIL_PART } else { u32::MAX };
+            let left = if !unfinished { TRAIL_PART } else { u32::MAX };
             self.walk(&mut trail, left, &mut held)?;
             let chunks = state.pages.saturating_add(state.slots.base() % CHUNK_PAGES).div_ceil(CHUNK_PAGES);
             state.trails.put(trail, chunks)?;
@@ -351,7 +358,7 @@ impl<M: Machine> Vm<M> {
         if let Some((number, chunk)) = oldest
             && let Some(object) = self.objects.at(number)
         {
-            drop(object.write(held).0.trails.take(chunk));
+            object.write(held).0.trails.forget(chunk);
         }
         Ok(calm)
     }

@@ -493,6 +493,7 @@ impl Frames {
         }
         let free = page.owner() == Owner::Orphan;
         if free {
+            page.flags.store(0, Relaxed); // what was noted since its object let it go is about nobody's page
             page.owner.store(NOBODY, Relaxed);
             queues.give(&self.pages, self.place32(frame));
         } else if !page.is_busy() {

@@ -41,6 +41,8 @@ pub enum WaitFor {
     Io(IoToken),
     /// Something to be freed: a frame, a table, heap, or a place in a store's queue.
     Memory,
+    /// Nothing: it has got on, and interrupts come first (I6). No fault of a guest waits so: its instruction faults again.
+    Turn,
 }
 
 /// What a push came to.

@@ -255,7 +255,7 @@ impl World {
                 return;
             }
             Err(FaultError::Denied { wanted: Prot::WRITE, .. }) if eager.sealed => return,
-            Err(other) => panic!("{address:?}: {other:?}"),
+            other @ (Err(_) | Ok(Faulted::Wait(WaitFor::Turn))) => panic!("{address:?}: {other:?}"),
         }
         eager.frames |= 1 << page;
         if access.allows(Prot::WRITE) {
