@@ -176,4 +176,10 @@ pub trait Machine: Sized + Sync + 'static {
     fn memory(&self) -> &Self::Memory;
     /// The backing stores.
     fn store(&self) -> &Self::Store;
+
+    /// True while there is memory for more books than there are. Asked before guests have the books grow, so that
+    /// what must not fail finds some left; asked with locks held, and often.
+    fn has_room(&self) -> bool {
+        true
+    }
 }

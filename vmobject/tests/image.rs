@@ -109,3 +109,17 @@ fn a_store_is_forgotten_only_when_nobody_refers_to_it() {
     assert_eq!(rig.load(&next, at(1, 0)), Ok(0), "what it had is not remembered");
     rig.check();
 }
+
+#[test]
+fn a_page_of_zeros_of_an_image_is_no_change_of_it_and_goes_when_memory_is_short() {
+    let (rig, _map) = rig();
+    let reader = rig.map();
+    let image = rig.vm.image(IMAGE, &mut Held::root()).unwrap();
+    rig.put(&reader, 0, PAGES, image, 0, Prot::READ, Share::Shared).unwrap();
+    assert_eq!(rig.load(&reader, at(9, 0)), Ok(0));
+    let free = rig.free();
+    rig.page_out_all();
+    assert_eq!(rig.free(), free + 1, "it can be made again");
+    assert_eq!(rig.load(&reader, at(9, 0)), Ok(0));
+    rig.check();
+}

@@ -3,7 +3,11 @@
 //! The host's command line asks for it with `selftest=NAME`; boot tests do. Nothing here returns when what it
 //! tests works.
 
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
 use crate::arch::percpu;
+use crate::mm;
 use board::platform::Platform;
 use log::info;
 
@@ -14,7 +18,7 @@ unsafe extern "C" {
 }
 
 /// Those that come back when all is well.
-const CHECKS: [(&str, fn()); 1] = [("copy", copy)];
+const CHECKS: [(&str, fn()); 2] = [("copy", copy), ("heap", heap)];
 /// What can be asked for.
 const NAMES: [(&str, fn()); 5] = [
     ("panic", panic),
@@ -84,6 +88,30 @@ fn copy() {
             }
         }
     }
+}
+
+/// Fills the heap as guests may, in small pieces; then what must not fail still finds memory, and with every other
+/// piece gone, or all of them, there is room again.
+fn heap() {
+    assert!(mm::has_room(), "nothing is in it yet");
+    for gone in [2, 1] {
+        let mut pieces: Vec<Option<Box<[u8; 256]>>> = Vec::new();
+        pieces.try_reserve_exact(1 << 20).expect("room for the list");
+        while mm::has_room() {
+            let mut piece = Vec::new();
+            piece.try_reserve_exact(256).expect("who has asked finds some");
+            piece.resize(256, 0xa5);
+            pieces.push(piece.into_boxed_slice().try_into().ok());
+        }
+        let vital: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x5a; 4096]));
+        info!("self test: heap: full after {} pieces", pieces.len());
+        assert!(!mm::has_room());
+        pieces.iter_mut().step_by(gone).for_each(|piece| drop(piece.take()));
+        assert!(mm::has_room(), "so much is free");
+        assert!(pieces.iter().flatten().all(|piece| piece.iter().all(|&byte| byte == 0xa5)));
+        assert!(vital.iter().all(|piece| piece.iter().all(|&byte| byte == 0x5a)));
+    }
+    assert!(mm::has_room());
 }
 
 fn panic() {

@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::{GuestId, rank};
+use crate::mm;
 use spin::Once;
 use vmobject::lock::{Held, Ranked};
 
@@ -175,7 +176,8 @@ impl Ring {
     fn put(&mut self, byte: u8) {
         self.total = self.total.wrapping_add(1);
         if self.bytes.len() < LOG_BYTES {
-            if self.bytes.len() == self.bytes.capacity() && self.bytes.try_reserve(1024).is_err() {
+            let full = self.bytes.len() == self.bytes.capacity();
+            if full && (!mm::has_room() || self.bytes.try_reserve(1024).is_err()) {
                 return;
             }
             self.bytes.push(byte);

@@ -307,6 +307,10 @@ pub fn create(
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, CreateError> {
+    // One that begins again needs what it has just given back.
+    if kept.is_none() && !mm::has_room() {
+        return Err(CreateError::OutOfMemory);
+    }
     let map = mm::new_map(held)?;
     let promised = mm::vm().set_vcpus(&map, config.vcpus, held).map_err(CreateError::from);
     match promised.and_then(|()| prepare(&map, id, &config, kept, poll, held)) {

@@ -259,8 +259,11 @@ impl Medium for Reach<'_, '_> {
     }
 
     fn clear(&mut self, at: u64, bytes: u64) -> Reached<u64> {
-        // Zeros that the guest relies on are there, or its request fails.
-        self.dma.discard(self.disk(at)?, bytes)?.ok_or(Fault::Bad)
+        // Zeros that the guest relies on are there, or its request waits, or fails.
+        self.dma.discard(self.disk(at)?, bytes)?.ok_or_else(|| match mm::has_room() {
+            true => Fault::Bad,
+            false => Fault::Wait(WaitFor::Memory),
+        })
     }
 
     fn flush(&mut self, slot: usize, first: bool) -> Reached<bool> {

@@ -149,6 +149,9 @@ pub fn take(
     held: &mut Held<'_, 0>,
 ) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_unloaded());
+    if !mm::has_room() {
+        return Err(VmError::NoMemory.into());
+    }
     let (mut contexts, mut powers) = (Vec::new(), Vec::new());
     contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
     powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
@@ -184,6 +187,9 @@ pub fn make(
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
+    if !mm::has_room() {
+        return Err(VmError::NoMemory.into());
+    }
     let mut vcpus = Vec::new();
     vcpus.try_reserve_exact(snapshot.moment.contexts.len()).map_err(|_| VmError::NoMemory)?;
     let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);

@@ -54,6 +54,11 @@ impl Machine for Metal {
     fn store(&self) -> &Disks {
         &self.store
     }
+
+    #[inline]
+    fn has_room(&self) -> bool {
+        super::has_room()
+    }
 }
 
 static VM: Once<Vm<Metal>> = Once::new();

@@ -144,11 +144,12 @@ impl Host for Guests<'_, '_> {
         let (rest, held) = self.resting();
         let objects = Objects::look(&rest, held);
         let attached = console::attached();
-        let rows = table::all(held).into_iter().map(|guest| {
+        let mut rows = Vec::new();
+        for guest in table::all(held) {
             rest(held);
             let holding = objects.holding(&guest, &rest, held);
             let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.word()).collect();
-            json!({
+            let row = json!({
                 "id": guest.id.0,
                 "name": guest.name(),
                 "state": state(&guest),
@@ -161,9 +162,12 @@ impl Host for Guests<'_, '_> {
                 "limit_pages": guest.map.limit(),
                 "console_bytes": guest.log.total(held),
                 "attached": attached == Some(guest.id),
-            })
-        });
-        Value::Array(rows.collect())
+            });
+            if !view::add_row(&mut rows, || row) {
+                break;
+            }
+        }
+        Value::Array(rows)
     }
 
     fn find(&mut self, guest: &str) -> Result<u32, String> {
@@ -226,7 +230,9 @@ impl Host for Guests<'_, '_> {
         };
         let mut rows = Vec::new();
         while let Some(kept) = snapshot::nth(rows.len(), self.held) {
-            rows.push(row(&kept));
+            if !view::add_row(&mut rows, || row(&kept)) {
+                break;
+            }
             self.rest();
         }
         Value::Array(rows)

@@ -9,6 +9,8 @@ use alloc::string::String;
 use core::fmt::{self, Write};
 use serde_json::Value;
 
+use crate::mm;
+
 /// Bytes of a piece.
 pub const PIECE: usize = 512;
 
@@ -50,9 +52,11 @@ impl Pieces {
         }
     }
 
+    /// What there is no memory for is left out.
     fn append(&mut self, part: &str) {
         match self.0.back_mut().filter(|last| last.len() + part.len() <= PIECE) {
             Some(last) => last.push_str(part),
+            None if !mm::has_room() => {}
             None => {
                 let mut piece = String::with_capacity(PIECE);
                 piece.push_str(part);

@@ -160,7 +160,7 @@ impl Objects {
         let room = [first.try_reserve_exact(places + 1), next.try_reserve_exact(places)];
         if room.iter().any(Result::is_err)
             || shown.try_reserve_exact(places).is_err()
-            || rows.try_reserve_exact(places).is_err()
+            || rows.try_reserve_exact(places + 1).is_err()
         {
             return Value::Array(rows);
         }
@@ -184,7 +184,11 @@ impl Objects {
         while let Some((number, depth)) = open.pop() {
             open.extend(next[number as usize].map(|next| (next, depth)));
             open.extend(first[number as usize].map(|first| (first, depth + 1)));
-            rows.extend(self.get(number).map(|seen| row(seen, depth)));
+            if let Some(seen) = self.get(number)
+                && !add_row(&mut rows, || row(seen, depth))
+            {
+                break;
+            }
             rest(held);
         }
         Value::Array(rows)
@@ -241,6 +245,13 @@ impl Objects {
         value["owners"] = owners;
         value
     }
+}
+
+/// Adds a row to an answer; or, where there is no memory for a longer one, says so and that this is the end.
+pub fn add_row(rows: &mut Vec<Value>, row: impl FnOnce() -> Value) -> bool {
+    let room = mm::has_room();
+    rows.push(if room { row() } else { json!({ "cut": "there is no memory for a longer answer" }) });
+    room
 }
 
 /// Every few steps, interrupts are let in.
@@ -375,15 +386,20 @@ pub fn map(guest: &Arc<Guest>, rest: Rest<'_>, held: &mut Held<'_, 0>) -> Value 
     let (mut entries, mut rows) = (Vec::new(), Vec::new());
     mm::vm().for_each_entry(&guest.map, held, |entry| entries.push(*entry));
     for entry in entries {
-        rows.push(json!({
-            "start": format!("{:#x}", entry.range.start().bits()),
-            "end": format!("{:#x}", entry.range.end().bits()),
-            "pages": entry.range.pages(),
-            "object": entry.object.number(),
-            "first_page": entry.first.number(),
-            "prot": format!("{:?}", entry.prot),
-            "needs_copy": entry.needs_copy,
-        }));
+        let row = || {
+            json!({
+                "start": format!("{:#x}", entry.range.start().bits()),
+                "end": format!("{:#x}", entry.range.end().bits()),
+                "pages": entry.range.pages(),
+                "object": entry.object.number(),
+                "first_page": entry.first.number(),
+                "prot": format!("{:?}", entry.prot),
+                "needs_copy": entry.needs_copy,
+            })
+        };
+        if !add_row(&mut rows, row) {
+            break;
+        }
         rest(held);
     }
     let tables = guest.map.with_pmap(held, |pmap| pmap.tables());

@@ -110,7 +110,7 @@ impl<M: Machine> Vm<M> {
     ) -> Attempt {
         let done = match from.filter(|&frame| !self.machine.memory().is_zero(frame)) {
             Some(frame) => self.copy_up(copy, page, frame, held).is_some(),
-            None => self.objects.gain(copy, page, Slot::Zero, held).is_ok(),
+            None => self.has_room_at(copy, page) && self.objects.gain(copy, page, Slot::Zero, held).is_ok(),
         };
         if !done {
             return Attempt::Wait(WaitFor::Memory);

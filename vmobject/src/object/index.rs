@@ -223,6 +223,12 @@ impl Index {
         }
     }
 
+    /// True if a page can have a slot without more memory.
+    pub fn has_leaf(&self, page: PageIndex) -> bool {
+        let (region, leaf, _) = split(page);
+        self.region(region).is_some_and(|home| home.leaves[leaf].is_some())
+    }
+
     /// What is known of the pages from `first` to the end of its leaf.
     #[inline]
     pub fn rest_of_leaf(&self, first: PageIndex) -> Run<'_> {

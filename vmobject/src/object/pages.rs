@@ -87,6 +87,9 @@ impl<M: Machine> Vm<M> {
         let mut page = range.start;
         while page < below {
             let first = PageIndex::new(page);
+            if !self.has_room_at(state, first) {
+                return Err(Kept::Refused(VmError::NoMemory));
+            }
             let end = page.saturating_add(Index::LEAF_PAGES);
             if state.slots.is_leaf(first) && end <= below {
                 given += self.give_up(state, page..end, held)?;

@@ -38,6 +38,9 @@ impl<M: Machine> Vm<M> {
         shadow: Option<Shadow>,
         held: &mut Held<'_, OUTER>,
     ) -> Result<ObjectId, VmError> {
+        if !self.machine.has_room() {
+            return Err(VmError::NoMemory);
+        }
         let number = self.objects.take_place(held)?;
         let room = self.links.write(held).0.make_room(number);
         let (Some(object), Ok(())) = (self.objects.at(number), room) else {
@@ -208,6 +211,9 @@ impl<M: Machine> Vm<M> {
         wanted: Pfn,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Pfn> {
+        if !self.has_room_at(state, page) {
+            return None;
+        }
         let frame = self.frames.allocate(state.slots.storage(), place, queue, wanted, held)?;
         match self.objects.gain(state, page, Slot::Resident(frame), held) {
             Ok(before) => {
@@ -221,8 +227,15 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// A frame of zeros for a page that is marked zero in an object whose store has something else there.
-    /// `None` for want of memory.
+    /// True if a guest may have a page of an object be something else than absent. What a collapse moves is not asked
+    /// for: it gives back more than it takes.
+    #[inline]
+    pub(crate) fn has_room_at(&self, state: &State, page: PageIndex) -> bool {
+        self.machine.has_room() || state.slots.has_leaf(page)
+    }
+
+    /// A frame of zeros for a page that is marked zero in an object with a store. One that is written to has something
+    /// else there; one that is only read can tell again that these are zeros. `None` for want of memory.
     pub(crate) fn materialise_zero(
         &self,
         state: &mut State,
@@ -231,7 +244,7 @@ impl<M: Machine> Vm<M> {
     ) -> Option<Pfn> {
         let frame = self.give_frame(state, page, Queue::Active, held)?;
         self.machine.memory().zero(frame);
-        self.frames.page(frame).set_dirty(true);
+        self.frames.page(frame).set_dirty(!matches!(state.pager, Pager::Image(_)));
         Some(frame)
     }
 

@@ -99,6 +99,11 @@ impl Slots {
         self.index.replace(self.place(page)?, to)
     }
 
+    /// True if a page can have a slot without more memory.
+    pub fn has_leaf(&self, page: PageIndex) -> bool {
+        self.place(page).is_some_and(|place| self.index.has_leaf(place))
+    }
+
     /// True if a leaf of the index begins at a page.
     pub fn is_leaf(&self, page: PageIndex) -> bool {
         self.place(page).is_some_and(|place| place.number().is_multiple_of(Index::LEAF_PAGES))

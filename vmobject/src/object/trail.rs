@@ -342,6 +342,7 @@ impl<M: Machine> Vm<M> {
             let begins = known.is_none();
             let mut trail = match known {
                 Some(trail) => trail,
+                None if !self.machine.has_room() => return Err(VmError::NoMemory),
                 None => {
                     self.stats.count(Event::TrailLaid);
                     Trail::begin(chunk, version, &state)?

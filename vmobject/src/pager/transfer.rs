@@ -38,8 +38,9 @@ impl<M: Machine> Vm<M> {
             return Ok(None);
         }
         if state.slots.get(wanted) == Slot::Absent && self.expected(&state, wanted) == Expected::Zeros {
-            let marked = self.objects.gain(&mut state, wanted, Slot::Zero, &mut held);
-            return Ok(marked.err().map(|_| WaitFor::Memory));
+            let marked = self.has_room_at(&state, wanted)
+                && self.objects.gain(&mut state, wanted, Slot::Zero, &mut held).is_ok();
+            return Ok((!marked).then_some(WaitFor::Memory));
         }
         let Some(contents) = self.contents(&state, wanted, &mut held) else { return Ok(None) };
         self.bring(&mut state, (wanted, by), contents, started, &mut held).map(Some)

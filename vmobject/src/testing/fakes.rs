@@ -397,6 +397,8 @@ pub struct FakeMachine {
     pub memory: FakeMemory,
     /// Its stores.
     pub store: FakeStore,
+    /// The books are not to grow.
+    pub full: AtomicBool,
 }
 
 impl FakeMachine {
@@ -415,5 +417,8 @@ impl Machine for FakeMachine {
     }
     fn store(&self) -> &FakeStore {
         &self.store
+    }
+    fn has_room(&self) -> bool {
+        !self.full.load(Relaxed)
     }
 }

@@ -63,6 +63,7 @@ pub(super) fn trials() -> Vec<Trial> {
     }));
     trials.push(boot("a_guest_with_more_memory_than_the_host_swaps_and_keeps_its_contents", swaps));
     trials.push(boot("el2_moves_and_fills_every_byte_and_no_other", moves_bytes));
+    trials.push(boot("el2_keeps_heap_for_what_must_not_fail_when_guests_have_filled_it", keeps_some_heap));
     trials.push(boot("u_boot_reaches_its_prompt_and_answers", u_boot_answers));
     trials
 }
@@ -151,6 +152,17 @@ fn stops(name: &str, what: &str, story: &str, function: &str) -> Result<()> {
         ensure!(told.contains(word), "nothing says \"{word}\":\n{told}");
     }
     ensure!(!story.contains("exception") || told.contains("x30 "), "no registers:\n{told}");
+    Ok(())
+}
+
+/// EL2's heap, filled as guests may fill it: what must not fail still finds memory, and what is freed is room again.
+fn keeps_some_heap(name: &str) -> Result<()> {
+    let hello = tiny_guest(name, "hello")?;
+    let words = ["--batch", "--timeout", "120", "--kernel", &hello, "--host-append", "selftest=heap"];
+    start(name, &words)?.finish()?;
+    let log = fs::read_to_string(logs(name).join("hv.log"))?;
+    ensure!(log.matches("self test: heap: full after").count() == 2, "it was not filled twice");
+    ensure!(log.contains("self test: heap: ok"), "the self test did not say that it is well");
     Ok(())
 }
 
