@@ -39,6 +39,8 @@ pub(crate) struct Disk {
     pub(crate) swap: Vec<SwapPlace>,
     /// How much memory may be promised, in hundredths of what there is.
     pub(crate) overcommit: Option<u32>,
+    /// Seconds that a disk may be silent.
+    pub(crate) patience: Option<u64>,
     /// Disks for stored guests by their names, and whether the guest there goes on.
     pub(crate) stored: Vec<(String, bool)>,
     /// The guests to start.
@@ -100,6 +102,9 @@ impl Disk {
         });
         if let Some(percent) = self.overcommit {
             manifest["overcommit_percent"] = json!(percent);
+        }
+        if let Some(seconds) = self.patience {
+            manifest["disk_patience_s"] = json!(seconds);
         }
         manifest.to_string()
     }

@@ -3,6 +3,7 @@
 use crate::apt;
 use crate::on_path;
 use anyhow::{Context, Error, Result, bail, ensure};
+use clap::ValueEnum;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -54,8 +55,17 @@ pub(crate) struct Drive {
     pub(crate) read_only: bool,
     /// Where everything that is written to it is logged.
     pub(crate) log: Option<PathBuf>,
-    /// It takes one write, and the next not for an hour.
-    pub(crate) stalls: bool,
+    /// It does one such thing, and the next not for an hour.
+    pub(crate) stalls: Option<Stall>,
+}
+
+/// What a disk stops doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Stall {
+    /// It takes no more writes.
+    Write,
+    /// It gives nothing back.
+    Read,
 }
 
 /// A disk that fails where it is told to, and a log of what it answered.
@@ -186,8 +196,14 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
                 name(log)
             ),
             None if drive.read_only => format!("format=raw,readonly=on,file={file}"),
-            None if drive.stalls => format!("format=raw,throttling.bps-write=1,file={file}"),
-            None => format!("format=raw,file={file}"),
+            None => match drive.stalls {
+                Some(Stall::Write) => format!("format=raw,throttling.bps-write=1,file={file}"),
+                // Its table can be read before.
+                Some(Stall::Read) => {
+                    format!("format=raw,throttling.bps-read=1,throttling.bps-read-max=1048576,file={file}")
+                }
+                None => format!("format=raw,file={file}"),
+            },
         };
         command
             .args(["-drive", &format!("if=none,id={id},{what}")])

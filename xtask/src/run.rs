@@ -4,7 +4,7 @@ use crate::disk::{Disk, Guest};
 use crate::ending::{Kept, Terminal};
 use crate::errors::Places;
 use crate::options::{self, SwapOn, Writes};
-use crate::qemu::{self, Drive, Errors, Machine};
+use crate::qemu::{self, Drive, Errors, Machine, Stall};
 use crate::script::{self, Script};
 use crate::session::{Prepared, Session};
 use crate::symbols::Log;
@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, value_parser};
 use hv_abi::machine::MAX_VCPUS;
-use hv_abi::manifest::{APPEND_LIMIT, GUESTS_LIMIT};
+use hv_abi::manifest::{APPEND_LIMIT, DISK_PATIENCE_LIMIT, GUESTS_LIMIT};
 use std::fs::{File, TryLockError};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -63,6 +63,13 @@ pub(crate) struct Run {
     /// At how many places of the swap room the disk fails, for tests: READ,WRITE once and READ,WRITE for ever
     #[arg(long, hide = true, requires = "swap", value_parser = Places::parse)]
     pub(crate) swap_errors: Option<Places>,
+    /// What the files with swap room do once and no more, for tests
+    #[arg(long, hide = true, requires = "swap", value_enum)]
+    pub(crate) swap_stall: Option<Stall>,
+    /// How many seconds the hypervisor waits for a disk that has requests and ends none, before it gives it up (0 is
+    /// for ever; without it 120)
+    #[arg(long, value_name = "SECONDS", value_parser = value_parser!(u64).range(..=DISK_PATIENCE_LIMIT))]
+    pub(crate) disk_patience: Option<u64>,
     /// How many MiB a second the disk with the swap room does, for tests
     #[arg(long, hide = true, value_parser = value_parser!(u64).range(1..=1 << 20))]
     pub(crate) swap_rate: Option<u64>,
@@ -161,6 +168,7 @@ impl Run {
         let mut disk = Disk::default();
         disk.stays = self.stays();
         disk.swap.clone_from(&self.swap);
+        disk.patience = self.disk_patience;
         disk.overcommit = self.overcommit.and_then(options::Overcommit::percent);
         disk.stored = self.images.iter().map(|image| (image.name.clone(), image.resumes())).collect();
         if self.images.iter().any(stored::ImageDisk::resumes) {
@@ -251,16 +259,19 @@ impl Run {
                     file: disk.file.clone(),
                     read_only: disk.writes != Writes::Persist,
                     log: None,
-                    stalls: false,
+                    stalls: None,
                 })
                 .collect(),
             swap: self
                 .swap
                 .iter()
                 .filter_map(|place| match &place.on {
-                    SwapOn::File(file) => {
-                        Some(Drive { file: file.clone(), read_only: false, log: None, stalls: false })
-                    }
+                    SwapOn::File(file) => Some(Drive {
+                        file: file.clone(),
+                        read_only: false,
+                        log: None,
+                        stalls: self.swap_stall,
+                    }),
                     SwapOn::Own(_) => None,
                 })
                 .collect(),
@@ -272,7 +283,7 @@ impl Run {
                     file: image.file.clone(),
                     read_only: image.how == stored::Use::ResumeOnly,
                     log: self.image_log.clone().filter(|_| number == 0),
-                    stalls: self.images_stall,
+                    stalls: self.images_stall.then_some(Stall::Write),
                 })
                 .collect(),
             errors: self

@@ -5,8 +5,9 @@
 //! single pages, or two of 126 segments. Headers and statuses live in pages taken once; the segments of a request
 //! are remembered in a pool as large as the queue, for the queue wants to see them again.
 //!
-//! A device that answers what was never asked is broken: it is reset, so that it touches no memory any more, and
-//! everything in flight fails. [`Blk::read_now`] waits, for partition tables at boot.
+//! A device that answers what was never asked is broken, and so is one that somebody has waited for long enough
+//! ([`Blk::silence`], [`Blk::give_up`]): it is reset, and everything in flight fails once it says that it is, for then it
+//! touches no memory any more. [`Blk::read_now`] waits, for partition tables at boot.
 #![expect(unsafe_code, reason = "the device moves bytes to and from memory that is known by address only")]
 
 use super::hal::{Identity, Pages};
@@ -104,6 +105,15 @@ struct Entry {
     next: u16,
 }
 
+/// How a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Health {
+    Well,
+    /// It was told to reset, and has not said yet that it has: it may still touch what is in flight.
+    Resetting,
+    Gone,
+}
+
 /// One disk.
 /// # Invariants
 /// B1. `slots[s]` is `Some` exactly when some `by_head[h]` is `s`, and then the chain of descriptor `h` is in the
@@ -124,7 +134,11 @@ pub struct Blk<T: Transport = Mmio> {
     max_segments: usize,
     max_bytes: u32,
     max_discard: u32,
-    gone: bool,
+    health: Health,
+    /// Requests that have ended.
+    ended: u64,
+    /// What `ended` was when [`Blk::silence`] last heard something, and when that was; not since it was idle.
+    heard: Option<(u64, u64)>,
 }
 
 impl<T: Transport> Blk<T> {
@@ -170,7 +184,9 @@ impl<T: Transport> Blk<T> {
                 .map_or(MAX_SEGMENTS, |max| max.clamp(1, MAX_SEGMENTS)),
             max_bytes,
             max_discard,
-            gone: false,
+            health: Health::Well,
+            ended: 0,
+            heard: None,
         })
     }
 
@@ -264,8 +280,12 @@ impl<T: Transport> Blk<T> {
     /// Acknowledges the interrupt, then gives at most `limit` completions to `done`. Returns their number: call
     /// until it is less than the limit.
     pub fn poll(&mut self, limit: usize, done: &mut dyn FnMut(u64, Result<(), BlkError>)) -> usize {
-        if !self.gone {
-            self.transport.ack_interrupt();
+        match self.health {
+            Health::Well => {
+                self.transport.ack_interrupt();
+            }
+            Health::Resetting if self.transport.get_status() != DeviceStatus::empty() => return 0,
+            Health::Resetting | Health::Gone => self.health = Health::Gone,
         }
         let mut count = 0;
         // Nothing is added meanwhile, so the queue holds no more than there are slots.
@@ -273,8 +293,13 @@ impl<T: Transport> Blk<T> {
             if count == limit {
                 break;
             }
-            let popped = if self.gone { self.fail_one() } else { self.pop() };
+            let popped = match self.health {
+                Health::Well => self.pop(),
+                Health::Resetting => None,
+                Health::Gone => self.fail_one(),
+            };
             let Some((token, result)) = popped else { break };
+            self.ended += 1;
             if let Some(token) = token {
                 done(token, result);
                 count += 1;
@@ -289,8 +314,7 @@ impl<T: Transport> Blk<T> {
         let slot = self.by_head.get_mut(usize::from(head)).and_then(Option::take).map(usize::from);
         let Some((slot, request)) = slot.and_then(|slot| Some((slot, self.slots.get(slot).copied()??)))
         else {
-            self.give_up();
-            return self.fail_one();
+            return self.give_up_now();
         };
         let popped = {
             let mut buffers = ManuallyDrop::new(Buffers::new());
@@ -299,8 +323,7 @@ impl<T: Transport> Blk<T> {
             unsafe { self.queue.pop_used(head, inputs, outputs) }
         };
         if popped.is_err() {
-            self.give_up();
-            return self.fail_one();
+            return self.give_up_now();
         }
         // SAFETY: the status byte lies in the slot, which the device has given back.
         let status = unsafe { at(&self.dma, slot, STATUS_AT).read_volatile() };
@@ -380,7 +403,7 @@ impl<T: Transport> Blk<T> {
         segments: &[Segment],
         token: Option<u64>,
     ) -> Result<(), BlkError> {
-        if self.gone {
+        if self.health != Health::Well {
             return Err(BlkError::Gone);
         }
         let needed = segments.len() + 2;
@@ -418,6 +441,9 @@ impl<T: Transport> Blk<T> {
         debug_assert!(entry.is_none(), "B1");
         *entry = u8::try_from(slot).ok();
         self.slots[slot] = Some(request);
+        if self.in_flight == 0 {
+            self.heard = None;
+        }
         self.in_flight += 1;
         kick(&mut self.transport, &self.queue, 0);
         Ok(())
@@ -447,11 +473,36 @@ impl<T: Transport> Blk<T> {
         }
     }
 
-    /// Resets a broken device, so that it touches no memory any more; [`Blk::poll`] then fails what was in flight.
-    fn give_up(&mut self) {
-        log::error!("disk: broken, {} requests lost", self.in_flight);
-        self.transport.set_status(DeviceStatus::empty());
-        self.gone = true;
+    /// How long there have been requests in flight of which none ended, in the unit of `now`, as far as it is known: to be
+    /// asked now and then.
+    pub fn silence(&mut self, now: u64) -> u64 {
+        match self.heard.filter(|&(ended, _)| ended == self.ended && self.in_flight > 0) {
+            Some((_, since)) => now.saturating_sub(since),
+            None => {
+                self.heard = Some((self.ended, now));
+                0
+            }
+        }
+    }
+
+    /// Resets a device for good. Nothing new is taken; once the device says that it has reset, and so touches no memory any
+    /// more (virtio 1.2, 2.1.2), [`Blk::poll`] fails what was in flight.
+    pub fn give_up(&mut self) {
+        if self.health == Health::Well {
+            log::error!("disk: given up, {} requests lost", self.in_flight);
+            self.transport.set_status(DeviceStatus::empty());
+            self.health = Health::Resetting;
+        }
+    }
+
+    /// The same for one that is broken; the first of what it loses, if it has reset at once.
+    fn give_up_now(&mut self) -> Option<(Option<u64>, Result<(), BlkError>)> {
+        self.give_up();
+        let reset = self.transport.get_status() == DeviceStatus::empty();
+        if reset {
+            self.health = Health::Gone;
+        }
+        reset.then(|| self.fail_one()).flatten()
     }
 
     /// The page to bounce through, behind the slots.

@@ -223,6 +223,38 @@ fn a_disk_that_answers_what_was_not_asked_is_reset_and_all_its_requests_fail() {
 }
 
 #[test]
+fn what_is_lost_with_a_disk_is_told_when_the_disk_has_been_reset_and_not_before() {
+    let (mut blk, disk) = Disk::new(0);
+    let list = [segment(memory(512), 0, 512)];
+    start(&mut blk, Direction::Read, 0, &list, 1).unwrap();
+    disk.device.state().slow = true;
+    blk.give_up();
+    assert_eq!((completions(&mut blk), blk.in_flight()), (vec![], 1), "it may still write there");
+    assert_eq!(start(&mut blk, Direction::Read, 0, &list, 2), Err(BlkError::Gone));
+    disk.device.state().slow = false;
+    assert_eq!((completions(&mut blk), blk.in_flight()), (vec![(1, Err(BlkError::Gone))], 0));
+}
+
+#[test]
+fn a_disk_is_silent_while_it_has_requests_and_ends_none() {
+    let (mut blk, mut disk) = Disk::new(0);
+    let list = [segment(memory(512), 0, 512)];
+    assert_eq!([5, 1000].map(|now| blk.silence(now)), [0, 0], "it has nothing to do");
+    start(&mut blk, Direction::Read, 0, &list, 1).unwrap();
+    assert_eq!([2000, 2100].map(|now| blk.silence(now)), [0, 100], "since it was first asked");
+    start(&mut blk, Direction::Read, 0, &list, 2).unwrap();
+    assert_eq!(blk.silence(2150), 150, "another request is no answer");
+    let chain = disk.device.take(0).unwrap();
+    disk.serve(&chain);
+    assert_eq!(completions(&mut blk), [(1, Ok(()))]);
+    assert_eq!([2200, 2210].map(|now| blk.silence(now)), [0, 10]);
+    disk.serve_all();
+    assert_eq!(completions(&mut blk), [(2, Ok(()))]);
+    start(&mut blk, Direction::Read, 0, &list, 3).unwrap();
+    assert_eq!([9000, 9001].map(|now| blk.silence(now)), [0, 1], "it was idle meanwhile");
+}
+
+#[test]
 fn a_chain_given_back_twice_is_noticed() {
     let (mut blk, mut disk) = Disk::new(0);
     let list = [segment(memory(512), 0, 512)];

@@ -34,6 +34,8 @@ pub(super) struct State {
     config: Vec<u8>,
     queues: [Queue; QUEUES],
     pub(super) kicks: usize,
+    /// It does not say yet that it has been reset.
+    pub(super) slow: bool,
 }
 
 /// The driver's side.
@@ -66,6 +68,7 @@ impl FakeTransport {
             config,
             queues: [Queue::default(); QUEUES],
             kicks: 0,
+            slow: false,
         })))
     }
 
@@ -138,7 +141,8 @@ impl Transport for FakeTransport {
         self.state().kicks += 1;
     }
     fn get_status(&self) -> DeviceStatus {
-        self.state().status
+        let state = self.state();
+        if state.slow { DeviceStatus::DEVICE_NEEDS_RESET } else { state.status }
     }
     fn set_status(&mut self, status: DeviceStatus) {
         let mut state = self.state();

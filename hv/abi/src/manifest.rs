@@ -45,6 +45,8 @@ pub const DISK_ID: &str = "guest-disk-";
 pub const IMAGE_DISK_ID: &str = "stored-guest-";
 /// Disks for stored guests at most.
 pub const STORED_LIMIT: usize = 8;
+/// The longest that somebody may want a silent disk to be waited for, in seconds.
+pub const DISK_PATIENCE_LIMIT: u64 = 86_400;
 /// Disks of one guest at most.
 pub const DISKS_LIMIT: usize = 8;
 /// The format that this build reads and writes.

@@ -85,6 +85,9 @@ fn swap(manifest: &Manifest, held: &mut Held<'_, 0>) {
     if let Some(percent) = manifest.overcommit {
         mm::vm().set_overcommit(Overcommit::Percent(percent), held);
     }
+    if let Some(seconds) = manifest.disk_patience {
+        mm::disks().set_patience(seconds);
+    }
 }
 
 /// Looks what is stored on a disk; the guest goes on if that is asked for.

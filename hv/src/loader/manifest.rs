@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::bounded;
 use hv_abi::machine::{MAX_VCPUS, RAM_LEAST, RAM_LIMIT};
 use hv_abi::manifest::{
-    APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT, IMAGE_DISK_ID,
-    NAME_LIMIT, PRIORITY_MOST, STORED_LIMIT, SWAP_DISK_ID, SWAP_LIMIT, VERSION,
+    APPEND_LIMIT, DEFAULT_MEMORY_MIB, DISK_ID, DISK_PATIENCE_LIMIT, DISKS_LIMIT, FORK_LIMIT, GUESTS_LIMIT,
+    IMAGE_DISK_ID, NAME_LIMIT, PRIORITY_MOST, STORED_LIMIT, SWAP_DISK_ID, SWAP_LIMIT, VERSION,
 };
 use serde_json::{Map, Value};
 
@@ -27,6 +27,8 @@ pub struct Manifest {
     pub batch: bool,
     /// How much memory may be promised, in hundredths of what there is; without it, any.
     pub overcommit: Option<u32>,
+    /// Seconds that a disk may be silent before it is given up; 0 is for ever.
+    pub disk_patience: Option<u64>,
     /// Exact lengths of images.
     pub images: Vec<Image>,
     /// Disks for stored guests.
@@ -221,6 +223,7 @@ pub fn parse(bytes: &[u8]) -> Parsed<Manifest> {
     let mut manifest = Manifest { batch: top.flag("batch")?.unwrap_or(false), ..Manifest::default() };
     let percent = top.number("overcommit_percent", 100, u64::from(u32::MAX))?;
     manifest.overcommit = percent.and_then(|percent| u32::try_from(percent).ok());
+    manifest.disk_patience = top.number("disk_patience_s", 0, DISK_PATIENCE_LIMIT)?;
     for (place, value) in top.list("images")? {
         let mut object = Object::new(&place, value)?;
         let partition = object.required_name("partition")?;

@@ -13,6 +13,8 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+
 use arrayvec::ArrayVec;
 use board::gpt::{self, GptError, Partition};
 use board::platform::Interrupt;
@@ -30,10 +32,23 @@ const PER_PAGE: u64 = PAGE_SIZE / SECTOR;
 /// [`SECTOR`], as the length of a buffer.
 const SECTOR_BYTES: usize = 512;
 
+/// How long a disk may have requests and end none before it is given up, unless somebody says otherwise.
+const PATIENCE_S: u64 = 120;
+/// After how long a silence is told of.
+const TELL_S: u64 = 10;
+
 /// One disk.
 struct Disk {
     blk: SpinMutex<Blk>,
     interrupt: Interrupt,
+    /// It was told that it says nothing.
+    told: AtomicBool,
+}
+
+impl Disk {
+    const fn new(blk: Blk, interrupt: Interrupt) -> Self {
+        Self { blk: SpinMutex::new(blk), interrupt, told: AtomicBool::new(false) }
+    }
 }
 
 /// What a store is.
@@ -101,16 +116,23 @@ impl Part {
 }
 
 /// All disks and their stores. Made at boot; later only what halves hold changes.
-#[derive(Default)]
 pub struct Disks {
     disks: Vec<Disk>,
     parts: Vec<Part>,
+    /// Seconds of silence after which a disk is given up; 0 is never.
+    patience: AtomicU64,
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Disks {
     /// No disks.
     pub const fn new() -> Self {
-        Self { disks: Vec::new(), parts: Vec::new() }
+        Self { disks: Vec::new(), parts: Vec::new(), patience: AtomicU64::new(PATIENCE_S) }
     }
 
     /// Adds a disk: the partitions of its table, or all of it if it is for guests. Waits for the disk: for boot.
@@ -126,7 +148,7 @@ impl Disks {
                 let nothing = Extent { first_sector: 0, sectors: 0 };
                 parts.extend((0..SLOTS).map(|_| Part::new(disk, Kind::Half, &id, nothing)));
             }
-            self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
+            self.disks.push(Disk::new(blk, interrupt));
             return Ok(());
         }
         let known = parts.len();
@@ -153,7 +175,7 @@ impl Disks {
         } else {
             read?;
         }
-        self.disks.push(Disk { blk: SpinMutex::new(blk), interrupt });
+        self.disks.push(Disk::new(blk, interrupt));
         Ok(())
     }
 
@@ -254,6 +276,43 @@ impl Disks {
             }
         }
         count
+    }
+
+    /// How many seconds a disk may have requests and end none before it is given up; 0 is for ever.
+    pub fn set_patience(&self, seconds: u64) {
+        self.patience.store(seconds, Relaxed);
+    }
+
+    /// Tells of disks that have requests and end none, and gives up those that do so for too long (invariant I12): [`Self::poll`]
+    /// then fails what they had. To be called about once a second, with what the counter says and its frequency.
+    pub fn watch(&self, now: u64, freq: u64) {
+        let patience = self.patience.load(Relaxed);
+        for (number, disk) in self.disks.iter().enumerate() {
+            let (silence, in_flight) = {
+                let mut blk = disk.blk.lock();
+                (blk.silence(now) / freq.max(1), blk.in_flight())
+            };
+            let gives_up = patience > 0 && silence >= patience;
+            let tells = silence >= TELL_S;
+            if (tells || gives_up) && !disk.told.swap(true, Relaxed) {
+                log::warn!(
+                    "{}: {in_flight} requests, and none has ended for {silence} s",
+                    self.told_disk(number)
+                );
+            }
+            if !tells {
+                disk.told.store(false, Relaxed);
+            }
+            if gives_up {
+                disk.blk.lock().give_up();
+            }
+        }
+    }
+
+    /// A disk in words: by the first store on it.
+    fn told_disk(&self, number: usize) -> String {
+        let name = self.parts.iter().find(|part| part.disk == number).map_or("?", |part| part.name.as_str());
+        format!("disk {number} (\"{name}\")")
     }
 
     /// True while a transfer is in flight on any disk.
@@ -476,7 +535,7 @@ mod tests {
         let half = Part::new(0, Kind::Half, "hv-image-0", Extent { first_sector: 0, sectors: 0 });
         *half.view.lock() = Some(View { name: "golden".into(), header, sums: Vec::new() });
         let disks =
-            Disks { disks: Vec::new(), parts: [Part::new(0, Kind::Partition, "swap", part()), half].into() };
+            Disks { parts: [Part::new(0, Kind::Partition, "swap", part()), half].into(), ..Disks::new() };
         let lost = |store, page, error| disks.told(LostPage { store: StoreId(store), page, error });
         assert_eq!(
             lost(0, 2, StoreError::Io),

@@ -144,12 +144,11 @@ impl Host for Guests<'_, '_> {
         let (rest, held) = self.resting();
         let objects = Objects::look(&rest, held);
         let attached = console::attached();
-        let mut rows = Vec::new();
-        for guest in table::all(held) {
+        let rows = table::all(held).into_iter().map(|guest| {
             rest(held);
             let holding = objects.holding(&guest, &rest, held);
             let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.word()).collect();
-            let row = json!({
+            json!({
                 "id": guest.id.0,
                 "name": guest.name(),
                 "state": state(&guest),
@@ -162,12 +161,9 @@ impl Host for Guests<'_, '_> {
                 "limit_pages": guest.map.limit(),
                 "console_bytes": guest.log.total(held),
                 "attached": attached == Some(guest.id),
-            });
-            if !view::add_row(&mut rows, || row) {
-                break;
-            }
-        }
-        Value::Array(rows)
+            })
+        });
+        view::all_rows(rows)
     }
 
     fn find(&mut self, guest: &str) -> Result<u32, String> {

@@ -254,6 +254,15 @@ pub fn add_row(rows: &mut Vec<Value>, row: impl FnOnce() -> Value) -> bool {
     room
 }
 
+/// An answer of these rows, as far as there is memory for it.
+pub fn all_rows(mut each: impl Iterator<Item = Value>) -> Value {
+    let mut rows = Vec::new();
+    while let Some(row) = each.next()
+        && add_row(&mut rows, || row)
+    {}
+    Value::Array(rows)
+}
+
 /// Every few steps, interrupts are let in.
 fn pause(step: u32, rest: Rest<'_>, held: &mut Held<'_, 0>) {
     if step.is_multiple_of(FEW) {

@@ -16,6 +16,8 @@ pub(super) const CHORES: u32 = 12;
 
 /// How long a CPU sleeps at most while there are chores for the daemon or the monitor.
 const ROUND_MS: u64 = 5;
+/// The same while a disk has requests: one that has gone silent tells nobody.
+pub(super) const WATCH_MS: u64 = 1000;
 
 /// Sleeps until something happens, and handles the interrupt. Not while there is `more` to do for the memory
 /// manager.
@@ -28,8 +30,11 @@ pub(super) fn sleep(cpu: &mut Cpu, more: bool, outside: &dyn Outside, held: &mut
     // Whoever makes a vCPU ready after this sees the flag; whoever did before left it in the queue.
     if !super::has_next(cpu.id, held) {
         // A chore that is not done yet waits for something that need not come as an interrupt here.
-        let round =
-            super::CHORES.load(Ordering::SeqCst).then(|| timer::now().saturating_add(ticks(ROUND_MS)));
+        let round = match super::CHORES.load(Ordering::SeqCst) {
+            true => Some(ROUND_MS),
+            false => crate::mm::disks().is_busy().then_some(WATCH_MS),
+        };
+        let round = round.map(|most| timer::now().saturating_add(ticks(most)));
         match cpu.sleepers.next().into_iter().chain(round).min() {
             Some(deadline) => timer::arm_host(deadline),
             None => timer::disarm_host(),

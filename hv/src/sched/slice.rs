@@ -19,8 +19,8 @@ use vmobject::lock::{Held, Ranked};
 
 use super::load::{Cpu, ticks};
 use super::{
-    ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, is_anybody_ready, start,
-    wake,
+    ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, idle, is_anybody_ready,
+    start, wake,
 };
 
 /// The interrupt by which CPUs kick each other.
@@ -289,8 +289,9 @@ fn stand_still(
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // As in `idle`: whoever comes after this sees the flag.
     if !is_anybody_ready(held) {
-        cpu.sleepers.next().map_or_else(timer::disarm_host, timer::arm_host);
         let begun = timer::now();
+        let watch = begun.saturating_add(ticks(idle::WATCH_MS));
+        timer::arm_host(cpu.sleepers.next().map_or(watch, |next| next.min(watch)));
         irq::wait_for_interrupt();
         cpu.stood = cpu.stood.wrapping_add(timer::now().wrapping_sub(begun));
     }

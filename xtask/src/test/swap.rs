@@ -6,10 +6,12 @@ use crate::monitored::{Monitored, number, rows, text};
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
+use std::fs::{self, File};
 
 pub(super) fn trials() -> Vec<Trial> {
     vec![
         boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing),
+        boot("a_swap_disk_that_falls_silent_is_given_up_and_whoever_waited_for_it_goes_on", silent),
         boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
         boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, &SMALL)),
         boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| {
@@ -125,6 +127,53 @@ fn failing(name: &str) -> Result<()> {
     machine.ask("kill late")?;
     nothing_left(&mut machine)?;
     machine.shutdown()
+}
+
+/// A disk with swap room stops answering. Whoever waits for it does so for a bounded time, then it is given up: guests that
+/// had pages there lose those and go on, the others wait for memory, visibly, until somebody gives some back.
+fn silent(name: &str) -> Result<()> {
+    const GIVEN_UP: &str = "given up";
+    let thrash = tiny_guest(name, "thrash")?;
+    let file = logs(name).join("swap.img");
+    let swap = file.display().to_string();
+    let told = |which: &str| -> Result<()> {
+        let log = fs::read_to_string(logs(name).join("hv.log"))?;
+        let wanted = ["and none has ended for", GIVEN_UP];
+        ensure!(
+            wanted.iter().all(|words| log.contains(words)),
+            "{which}: nothing is told of the disk:\n{log}"
+        );
+        Ok(())
+    };
+    let words = ["--timeout", "120", "--host-memory", "128M", "--memory", "96M", "--guests", "2"];
+    let more = ["--swap", &swap, "--overcommit", "none", "--disk-patience", "5", "--kernel", &thrash];
+    let words = [&words[..], &STAYS, &more].concat();
+    for (which, rounds) in [("read", "linger rounds=2"), ("write", "linger rounds=1")] {
+        fs::create_dir_all(logs(name))?;
+        File::create(&file)?.set_len(256 << 20)?;
+        let mut machine =
+            monitored(name, &[&words[..], &["--swap-stall", which, "--append", rounds]].concat())?;
+        machine.until("swap", |swap| swap["devices"][0]["state"] == "gone")?;
+        told(which)?;
+        machine.check()?;
+        if which == "write" {
+            // Who waits for memory can be seen, and goes on with what another gives back.
+            machine.until("guests", |guests| {
+                let waits = |guest: &Value| guest["vcpus"].as_str() == Some("no-memory");
+                guests.as_array().is_some_and(|guests| guests.iter().all(waits))
+            })?;
+            machine.ask("kill guest1")?;
+        }
+        let mut lost = 0;
+        for guest in ["guest0", "guest1"].into_iter().take(if which == "write" { 1 } else { 2 }) {
+            machine.ask(&format!("wait {guest} \"guest thrash: ok\""))?;
+            lost += given_up(&mut machine, guest)?.context("it did not say how many")?;
+        }
+        ensure!(which == "write" || lost > 0, "no page was lost with the disk");
+        machine.check()?;
+        machine.shutdown()?;
+    }
+    Ok(())
 }
 
 /// Nobody lives any more: no slot is taken.
