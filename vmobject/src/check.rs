@@ -18,6 +18,7 @@ use crate::object::{Life, ObjectId, Pager, State};
 use crate::page::{Owner, Queue};
 use crate::pmap::{Leaf, Pmap as _};
 use crate::prot::Prot;
+use crate::rmap::Looker;
 use crate::store::Machine;
 
 /// What was looked at, when all of it was in order.
@@ -246,7 +247,9 @@ impl<M: Machine> Vm<M> {
                 audit.leaves += 1;
                 let sight = self.survey(entry, at, &mut held);
                 // Who has a device shares it on purpose.
-                Self::check_leaf(entry, at, leaf, sight.slot, sight.shared && !entry.device)?;
+                let shared =
+                    leaf.prot.allows(Prot::WRITE) && !entry.device && self.is_shared(entry, at, &mut held);
+                Self::check_leaf(entry, at, leaf, sight.slot, shared)?;
                 if entry.device {
                     if self.owner(leaf.frame) != Owner::Absent {
                         return broken(
@@ -313,6 +316,57 @@ impl<M: Machine> Vm<M> {
         }
     }
 
+    /// True if anybody else may see the page that an entry shows at an address.
+    fn is_shared<const OUTER: u8>(&self, entry: &Entry, at: Ipa, held: &mut Held<'_, OUTER>) -> bool {
+        let (mut object, mut page) = (entry.object, entry.page_at(at));
+        let mut shared = entry.needs_copy;
+        while let (Some(index), false) = (page, shared) {
+            let below = {
+                let (state, _held) = self.objects.get(object).read(held);
+                let absent = state.slots.get(index) == Slot::Absent && state.pager == Pager::None;
+                state.below(index).filter(|_| absent)
+            };
+            let Some((next, index)) = below else { break };
+            (object, page) = (next, Some(index));
+            let (alone, anonymous) = {
+                let (state, _held) = self.objects.get(object).read(held);
+                (state.is_sole_anonymous(), state.pager == Pager::None)
+            };
+            shared = !alone && !(anonymous && self.is_seen_once(object.number(), index, held));
+        }
+        shared
+    }
+
+    /// True if one shadow of an object shows a page of it, and nobody else does: others show other parts of it, as after a
+    /// copy of a range.
+    fn is_seen_once<const OUTER: u8>(
+        &self,
+        number: u32,
+        page: PageIndex,
+        held: &mut Held<'_, OUTER>,
+    ) -> bool {
+        let (known, once) = {
+            let (links, _held) = self.links.read(held);
+            let (children, mappings) = links.counts(number);
+            let looker = links.looker(number, page);
+            let once = matches!(looker, Looker::Shadow(one) if links.next_looker(one, page).is_none());
+            (children + mappings, once)
+        };
+        let Some(object) = self.objects.at(number) else { return false };
+        let refs = object.read(held).0.refs;
+        once && refs == known + self.dead_shadows(number, held)
+    }
+
+    /// How many objects shadow another that are dead, and show nothing of it any more, but have their reference still.
+    fn dead_shadows<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> u32 {
+        let others = (0..self.objects.used(held)).filter_map(|other| self.objects.at(other));
+        let dead = others.filter(|other| {
+            let (state, _held) = other.read(held);
+            state.life == Life::Dying && state.shadow.is_some_and(|below| below.object.number() == number)
+        });
+        dead.fold(0, |count, _| count + 1)
+    }
+
     /// True if something else sees a page of an object than what shadows it, be it dead already.
     fn is_used<const OUTER: u8>(&self, number: u32, page: PageIndex, held: &mut Held<'_, OUTER>) -> bool {
         let (children, mappings, mapped) = {
@@ -322,13 +376,7 @@ impl<M: Machine> Vm<M> {
         };
         let Some(object) = self.objects.at(number) else { return false };
         let refs = object.read(held).0.refs;
-        let others = (0..self.objects.used(held)).filter_map(|other| self.objects.at(other));
-        let dead = others.filter(|other| {
-            let (state, _held) = other.read(held);
-            state.life == Life::Dying && state.shadow.is_some_and(|below| below.object.number() == number)
-        });
-        let dead = dead.count();
-        mapped || u32::try_from(dead).is_ok_and(|dead| refs > children + mappings + dead)
+        mapped || refs > children + mappings + self.dead_shadows(number, held)
     }
 
     /// The object that receives what changes in another one.

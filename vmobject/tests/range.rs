@@ -266,3 +266,30 @@ fn a_clone_of_a_guest_whose_memory_is_protected_may_be_allowed_to_write_its_own(
     assert_eq!(rig.load(&clone, at(2, 77)), Ok(byte_of(2)));
     rig.check();
 }
+
+#[test]
+fn a_page_that_goes_down_may_be_written_though_a_dead_copy_of_another_range_holds_what_is_below() {
+    let rig = Rig::new(256);
+    let guest = rig.guest(64);
+    rig.fill(&guest, 0..64);
+    let kept = rig.vm.snapshot(&guest, &mut Held::root()).unwrap();
+    for page in 50..54 {
+        rig.store(&guest, at(page, 0), 1).unwrap();
+    }
+    rig.vm.delete_snapshot(kept, &mut Held::root());
+    // Some of the four go down to the other sixty, and stay writable.
+    let moved = rig.vm.stats().collapse_moved;
+    rig.vm.step(3, &mut Held::root());
+    assert_eq!((rig.vm.stats().collapse_moved - moved, rig.objects()), (2, 2));
+    let part = rig.map();
+    copy(&rig, &guest, pages(60, 4), &part, at(60, 0));
+    rig.store(&part, at(60, 0), 2).unwrap();
+    while rig.vm.stats().bypassed == 0 {
+        assert!(rig.vm.step(3, &mut Held::root()), "the first object has nothing in the range");
+    }
+    rig.check();
+    rig.vm.destroy_map(part, &mut Held::root());
+    rig.check();
+    rig.settle();
+    rig.check();
+}

@@ -14,7 +14,6 @@ use crate::lock::{Descent, Held, OBJECT};
 use crate::map::Entry;
 use crate::object::index::Slot;
 use crate::object::{Hop, ObjectId, Pager, Role, State};
-use crate::rmap::Looker;
 use crate::stats::Event;
 use crate::store::{Machine, StoreId};
 
@@ -113,10 +112,9 @@ impl<M: Machine> Vm<M> {
         at: Ipa,
         held: &mut Held<'_, OUTER>,
     ) -> Sight {
-        let nothing = Sight { slot: Slot::Absent, shared: entry.needs_copy, store: None };
+        let nothing = Sight { slot: Slot::Absent, store: None };
         let Some(mut index) = entry.page_at(at) else { return nothing };
         let mut chain = self.objects.get(entry.object).descend(held);
-        let mut shared = entry.needs_copy;
         loop {
             let state = chain.here();
             let slot = state.slots.get(index);
@@ -126,23 +124,10 @@ impl<M: Machine> Vm<M> {
             };
             let slot = state.pager.device_frame(index).map_or(slot, Slot::Resident);
             let below = state.below(index).filter(|_| slot == Slot::Absent && store.is_none());
-            let Some((object, next)) = below else { return Sight { slot, shared, store } };
+            let Some((object, next)) = below else { return Sight { slot, store } };
             self.objects.get(object).step_down(&mut chain);
             index = next;
-            let (here, held) = chain.split();
-            shared |= !here.is_sole_anonymous() && !self.is_seen_once(here, index, held);
         }
-    }
-
-    /// True if one shadow of an object shows a page of it, and nobody else does: others show other parts of it, as after a
-    /// copy of a range.
-    fn is_seen_once(&self, state: &State, page: PageIndex, held: &mut Held<'_, OBJECT>) -> bool {
-        let number = state.id().number();
-        let (links, _held) = self.links.read(held);
-        let (children, mappings) = links.counts(number);
-        children + mappings == state.refs
-            && state.pager == Pager::None
-            && matches!(links.looker(number, page), Looker::Shadow(first) if links.next_looker(first, page).is_none())
     }
 }
 
@@ -150,8 +135,6 @@ impl<M: Machine> Vm<M> {
 pub(crate) struct Sight {
     /// The slot that decides it.
     pub(crate) slot: Slot,
-    /// Somebody else may see the same.
-    pub(crate) shared: bool,
     /// If the slot is absent: the store and its page that have the contents. Else the page is zero.
     pub(crate) store: Option<(StoreId, PageIndex)>,
 }

@@ -108,6 +108,9 @@ impl<M: Machine> Vm<M> {
         if owner.slots.get(theirs) != Slot::Resident(frame) || self.frames.page(frame).is_busy() {
             return None;
         }
+        if !self.has_room_at(top, ours) {
+            return Some(Err(VmError::NoMemory));
+        }
         let gained = self.objects.gain(top, ours, Slot::Resident(frame), held);
         Some(gained.map(|_| {
             if owner.lose(theirs) {

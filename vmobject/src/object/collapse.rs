@@ -251,16 +251,15 @@ impl<M: Machine> Vm<M> {
         // What is pushed there is for us, too; what is absent there may be in its store.
         let holds_all = backing.role != Role::Plain || backing.pager != Pager::None;
         if holds_all && !full {
-            let known = top.blocked_at != NOWHERE;
-            return self.stop_at_absent(top, if known { top.blocked_at } else { 0 }, left);
+            return self.stop_at_absent(top, left);
         }
         if !full {
             let limit = shadow.limit + u32::from(self.has(Defect::BypassLooksPastTheEnd));
             let end = shadow.offset.checked_add(limit).unwrap_or(PageIndex::new(u32::MAX));
             // What was seen before counts only if nothing came to be there since.
-            let known = top.blocked_at != NOWHERE && top.blocked_since == backing.gains;
+            let known = top.blocked_at != NOWHERE && !top.blocked_all && top.blocked_since == backing.gains;
             let seen = if known { top.blocked_at } else { 0 };
-            top.blocked_since = backing.gains;
+            (top.blocked_since, top.blocked_all) = (backing.gains, false);
             let mut from = shadow.offset.checked_add(seen)?;
             while let Some((page, _)) = backing.slots.next_present(from..end) {
                 let ours = page.checked_sub(shadow.offset.number())?;
@@ -304,10 +303,15 @@ impl<M: Machine> Vm<M> {
         Some(Progress::Done)
     }
 
-    /// Remembers the first page that an object has not, those before `from` being there: an object below that holds
-    /// all may not be passed over before that comes.
-    fn stop_at_absent(&self, top: &mut State, from: u32, left: &mut u32) -> Option<Progress> {
-        let mut page = from;
+    /// Remembers the first page that an object has not: one below that holds all is not passed over before that comes.
+    fn stop_at_absent(&self, top: &mut State, left: &mut u32) -> Option<Progress> {
+        let absent = |top: &State, page| top.slots.get(PageIndex::new(page)) == Slot::Absent;
+        if top.blocked_at != NOWHERE && absent(top, top.blocked_at) {
+            return None;
+        }
+        let known = top.blocked_at != NOWHERE && top.blocked_all;
+        let mut page = if known { top.blocked_at } else { 0 };
+        top.blocked_all = true;
         while page < top.pages {
             top.blocked_at = page;
             if *left == 0 {

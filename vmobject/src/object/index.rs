@@ -229,6 +229,11 @@ impl Index {
         self.region(region).is_some_and(|home| home.leaves[leaf].is_some())
     }
 
+    /// True if a whole leaf can be made zero without more memory.
+    pub fn has_region(&self, page: PageIndex) -> bool {
+        self.region(split(page).0).is_some()
+    }
+
     /// What is known of the pages from `first` to the end of its leaf.
     #[inline]
     pub fn rest_of_leaf(&self, first: PageIndex) -> Run<'_> {

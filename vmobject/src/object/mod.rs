@@ -165,6 +165,8 @@ pub struct State {
     blocked_at: u32,
     /// What `gains` of the object below was when that was found out.
     blocked_since: u32,
+    /// It was found out of one that holds all: every page before it is here.
+    blocked_all: bool,
     /// Something has shadowed it; or somebody may look at it through a map while it receives pages.
     pub(crate) shadowed: bool,
     /// How far it is read ahead in swap.
@@ -202,6 +204,7 @@ impl State {
             leaving: 0,
             blocked_at: NOWHERE,
             blocked_since: 0,
+            blocked_all: false,
             shadowed: false,
             ahead: Ahead::new(),
             trails: Trails::new(),

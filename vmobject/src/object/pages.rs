@@ -87,15 +87,21 @@ impl<M: Machine> Vm<M> {
         let mut page = range.start;
         while page < below {
             let first = PageIndex::new(page);
-            if !self.has_room_at(state, first) {
+            let end = page.saturating_add(Index::LEAF_PAGES);
+            let whole = state.slots.is_leaf(first) && end <= below;
+            // A mark that is there already is left alone: its leaf may be one bit.
+            let marked = !whole && state.slots.get(first) == Slot::Zero;
+            let fits = if whole { state.slots.has_region(first) } else { state.slots.has_leaf(first) };
+            if !fits && !marked && !self.machine.has_room() {
                 return Err(Kept::Refused(VmError::NoMemory));
             }
-            let end = page.saturating_add(Index::LEAF_PAGES);
-            if state.slots.is_leaf(first) && end <= below {
+            if whole {
                 given += self.give_up(state, page..end, held)?;
                 state.slots.zero_leaf(first).map_err(Kept::Refused)?;
                 self.objects.gained(state, page..end, held);
                 page = end;
+            } else if marked {
+                page += 1;
             } else {
                 given += self.give_up(state, page..page + 1, held)?;
                 self.objects.gain(state, first, Slot::Zero, held).map_err(Kept::Refused)?;

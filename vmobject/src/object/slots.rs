@@ -104,6 +104,11 @@ impl Slots {
         self.place(page).is_some_and(|place| self.index.has_leaf(place))
     }
 
+    /// True if the leaf that begins at a page can be made zero without more memory.
+    pub fn has_region(&self, page: PageIndex) -> bool {
+        self.place(page).is_some_and(|place| self.index.has_region(place))
+    }
+
     /// True if a leaf of the index begins at a page.
     pub fn is_leaf(&self, page: PageIndex) -> bool {
         self.place(page).is_some_and(|place| place.number().is_multiple_of(Index::LEAF_PAGES))

@@ -332,7 +332,12 @@ impl<M: Machine> Vm<M> {
                 return Ok(false);
             }
             let chunk = state.slots.place(page).ok_or(VmError::Range)?.number() / CHUNK_PAGES;
-            let (known, calm, unfinished) = match state.trails.take(chunk) {
+            let taken = state.trails.take(chunk);
+            // One that takes another's place needs no more than that had.
+            if taken.is_none() && !self.machine.has_room() {
+                return Err(VmError::NoMemory);
+            }
+            let (known, calm, unfinished) = match taken {
                 Some(trail) if trail.version == version => (Some(trail), true, false),
                 Some(trail) => (None, false, trail.rest.is_some()),
                 // Two that want the same place, each a part at a time, would take it from each other for ever.
@@ -342,7 +347,6 @@ impl<M: Machine> Vm<M> {
             let begins = known.is_none();
             let mut trail = match known {
                 Some(trail) => trail,
-                None if !self.machine.has_room() => return Err(VmError::NoMemory),
                 None => {
                     self.stats.count(Event::TrailLaid);
                     Trail::begin(chunk, version, &state)?
