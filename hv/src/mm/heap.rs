@@ -85,6 +85,13 @@ pub fn has_room() -> bool {
     !OPEN.load(Relaxed) || is_eased()
 }
 
+/// Bytes of the arena, and how many of them are free; what is set aside is not.
+pub fn heap_bytes() -> (usize, usize) {
+    let talc = HEAP.lock();
+    let counters = talc.get_counters();
+    (counters.claimed_bytes, counters.available_bytes)
+}
+
 #[cold]
 fn is_eased() -> bool {
     let mut talc = HEAP.lock();

@@ -20,11 +20,17 @@ pub mod tables;
 pub mod machine;
 
 #[cfg(target_os = "none")]
-pub use heap::has_room;
+pub use heap::{has_room, heap_bytes};
 /// False while guests may not have the books grow; the host has room.
 #[cfg(not(target_os = "none"))]
 pub const fn has_room() -> bool {
     true
+}
+
+/// Bytes of the heap, and how many of them are free; the host's are its own business.
+#[cfg(not(target_os = "none"))]
+pub const fn heap_bytes() -> (usize, usize) {
+    (0, 0)
 }
 
 pub use machine::{Map, disks, load_guest, map_of, new_map, told, vm};

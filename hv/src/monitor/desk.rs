@@ -175,6 +175,9 @@ impl Request {
     }
 }
 
+/// Told where there is no memory for an answer.
+const CUT: &str = "there is no memory for the whole answer";
+
 /// Parses as no command; its answer says what was wrong.
 const OVERLONG: &str = "a-line-that-is-too-long";
 
@@ -378,31 +381,20 @@ fn answer(door: Door, reply: Reply, front: &dyn Front, cpu: &Cpu, held: &mut Hel
             while let Some(piece) = text.pop() {
                 show(&piece.replace('\n', "\r\n"), front, &mut rest);
             }
+            if text.is_cut() {
+                front.show(&format!("\r\n[{CUT}]\r\n"));
+            }
             paced::discard(reply.json, &mut rest);
             let mut prompt = String::new();
             DESK.lock(held).0.console.prompt(&mut prompt);
             front.show(&prompt);
         }
         Door::Port { id, text } => {
-            let mut line = Pieces::new();
-            line.add("{", &mut rest);
-            if let Some(id) = id {
-                line.add("\"id\":", &mut rest);
-                paced::write_json(&id, &mut line, &mut rest);
-                line.add(",", &mut rest);
+            let mut line = sent(id.as_ref(), &reply, text, &mut rest);
+            if line.is_cut() {
+                // A part of it would be no JSON.
+                line = sent(id.as_ref(), &cmd::refusal(CUT), text, &mut rest);
             }
-            line.add(if reply.ok { "\"ok\":true,\"reply\":" } else { "\"ok\":false,\"reply\":" }, &mut rest);
-            paced::write_json(&reply.json, &mut line, &mut rest);
-            if text {
-                line.add(",\"text\":\"", &mut rest);
-                let mut text = reply.text(&mut rest);
-                while let Some(piece) = text.pop() {
-                    paced::write_part(&piece, &mut line, &mut rest);
-                    rest();
-                }
-                line.add("\"", &mut rest);
-            }
-            line.add("}\n", &mut rest);
             paced::discard(reply.json, &mut rest);
             while let Some(piece) = line.pop() {
                 DESK.lock(held).0.output.push(piece);
@@ -411,6 +403,30 @@ fn answer(door: Door, reply: Reply, front: &dyn Front, cpu: &Cpu, held: &mut Hel
             flush(front, cpu, held);
         }
     }
+}
+
+/// An answer as a line for the control port.
+fn sent(id: Option<&Value>, reply: &Reply, text: bool, rest: &mut dyn FnMut()) -> Pieces {
+    let mut line = Pieces::new();
+    line.add("{", rest);
+    if let Some(id) = id {
+        line.add("\"id\":", rest);
+        paced::write_json(id, &mut line, rest);
+        line.add(",", rest);
+    }
+    line.add(if reply.ok { "\"ok\":true,\"reply\":" } else { "\"ok\":false,\"reply\":" }, rest);
+    paced::write_json(&reply.json, &mut line, rest);
+    if text {
+        line.add(",\"text\":\"", rest);
+        let mut text = reply.text(rest);
+        while let Some(piece) = text.pop() {
+            paced::write_part(&piece, &mut line, rest);
+            rest();
+        }
+        line.add("\"", rest);
+    }
+    line.add("}\n", rest);
+    line
 }
 
 /// Shows text at the console, a few characters at a time.

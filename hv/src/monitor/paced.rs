@@ -13,35 +13,45 @@ use crate::mm;
 
 /// Bytes of a piece.
 pub const PIECE: usize = 512;
+/// Pieces that there is memory for always: lists end early where there is no room, and what else is answered is not longer.
+const SPARE: usize = 512;
 
 /// Text in pieces: what is there is not moved when more comes.
 #[derive(Debug, Default)]
-pub struct Pieces(VecDeque<String>);
+pub struct Pieces {
+    pieces: VecDeque<String>,
+    cut: bool,
+}
 
 impl Pieces {
     /// None yet.
     pub const fn new() -> Self {
-        Self(VecDeque::new())
+        Self { pieces: VecDeque::new(), cut: false }
     }
 
     /// True when there are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.pieces.is_empty()
+    }
+
+    /// True when there was no memory for all of it: the end is missing.
+    pub const fn is_cut(&self) -> bool {
+        self.cut
     }
 
     /// The first.
     pub fn first(&self) -> Option<&str> {
-        self.0.front().map(String::as_str)
+        self.pieces.front().map(String::as_str)
     }
 
     /// Takes the first away.
     pub fn pop(&mut self) -> Option<String> {
-        self.0.pop_front()
+        self.pieces.pop_front()
     }
 
     /// Puts one behind the others.
     pub fn push(&mut self, piece: String) {
-        self.0.push_back(piece);
+        self.pieces.push_back(piece);
     }
 
     /// Adds text of any length.
@@ -52,15 +62,22 @@ impl Pieces {
         }
     }
 
-    /// What there is no memory for is left out.
-    fn append(&mut self, part: &str) {
-        match self.0.back_mut().filter(|last| last.len() + part.len() <= PIECE) {
-            Some(last) => last.push_str(part),
-            None if !mm::has_room() => {}
-            None => {
-                let mut piece = String::with_capacity(PIECE);
-                piece.push_str(part);
-                self.0.push_back(piece);
+    /// Fills the last piece, and begins new ones as long as there is memory: what came after a gap would be taken for what
+    /// was there.
+    fn append(&mut self, mut part: &str) {
+        while !part.is_empty() && !self.cut {
+            let room = self.pieces.back().map_or(0, |last| PIECE.saturating_sub(last.len()));
+            let (now, after) = part.split_at(part.floor_char_boundary(room));
+            let spare = self.pieces.len() < SPARE;
+            match self.pieces.back_mut().filter(|_| !now.is_empty()) {
+                Some(last) => {
+                    last.push_str(now);
+                    part = after;
+                }
+                None if spare || mm::has_room() => {
+                    self.pieces.push_back(String::with_capacity(PIECE));
+                }
+                None => self.cut = true,
             }
         }
     }
