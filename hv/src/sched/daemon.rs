@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use crate::guest::create::Kept;
 use crate::guest::exit::Ending;
 use crate::guest::{Guest, create, table};
+use crate::mm;
 use vmobject::lock::Held;
 
 use super::fork::inherit_limit;
@@ -29,14 +30,15 @@ fn begin_again(old: &Arc<Guest>, cpu: &Cpu, outside: &dyn Outside, held: &mut He
         return false;
     }
     let kept = Kept { log: old.log.clone(), birth: old.birth.clone() };
-    let guest =
-        match create::create(id, config, Some(kept), &|held| take_interrupts(cpu, outside, held), held) {
-            Ok(guest) => guest,
-            Err(error) => {
-                log::error!("guest {id}: cannot start again: {error}");
-                return false;
-            }
-        };
+    let poll = |held: &mut Held<'_, 0>| take_interrupts(cpu, outside, held);
+    // It needs what it has just given back; where the heap is full, its vCPUs wait for more.
+    let guest = match mm::vitally(|| create::create(id, config, Some(kept), &poll, held)) {
+        Ok(guest) => guest,
+        Err(error) => {
+            log::error!("guest {id}: cannot start again: {error}");
+            return false;
+        }
+    };
     inherit_limit(old.map.limit(), &guest, held);
     match launch_again(guest, held) {
         Ok(()) => true,
