@@ -12,6 +12,7 @@ mod disks;
 mod filesystem;
 mod generations;
 mod guests;
+mod heap;
 mod loaded;
 mod machine;
 mod modules;
@@ -103,6 +104,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(swap_places::trials());
         trials.extend(balloon::trials());
         trials.extend(guests::trials());
+        trials.extend(heap::trials());
     }
     if options.matrix {
         trials.extend(boot::matrix());

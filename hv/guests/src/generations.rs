@@ -3,8 +3,8 @@
 //!
 //! With `alone` it forks itself and the parent dies, `generations=2314` times, and the last looks at every page. Else
 //! each generation begins when `w` is typed, so that whoever types it can keep what was there before; when `c` is
-//! typed it looks at every page. Nothing but the pages says what must be in them: the writes repeat from the
-//! number of the generation.
+//! typed it looks at every page, and with `r` its machine begins again. Nothing but the pages says what must be in them:
+//! the writes repeat from the number of the generation.
 //! Options: `pages=16384`, `writes=8`, `talk=0` (KiB that it prints before, for whoever wants a long log).
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -101,6 +101,7 @@ pub fn run(machine: &Machine) {
         match console::asleep_until_typed() {
             b'w' => println!("generation {} lived", shape.live()),
             b'c' => shape.check(),
+            b'r' => power::reset(),
             _ => {}
         }
     }

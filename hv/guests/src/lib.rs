@@ -80,6 +80,8 @@ pub mod touch;
 pub mod wfi;
 #[cfg(target_os = "none")]
 pub mod wild;
+#[cfg(target_os = "none")]
+pub mod zeros;
 
 /// Makes a program of the guest that a module has; it is called like the module, or as said.
 #[macro_export]

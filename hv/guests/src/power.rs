@@ -23,6 +23,12 @@ pub fn off() -> ! {
     }
 }
 
+/// Has the machine begin again.
+pub fn reset() -> ! {
+    hvc(psci::SYSTEM_RESET.into(), [0; 3]);
+    panic!("SYSTEM_RESET came back");
+}
+
 /// Starts vCPU `index` at an address of the caller's choice; its X0 will be `context`.
 pub fn cpu_on_at(index: usize, entry: u64, context: u64) -> i64 {
     hvc(psci::CPU_ON.into(), [affinity(index), entry, context])[0].cast_signed()

@@ -96,6 +96,18 @@ impl Queue {
     /// Offers a buffer, which the device writes or reads.
     pub fn offer(&mut self, place: u64, bytes: u32, written: bool) {
         describe(self.at, place, bytes, if written { 2 } else { 0 }, 0);
+        self.publish();
+    }
+
+    /// Offers a request: bytes that the device reads, and behind them bytes that it writes.
+    pub fn ask(&mut self, (from, length): (u64, u32), (to, room): (u64, u32)) {
+        describe(self.at, from, length, 1, 1);
+        describe(self.at + 16, to, room, 2, 0);
+        self.publish();
+    }
+
+    /// Makes what the table's beginning describes available.
+    fn publish(&mut self) {
         write16(self.at + AVAILABLE + 4 + 2 * u64::from(self.next % SIZE), 0);
         self.next = self.next.wrapping_add(1);
         instruction!("dsb ish");
