@@ -1,8 +1,6 @@
 //! When there is no more memory for the books: what would have them grow waits or is refused, and leaves nothing behind;
 //! what they have room for goes on, and so does what gives room back.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail")]
-
 use std::sync::atomic::Ordering::Relaxed;
 
 use vmobject::VmError;
