@@ -307,8 +307,8 @@ fn table(rows: &[Value], indent: usize, out: &mut Pieces, rest: &mut dyn FnMut()
                 Some((_, widest)) => *widest = width.max(*widest),
                 None => columns.push((key.clone(), width.max(key.len()))),
             }
+            rest();
         }
-        rest();
     }
     columns
         .sort_by_cached_key(|(name, _)| FIRST.iter().position(|first| first == name).unwrap_or(FIRST.len()));
