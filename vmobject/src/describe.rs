@@ -1,8 +1,12 @@
 //! Saying what there is: objects, maps, memory, for the monitor and for people.
 //!
 //! Each answer is a value first ([`ObjectInfo`], [`MemoryInfo`]) and text second, so that a program can
-//! have the same. Locks are taken for one object at a time: a live machine is a moving picture.
+//! have the same. Locks are taken for one object at a time: a live machine is a moving picture. `tree` says how the
+//! objects hang together, and what of them is whose share.
 
+mod tree;
+
+use alloc::sync::Arc;
 use core::fmt::{self, Write};
 
 use crate::Vm;
@@ -12,6 +16,11 @@ use crate::object::index::SlotCounts;
 use crate::object::{Life, ObjectId, Pager, Role, Shadow};
 use crate::page::{Owner, QueueLengths};
 use crate::store::Machine;
+
+pub use tree::{Holding, Node, Pages, Rest, Tree};
+
+/// How far a line of the tree is indented at most.
+const MAX_INDENT: usize = 8;
 
 /// One object.
 #[derive(Clone, Copy, Debug)]
@@ -125,20 +134,30 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// Writes a line for each object.
+    /// Writes the objects as a tree, a line for each, what is shadowed above what shadows it; then what each of these maps
+    /// holds of them. A share of `9/2` is nine pages for two maps.
     pub fn describe_objects<const OUTER: u8>(
         &self,
+        maps: impl IntoIterator<Item = (u32, Arc<Map<M>>)>,
         out: &mut dyn Write,
         held: &mut Held<'_, OUTER>,
     ) -> fmt::Result {
-        writeln!(out, "object    pages    resident swapped  zero     refs pager     shadows")?;
+        let Ok(mut tree) = self.object_tree(maps, &|_| (), held) else {
+            return writeln!(out, "no memory to draw the objects in");
+        };
+        writeln!(out, "object       pages    resident swapped  zero     refs share      pager")?;
         let mut result = Ok(());
-        self.for_each_object(held, |info| {
+        tree.draw(None, &|_| (), held, |node, depth, _| {
             if result.is_ok() {
-                result = line(out, &info);
+                result = line(out, node, depth);
             }
         });
-        result
+        result?;
+        for (name, Holding { private, shared, swapped, share }) in tree.holdings() {
+            write!(out, "map {name}: {private} private, {shared} shared, {swapped} swapped; ")?;
+            writeln!(out, "its share {} and {} swapped", share.resident, share.swapped)?;
+        }
+        writeln!(out, "no map: {} and {} swapped", tree.unseen.resident, tree.unseen.swapped)
     }
 
     /// Writes a line for each entry of a map.
@@ -204,18 +223,16 @@ impl<M: Machine> Vm<M> {
     }
 }
 
-fn line(out: &mut dyn Write, info: &ObjectInfo) -> fmt::Result {
-    let (number, counts) = (info.id.number(), info.counts);
-    write!(out, "{number:<9} {:<8} {:<8} {:<8} ", info.pages, counts.resident, counts.swapped)?;
-    write!(out, "{:<8} {:<4} ", counts.zero, info.refs)?;
+fn line(out: &mut dyn Write, node: &Node, depth: usize) -> fmt::Result {
+    let (info, counts, indent) = (&node.info, node.info.counts, depth.min(MAX_INDENT));
+    let number = info.id.number();
+    write!(out, "{:.<indent$}{number:<width$} ", "", width = 12 - indent)?;
+    write!(out, "{:<8} {:<8} {:<8} {:<8} ", info.pages, counts.resident, counts.swapped, counts.zero)?;
+    write!(out, "{:<4} {:>4}/{:<5} ", info.refs, counts.resident, node.maps)?;
     match info.pager {
-        Pager::None => write!(out, "{:<10}", "-")?,
-        Pager::Image(store) => write!(out, "image {:<4}", store.0)?,
-        Pager::Disk(store) => write!(out, "disk {:<5}", store.0)?,
-        Pager::Device(first) => write!(out, "at {first:<7}")?,
-    }
-    match info.shadow {
-        None => writeln!(out, "-"),
-        Some(Shadow { object, .. }) => writeln!(out, "{}", object.number()),
+        Pager::None => writeln!(out, "-"),
+        Pager::Image(store) => writeln!(out, "image {}", store.0),
+        Pager::Disk(store) => writeln!(out, "disk {}", store.0),
+        Pager::Device(first) => writeln!(out, "at {first}"),
     }
 }

@@ -36,7 +36,7 @@
 //! | vm_object_collapse | [`Vm::step`] (`object/collapse.rs`, `object/prune.rs`) | `clone`, all; `defects::d9_the_side_with_fewer_pages_moves`; `swap::a_chain_of_swapped_generations_becomes_one_without_io_d2_d4` |
 //! | vm_object_page_remove | [`Vm::discard`] | `discard`, all |
 //! | vm_object_coalesce | [`Vm::insert`] of new memory behind memory | `coalesce::memory_that_is_put_behind_memory_becomes_part_of_it_and_is_used_like_it` |
-//! | vm_object_print | [`Vm::describe_objects`], [`Vm::for_each_object`] | `fault::the_books_can_be_printed` |
+//! | vm_object_print | [`Vm::describe_objects`], a tree with each map's share; [`Vm::object_tree`] is the value (`describe/tree.rs`) | `tree`, all; `fault::the_books_can_be_printed` |
 //! | vm_map_copyin, copyout: part of a map | [`Vm::copy_in`], [`Vm::copy_out`] | `range::a_copy_of_a_range_has_what_was_there_and_sees_nothing_that_is_written_later`; `range`, all |
 //! | vm_map_protect, clipping | [`Vm::protect`] (`map/part.rs`) | `range::a_range_that_may_not_be_written_is_read_and_not_written_until_it_may`; `exhaustive` and the simulator |
 //! | vm_map, `needs_copy` | [`map::Map`], [`map::Entry::needs_copy`] | `fault::entries_that_overlap_or_lie_outside_their_object_are_refused_and_leave_nothing_behind` |

@@ -485,7 +485,7 @@ fn the_books_can_be_printed() {
     let guest = guest_on_image(&rig, 16);
     rig.store(&guest, at(0, 0), 1).unwrap();
     let (mut text, held) = (String::new(), &mut Held::root());
-    rig.vm.describe_objects(&mut text, held).unwrap();
+    rig.vm.describe_objects([(1, guest.clone())], &mut text, held).unwrap();
     rig.vm.describe_map(&guest, &mut text, held).unwrap();
     rig.vm.describe_memory(&mut text, held).unwrap();
     assert!(text.contains("image 3") && text.contains("rwx"), "{text}");

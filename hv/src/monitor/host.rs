@@ -146,7 +146,8 @@ impl Host for Guests<'_, '_> {
         let attached = console::attached();
         let rows = table::all(held).into_iter().map(|guest| {
             rest(held);
-            let holding = objects.holding(&guest, &rest, held);
+            let holding = objects.holding(&guest);
+            rest(held);
             let states: Vec<&str> = guest.vcpus.iter().map(|vcpu| vcpu.word()).collect();
             json!({
                 "id": guest.id.0,
@@ -157,6 +158,7 @@ impl Host for Guests<'_, '_> {
                 "private_pages": holding.private,
                 "shared_pages": holding.shared,
                 "swapped_pages": holding.swapped,
+                "share_pages": holding.share.resident,
                 "own_pages": mm::vm().own_frames(&guest.map, held),
                 "limit_pages": guest.map.limit(),
                 "console_bytes": guest.log.total(held),

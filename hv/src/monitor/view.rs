@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 
 use serde_json::{Map as Fields, Value, json};
 use vmobject::addr::PAGE_SIZE;
-use vmobject::describe::ObjectInfo;
+use vmobject::describe::{Holding, Node, Tree};
 use vmobject::lock::Held;
 use vmobject::map::LimitError;
 use vmobject::object::Pager;
@@ -25,9 +25,6 @@ use crate::mm;
 /// KiB in a page.
 pub const PAGE_KIB: u64 = PAGE_SIZE / 1024;
 
-/// How many guests are named beside an object that they map.
-const MAX_NAMED: usize = 4;
-
 /// How far a line of the tree is indented at most; its depth is a column of its own.
 const MAX_INDENT: usize = 24;
 
@@ -37,159 +34,40 @@ const FEW: u32 = 8;
 /// Lets interrupts in between short parts of long work (invariant I6).
 pub type Rest<'r> = &'r dyn Fn(&mut Held<'_, 0>);
 
-/// An object, and who has it.
-struct Seen {
-    info: ObjectInfo,
-    /// Guests that map it: how many, and the first of them.
-    guests: usize,
-    named: [u32; MAX_NAMED],
-    /// More than one reference leads to it, by itself or by what shadows it.
-    shared: bool,
-}
-
-/// Every live object, in the place of its number. Empty when there is no memory for the list.
-pub struct Objects(Vec<Option<Seen>>);
-
-/// Pages that a guest can reach without asking a pager, by whose they are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Holding {
-    /// Resident in objects that nobody else can reach.
-    pub private: u64,
-    /// Resident in objects that others reach too.
-    pub shared: u64,
-    /// Swapped out, its own or shared.
-    pub swapped: u64,
-}
+/// Every live object and what each guest sees of them. Empty when there is no memory for the picture.
+pub struct Objects(Tree);
 
 impl Objects {
     /// Looks at all objects and all guests.
     pub fn look(rest: Rest<'_>, held: &mut Held<'_, 0>) -> Self {
-        let mut objects = Self(Vec::new());
-        let places = mm::vm().object_places(held);
-        if objects.0.try_reserve_exact(places as usize).is_err() {
-            return objects;
-        }
-        for number in 0..places {
-            let seen = |info| Seen { info, guests: 0, named: [0; MAX_NAMED], shared: false };
-            objects.0.push(mm::vm().object(number, held).map(seen));
-            pause(number, rest, held);
-        }
-        for guest in table::all(held) {
-            mm::vm()
-                .for_each_entry(&guest.map, held, |entry| objects.name(entry.object.number(), guest.id.0));
-            rest(held);
-        }
-        for number in 0..places {
-            let twice = |seen: &&mut Seen| seen.info.refs > 1;
-            let mut next = objects.get_mut(number).filter(twice).map(|_| number);
-            while let Some(seen) = next.and_then(|number| objects.get_mut(number)).filter(|seen| !seen.shared)
-            {
-                seen.shared = true;
-                next = below(&seen.info);
-                pause(next.unwrap_or_default(), rest, held);
-            }
-            pause(number, rest, held);
-        }
-        objects
+        let maps = table::all(held).into_iter().map(|guest| (guest.id.0, guest.map.clone()));
+        Self(mm::vm().object_tree(maps, rest, held).unwrap_or_default())
     }
 
-    fn get(&self, number: u32) -> Option<&Seen> {
-        self.0.get(number as usize)?.as_ref()
+    /// What a guest sees, and its share of that.
+    pub fn holding(&self, guest: &Guest) -> Holding {
+        self.0.holdings().find(|(id, _)| *id == guest.id.0).map(|(_, holding)| holding).unwrap_or_default()
     }
 
-    fn get_mut(&mut self, number: u32) -> Option<&mut Seen> {
-        self.0.get_mut(number as usize)?.as_mut()
-    }
-
-    /// Notes that a guest maps an object; all entries of a guest are noted together.
-    fn name(&mut self, number: u32, guest: u32) {
-        let Some(seen) = self.get_mut(number) else { return };
-        let last = seen.guests.checked_sub(1).and_then(|last| seen.named.get(last));
-        if last == Some(&guest) {
-            return;
-        }
-        if let Some(place) = seen.named.get_mut(seen.guests) {
-            *place = guest;
-        }
-        seen.guests += 1;
-    }
-
-    /// Shows each object that a guest reaches to `each`, once.
-    fn reached(
-        &self,
-        guest: &Guest,
-        rest: Rest<'_>,
-        held: &mut Held<'_, 0>,
-        mut each: impl FnMut(u32, &Seen),
-    ) {
-        let (mut tops, mut known) = (Vec::new(), Vec::new());
-        if known.try_reserve_exact(self.0.len()).is_err() {
-            return;
-        }
-        known.resize(self.0.len(), false);
-        mm::vm().for_each_entry(&guest.map, held, |entry| tops.push(entry.object.number()));
-        for top in tops {
-            let mut next = Some(top);
-            while let Some((number, seen)) = next.and_then(|number| Some((number, self.get(number)?))) {
-                let Some(known) = known.get_mut(number as usize).filter(|known| !**known) else { break };
-                *known = true;
-                each(number, seen);
-                next = below(&seen.info);
-                pause(number, rest, held);
-            }
-        }
-    }
-
-    /// Whose the pages are that a guest reaches.
-    pub fn holding(&self, guest: &Guest, rest: Rest<'_>, held: &mut Held<'_, 0>) -> Holding {
-        let mut holding = Holding::default();
-        self.reached(guest, rest, held, |_, seen| {
-            let resident = u64::from(seen.info.counts.resident);
-            *(if seen.shared { &mut holding.shared } else { &mut holding.private }) += resident;
-            holding.swapped += u64::from(seen.info.counts.swapped);
-        });
-        holding
-    }
-
-    /// The objects that `guest` reaches, or all: what is shadowed above what shadows it, indented by depth.
-    pub fn tree(&self, guest: Option<&Guest>, rest: Rest<'_>, held: &mut Held<'_, 0>) -> Value {
-        let places = self.0.len();
-        // The first that shadows each object, and the next that shadows the same; behind all, those that shadow nothing.
-        let (mut first, mut next, mut shown) = (Vec::new(), Vec::new(), Vec::new());
+    /// The objects that `guest` sees, or all: what is shadowed above what shadows it, indented by depth.
+    pub fn tree(&mut self, guest: Option<&Guest>, rest: Rest<'_>, held: &mut Held<'_, 0>) -> Value {
         let mut rows = Vec::new();
-        let room = [first.try_reserve_exact(places + 1), next.try_reserve_exact(places)];
-        if room.iter().any(Result::is_err)
-            || shown.try_reserve_exact(places).is_err()
-            || rows.try_reserve_exact(places + 1).is_err()
-        {
+        let Ok(tops) = guest.map(|guest| mm::vm().tops(&guest.map, held)).transpose() else {
             return Value::Array(rows);
-        }
-        first.resize(places + 1, None);
-        next.resize(places, None);
-        shown.resize(places, guest.is_none());
-        if let Some(guest) = guest {
-            self.reached(guest, rest, held, |number, _| shown[number as usize] = true);
-        }
-        for number in (0..u32::try_from(places).unwrap_or(u32::MAX)).rev() {
-            let place = number as usize;
-            if let Some(seen) = self.get(number).filter(|_| shown[place]) {
-                let above = below(&seen.info).map(|below| below as usize);
-                let above = above.filter(|above| shown.get(*above) == Some(&true)).unwrap_or(places);
-                next[place] = first[above].replace(number);
-            }
-            pause(number, rest, held);
-        }
-        // Depth first without recursion: a chain may be thousands long.
-        let mut open: Vec<(u32, usize)> = first[places].iter().map(|&number| (number, 0)).collect();
-        while let Some((number, depth)) = open.pop() {
-            open.extend(next[number as usize].map(|next| (next, depth)));
-            open.extend(first[number as usize].map(|first| (first, depth + 1)));
-            if let Some(seen) = self.get(number)
-                && !add_row(&mut rows, || row(seen, depth))
-            {
-                break;
-            }
-            rest(held);
+        };
+        if rows.try_reserve_exact(self.0.places() as usize).is_ok() {
+            let mut more = true;
+            self.0.draw(tops.as_deref(), rest, held, |node, depth, held| {
+                if more {
+                    more = add_row(&mut rows, || {
+                        let mut row = row(node, depth);
+                        rest(held);
+                        add_sharing(&mut row, node);
+                        row
+                    });
+                    rest(held);
+                }
+            });
         }
         Value::Array(rows)
     }
@@ -198,8 +76,8 @@ impl Objects {
     pub fn memory(&self, rest: Rest<'_>, held: &mut Held<'_, 0>) -> Value {
         let memory = mm::vm().memory(held);
         let (mut resident, mut cached, mut shared_frames, mut index_bytes) = (0, 0, 0, 0);
-        for (seen, number) in self.0.iter().zip(0..) {
-            if let Some(Seen { info, shared, .. }) = seen {
+        for (node, number) in self.0.objects().zip(0..) {
+            if let Some(Node { info, shared, .. }) = node {
                 *(if info.cached { &mut cached } else { &mut resident }) += u64::from(info.counts.resident);
                 shared_frames += if *shared { u64::from(info.counts.resident) } else { 0 };
                 index_bytes += info.index_bytes as u64;
@@ -208,9 +86,11 @@ impl Objects {
         }
         // What the guests would hold if each had a copy of all that it reaches.
         let (mut copies, mut guest_bytes) = (0, 0);
-        for guest in table::all(held) {
-            let holding = self.holding(&guest, rest, held);
+        for ((_, holding), step) in self.0.holdings().zip(0..) {
             copies += holding.private + holding.shared;
+            pause(step, rest, held);
+        }
+        for guest in table::all(held) {
             guest_bytes += guest.heap_bytes(held);
             rest(held);
         }
@@ -231,6 +111,7 @@ impl Objects {
             "guests_shared": shared_frames,
             "guests_private": resident - shared_frames,
             "if_nothing_were_shared": copies,
+            "no_guests": self.0.unseen.resident,
         });
         rest(held);
         let mut value = json!({
@@ -275,13 +156,8 @@ fn pause(step: u32, rest: Rest<'_>, held: &mut Held<'_, 0>) {
     }
 }
 
-/// What an object shadows.
-fn below(info: &ObjectInfo) -> Option<u32> {
-    info.shadow.map(|shadow| shadow.object.number())
-}
-
-fn row(seen: &Seen, depth: usize) -> Value {
-    let info = &seen.info;
+fn row(node: &Node, depth: usize) -> Value {
+    let info = &node.info;
     let number = info.id.number();
     json!({
         "object": number,
@@ -294,11 +170,18 @@ fn row(seen: &Seen, depth: usize) -> Value {
         "references": info.refs,
         "cached": info.cached,
         "pager": pager(info.pager),
-        "shadows": below(info),
+        "shadows": info.shadow.map(|shadow| shadow.object.number()),
         "transfers": info.paging,
         "index_bytes": info.index_bytes,
-        "guests": named(seen),
     })
+}
+
+/// Adds who has an object: which guests map it, how many see it, and how many of its pages each of these has to answer for.
+fn add_sharing(row: &mut Value, node: &Node) {
+    row["guests"] = named(node).into();
+    row["seen_by"] = node.maps.into();
+    row["share_pages"] = node.info.counts.resident.checked_div(node.maps).into();
+    row["shared"] = node.shared.into();
 }
 
 /// The slots of swap, each store's part of them, what pageout did, and what was promised.
@@ -374,10 +257,10 @@ fn swap_device(device: &SwapDevice) -> Value {
     })
 }
 
-fn named(seen: &Seen) -> String {
-    let mut words: Vec<String> = seen.named.iter().take(seen.guests).map(ToString::to_string).collect();
-    if seen.guests > MAX_NAMED {
-        words.push(format!("+{}", seen.guests - MAX_NAMED));
+fn named(node: &Node) -> String {
+    let mut words: Vec<String> = node.names().map(|name| name.to_string()).collect();
+    if node.entered > words.len() {
+        words.push(format!("+{}", node.entered - words.len()));
     }
     words.join(" ")
 }

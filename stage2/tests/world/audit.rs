@@ -123,7 +123,8 @@ impl World {
 
     fn objects(&self) -> String {
         let mut objects = String::new();
-        let _ = self.vm.describe_objects(&mut objects, &mut Held::root());
+        let maps = self.guests.iter().map(|guest| (guest.name, guest.map.clone()));
+        let _ = self.vm.describe_objects(maps, &mut objects, &mut Held::root());
         objects
     }
 

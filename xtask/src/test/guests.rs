@@ -96,6 +96,11 @@ fn eight(name: &str) -> Result<()> {
     ensure!(owners("guests_resident")? == total(&guests, "private_pages")? + shared, "{memory}");
     let apart = total(&guests, "private_pages")? + total(&guests, "shared_pages")?;
     ensure!(owners("if_nothing_were_shared")? == apart, "{memory}, {guests}");
+    let (parts, others) = (total(&guests, "share_pages")?, owners("no_guests")?);
+    ensure!(
+        parts + others == owners("guests_resident")? + owners("cached")?,
+        "the guests' shares are not all pages: {memory}, {guests}"
+    );
     // What they freed of the images they have reported, and share no more; of the rest seven have no copy.
     let saved = apart - owners("guests_resident")?;
     ensure!(shared > 1000 && saved == 7 * shared, "sharing saves {saved} pages of {shared}: {memory}");

@@ -16,11 +16,25 @@ const GUESTS: &[&str] = &[
     "private_pages",
     "shared_pages",
     "swapped_pages",
+    "share_pages",
     "console_bytes",
     "attached",
 ];
-const OBJECTS: &[&str] =
-    &["object", "depth", "pages", "resident", "swapped", "zero", "references", "pager", "shadows", "guests"];
+const OBJECTS: &[&str] = &[
+    "object",
+    "depth",
+    "pages",
+    "resident",
+    "swapped",
+    "zero",
+    "references",
+    "pager",
+    "shadows",
+    "guests",
+    "seen_by",
+    "share_pages",
+    "shared",
+];
 const MAP: &[&str] = &["start", "end", "pages", "object", "first_page", "prot", "needs_copy"];
 const EXITS: &[&str] = &["all", "calls", "mmio", "sysreg", "faults", "interrupts"];
 const TRACE: &[&str] = &["id", "vcpu", "number", "class", "esr", "pc"];
