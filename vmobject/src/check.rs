@@ -332,7 +332,7 @@ impl<M: Machine> Vm<M> {
                 let (state, _held) = self.objects.get(object).read(held);
                 (state.is_sole_anonymous(), state.pager == Pager::None)
             };
-            shared = !alone && !(anonymous && self.is_seen_once(object.number(), index, held));
+            shared = !(alone || anonymous && self.is_seen_once(object.number(), index, held));
         }
         shared
     }

@@ -168,7 +168,8 @@ impl Run {
         let mut disk = Disk::default();
         disk.stays = self.stays();
         disk.swap.clone_from(&self.swap);
-        disk.patience = self.disk_patience;
+        // Counted time passes at a blink while all wait for a disk, which takes its own.
+        disk.patience = self.disk_patience.or(self.icount.then_some(0));
         disk.overcommit = self.overcommit.and_then(options::Overcommit::percent);
         disk.stored = self.images.iter().map(|image| (image.name.clone(), image.resumes())).collect();
         if self.images.iter().any(stored::ImageDisk::resumes) {

@@ -137,7 +137,7 @@ pub struct Blk<T: Transport = Mmio> {
     health: Health,
     /// Requests that have ended.
     ended: u64,
-    /// What `ended` was when [`Blk::silence`] last heard something, and when that was; not since it was idle.
+    /// What `ended` was when [`Blk::silence`] was last asked, and what it said; `None` since it was idle.
     heard: Option<(u64, u64)>,
 }
 
@@ -473,16 +473,13 @@ impl<T: Transport> Blk<T> {
         }
     }
 
-    /// How long there have been requests in flight of which none ended, in the unit of `now`, as far as it is known: to be
-    /// asked now and then.
-    pub fn silence(&mut self, now: u64) -> u64 {
-        match self.heard.filter(|&(ended, _)| ended == self.ended && self.in_flight > 0) {
-            Some((_, since)) => now.saturating_sub(since),
-            None => {
-                self.heard = Some((self.ended, now));
-                0
-            }
-        }
+    /// How long there have been requests in flight of which none ended, as far as it is known, when so much time has `passed`
+    /// since this was last asked.
+    pub fn silence(&mut self, passed: u64) -> u64 {
+        let known = self.heard.filter(|&(ended, _)| ended == self.ended && self.in_flight > 0);
+        let silence = known.map_or(0, |(_, silence)| silence.saturating_add(passed));
+        self.heard = Some((self.ended, silence));
+        silence
     }
 
     /// Resets a device for good. Nothing new is taken; once the device says that it has reset, and so touches no memory any

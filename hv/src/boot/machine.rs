@@ -17,7 +17,7 @@ use ::log::warn;
 use board::gic::Private;
 use board::platform::{Interrupt, Platform};
 use core::fmt::Write as _;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Once;
 use vmobject::lock::Held;
 use vmobject::pager::{Down, Shutdown};
@@ -154,20 +154,6 @@ fn write_disks(held: &mut Held<'_, 0>) -> bool {
     false
 }
 
-/// Looks once a second whether a disk has gone silent.
-fn watch() {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let (now, freq) = (timer::now(), timer::freq());
-    let next = NEXT.load(Ordering::Relaxed);
-    let due = now >= next
-        && NEXT
-            .compare_exchange(next, now.saturating_add(freq), Ordering::Relaxed, Ordering::Relaxed)
-            .is_ok();
-    if due {
-        mm::disks().watch(now, freq);
-    }
-}
-
 /// Delivers what disks have finished.
 fn complete<const R: u8>(held: &mut Held<'_, R>) {
     const { assert!(R < rank::WAITERS) };
@@ -221,8 +207,12 @@ impl Outside for Machine {
     fn look_around(&self, cpu: &mut Cpu, held: &mut Held<'_, 0>) {
         // An interrupt announces what is done; this is for the one that got lost.
         if mm::disks().is_busy() {
-            watch();
             complete(held);
+            let now = timer::now();
+            if mm::disks().is_watch_due(now) {
+                mm::disks().watch(now);
+                complete(held);
+            }
         }
         desk::serve(self, cpu, held);
         if self.deserted.load(Ordering::Relaxed) && self.deserted.swap(false, Ordering::SeqCst) {

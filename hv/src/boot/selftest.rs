@@ -90,11 +90,11 @@ fn copy() {
     }
 }
 
-/// Fills the heap as guests may, in small pieces; then what must not fail still finds memory, and with every other
-/// piece gone, or all of them, there is room again.
+/// Fills the heap as guests may, in small pieces, twice; then what must not fail still finds memory. With every other
+/// piece gone there is no room, for nothing larger would fit; with all of them there is.
 fn heap() {
     assert!(mm::has_room(), "nothing is in it yet");
-    for gone in [2, 1] {
+    for _ in 0..2 {
         let mut pieces: Vec<Option<Box<[u8; 256]>>> = Vec::new();
         pieces.try_reserve_exact(1 << 20).expect("room for the list");
         while mm::has_room() {
@@ -105,13 +105,16 @@ fn heap() {
         }
         let vital: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x5a; 4096]));
         info!("self test: heap: full after {} pieces", pieces.len());
-        assert!(!mm::has_room());
-        pieces.iter_mut().step_by(gone).for_each(|piece| drop(piece.take()));
-        assert!(mm::has_room(), "so much is free");
+        pieces.iter_mut().step_by(2).for_each(|piece| drop(piece.take()));
+        assert!(!mm::has_room(), "all that is free is small");
+        let more: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x3c; 4096]));
         assert!(pieces.iter().flatten().all(|piece| piece.iter().all(|&byte| byte == 0xa5)));
         assert!(vital.iter().all(|piece| piece.iter().all(|&byte| byte == 0x5a)));
+        assert!(more.iter().all(|piece| piece.iter().all(|&byte| byte == 0x3c)));
+        drop((pieces, vital, more));
+        // A few pieces at a time are set aside again.
+        assert!((0..1000).any(|_| mm::has_room()), "all of it is free");
     }
-    assert!(mm::has_room());
 }
 
 fn panic() {

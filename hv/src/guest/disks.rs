@@ -20,7 +20,7 @@ use vmobject::VmError;
 use vmobject::addr::{CHUNK_SIZE, Ipa, IpaRange, PAGE_SIZE, PageIndex};
 use vmobject::fault::WaitFor;
 use vmobject::lock::Held;
-use vmobject::map::Share;
+use vmobject::map::{NotDiscarded, Share};
 use vmobject::object::ObjectId;
 use vmobject::pager::{Clean, Cleaned};
 use vmobject::prot::Prot;
@@ -260,9 +260,12 @@ impl Medium for Reach<'_, '_> {
 
     fn clear(&mut self, at: u64, bytes: u64) -> Reached<u64> {
         // Zeros that the guest relies on are there, or its request waits, or fails.
-        self.dma.discard(self.disk(at)?, bytes)?.ok_or_else(|| match mm::has_room() {
-            true => Fault::Bad,
-            false => Fault::Wait(WaitFor::Memory),
+        self.dma.discard(self.disk(at)?, bytes)?.map_err(|why| match why {
+            NotDiscarded::Refused(VmError::NoMemory) => Fault::Wait(WaitFor::Memory),
+            NotDiscarded::Refused(_)
+            | NotDiscarded::Lost(_)
+            | NotDiscarded::Hole(_)
+            | NotDiscarded::Denied(_) => Fault::Bad,
         })
     }
 

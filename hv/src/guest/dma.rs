@@ -46,9 +46,9 @@ impl Dma<'_, '_> {
         self.copied(copied)
     }
 
-    /// Makes pages of the guest's map zero, from the first of a range on: how many bytes that was. `None` when some stay
-    /// as they are, through no fault of the guest's.
-    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<Option<u64>> {
+    /// Makes pages of the guest's map zero, from the first of a range on: how many bytes that was; or why some stay as they
+    /// are, through no fault of the guest's.
+    pub fn discard(&mut self, at: Ipa, bytes: u64) -> Reached<Result<u64, NotDiscarded>> {
         let end = at.checked_add(bytes).ok_or(Fault::Bad)?;
         let range = IpaRange::new(at, end).ok_or(Fault::Bad)?;
         let discarded = mm::vm().discard(&self.guest.map, range, self.held);
@@ -85,12 +85,15 @@ impl Dma<'_, '_> {
 }
 
 /// What a device makes of a discard of so many bytes. Only what the guest named wrongly is its fault.
-const fn outcome(discarded: Result<Discarded, NotDiscarded>, bytes: u64) -> Reached<Option<u64>> {
+const fn outcome(
+    discarded: Result<Discarded, NotDiscarded>,
+    bytes: u64,
+) -> Reached<Result<u64, NotDiscarded>> {
     match discarded {
-        Ok(Discarded::Done(_)) => Ok(Some(bytes)),
-        Ok(Discarded::Part(pages)) => Ok(Some(pages * PAGE_SIZE)),
+        Ok(Discarded::Done(_)) => Ok(Ok(bytes)),
+        Ok(Discarded::Part(pages)) => Ok(Ok(pages * PAGE_SIZE)),
         Ok(Discarded::Wait(what)) => Err(Fault::Wait(what)),
-        Err(NotDiscarded::Refused(_) | NotDiscarded::Lost(_)) => Ok(None),
+        Err(why @ (NotDiscarded::Refused(_) | NotDiscarded::Lost(_))) => Ok(Err(why)),
         Err(NotDiscarded::Hole(_) | NotDiscarded::Denied(_)) => Err(Fault::Bad),
     }
 }
@@ -118,14 +121,15 @@ mod tests {
     #[test]
     fn only_what_a_guest_names_wrongly_breaks_the_rules_when_it_is_discarded() {
         let at = Ipa::new(RAM_BASE);
-        assert_eq!(outcome(Ok(Discarded::Done(3)), 8192), Ok(Some(8192)));
-        assert_eq!(outcome(Ok(Discarded::Part(1)), 8192), Ok(Some(4096)));
+        assert_eq!(outcome(Ok(Discarded::Done(3)), 8192), Ok(Ok(8192)));
+        assert_eq!(outcome(Ok(Discarded::Part(1)), 8192), Ok(Ok(4096)));
         assert_eq!(outcome(Ok(Discarded::Wait(WaitFor::Memory)), 8192), Err(Fault::Wait(WaitFor::Memory)));
         assert_eq!(outcome(Err(NotDiscarded::Hole(at)), 8192), Err(Fault::Bad));
         assert_eq!(outcome(Err(NotDiscarded::Denied(at)), 8192), Err(Fault::Bad));
         // Ours.
-        assert_eq!(outcome(Err(NotDiscarded::Refused(VmError::NoMemory)), 8192), Ok(None));
+        let full = NotDiscarded::Refused(VmError::NoMemory);
+        assert_eq!(outcome(Err(full), 8192), Ok(Err(full)));
         let lost = LostPage { store: StoreId(0), page: 1, error: StoreError::Io };
-        assert_eq!(outcome(Err(NotDiscarded::Lost(lost)), 8192), Ok(None));
+        assert_eq!(outcome(Err(NotDiscarded::Lost(lost)), 8192), Ok(Err(NotDiscarded::Lost(lost))));
     }
 }

@@ -238,6 +238,10 @@ pub fn restore(
     if let Some(disk) = disks::written_through(&guest.config) {
         return Err(SnapshotError::Disk(disk.id.clone()));
     }
+    // Its generation id needs some, when it is too late to refuse.
+    if !mm::has_room() {
+        return Err(VmError::NoMemory.into());
+    }
     let mut random = snapshot.twin(held);
     let devices = snapshot.devices_now();
     poll(held);

@@ -3,8 +3,8 @@
 //! One arena, taken at boot. Whoever allocates on behalf of a guest uses the `try_` methods of the collections
 //! and turns failure into a refusal; what is left to the aborting ones is bounded by the machine, not by
 //! guests (DESIGN 18). So that these find memory when guests have used all they can get, a part of the arena is set
-//! aside. The first allocation that finds nothing opens it; from then on [`has_room`] says no to whatever guests
-//! would have grow, until so much is free again that the part can be set aside once more.
+//! aside, in pieces. An allocation that finds nothing opens one after the other; from then on [`has_room`] says no to
+//! whatever guests would have grow, until all of them can be set aside once more.
 #![expect(unsafe_code, reason = "the arena is memory by address")]
 
 use core::alloc::Layout;
@@ -17,9 +17,9 @@ use crate::arch::percpu;
 
 #[global_allocator]
 static HEAP: Talck<spin::Mutex<()>, Reserve> =
-    Talc::new(Reserve { block: None, layout: Layout::new::<()>() }).lock();
+    Talc::new(Reserve { first: None, pieces: 0, wanted: 0 }).lock();
 
-/// The part that is set aside is open. Set and cleared under the heap's lock; who reads it without that is late by one
+/// Some of what is set aside is open. Set and cleared under the heap's lock; who reads it without that is late by one
 /// allocation at most.
 static OPEN: AtomicBool = AtomicBool::new(false);
 
@@ -31,39 +31,58 @@ const _: () = assert!(percpu::MAX_CPUS <= 64, "a bit each");
 const RESERVE_SHARE: usize = 16;
 const RESERVE_MIN: usize = 1 << 20;
 const RESERVE_MAX: usize = 8 << 20;
-/// So much of the arena free is room as well, though in pieces too small for the part that is set aside.
-const ROOM_SHARE: usize = 4;
+/// It is set aside in pieces: what many guests leave between them when they end has no room for more in a row. What must
+/// not fail asks for less than this at a time.
+const PIECE_BYTES: usize = 16 << 10;
+const PIECE: Layout = Layout::new::<Piece>();
+/// Pieces that are set aside at one go, once guests run (invariant I6).
+const FEW: usize = 8;
+
+/// A piece of the heap that is set aside.
+#[repr(C, align(16))]
+struct Piece {
+    next: Option<NonNull<Self>>,
+    rest: [u8; PIECE_BYTES - size_of::<usize>()],
+}
 
 /// What is set aside.
 struct Reserve {
-    /// `None` while it is open.
-    block: Option<NonNull<u8>>,
-    layout: Layout,
+    first: Option<NonNull<Piece>>,
+    pieces: usize,
+    wanted: usize,
 }
 
-// SAFETY: the block is memory, and tied to no CPU; only who has the heap's lock touches it.
+// SAFETY: the pieces are memory, and tied to no CPU; only who has the heap's lock touches them.
 unsafe impl Send for Reserve {}
 
 impl OomHandler for Reserve {
     fn handle_oom(talc: &mut Talc<Self>, wanted: Layout) -> Result<(), ()> {
-        let layout = talc.oom_handler.layout;
-        if wanted.size() >= layout.size() {
-            return Err(()); // it would not help
+        if wanted.size() >= PIECE_BYTES {
+            return Err(()); // it can be refused
         }
-        let block = talc.oom_handler.block.take().ok_or(())?;
+        let piece = talc.oom_handler.first.ok_or(())?;
+        // SAFETY: `set_aside` wrote it, and it was nobody's since.
+        talc.oom_handler.first = unsafe { (&raw const (*piece.as_ptr()).next).read() };
+        talc.oom_handler.pieces -= 1;
         OPEN.store(true, Relaxed);
-        // SAFETY: `set_aside` allocated it with this layout, and it was nobody's since.
-        unsafe { talc.free(block, layout) };
+        // SAFETY: `set_aside` allocated it with this layout.
+        unsafe { talc.free(piece.cast(), PIECE) };
         Ok(())
     }
 }
 
-/// Sets a part of the heap aside; false if so much is not free in one piece.
-fn set_aside(talc: &mut Talc<Reserve>) -> bool {
-    // SAFETY: the layout has a size; while no block is there the handler gives nothing.
-    let block = unsafe { talc.malloc(talc.oom_handler.layout) };
-    talc.oom_handler.block = block.ok();
-    let done = talc.oom_handler.block.is_some();
+/// Sets pieces of the heap aside, so many at most; false if not all are there that are wanted.
+fn set_aside(talc: &mut Talc<Reserve>, most: usize) -> bool {
+    for _ in 0..most.min(talc.oom_handler.wanted - talc.oom_handler.pieces) {
+        // SAFETY: the layout has a size. The handler gives nothing for a piece.
+        let Ok(piece) = (unsafe { talc.malloc(PIECE) }) else { break };
+        let piece: NonNull<Piece> = piece.cast();
+        // SAFETY: it was just allocated, with this layout.
+        unsafe { (&raw mut (*piece.as_ptr()).next).write(talc.oom_handler.first) };
+        talc.oom_handler.first = Some(piece);
+        talc.oom_handler.pieces += 1;
+    }
+    let done = talc.oom_handler.pieces == talc.oom_handler.wanted;
     OPEN.store(!done, Relaxed);
     done
 }
@@ -79,10 +98,8 @@ pub unsafe fn init(arena: Range<u64>) {
     // SAFETY: the caller's promise. An arena too small to be used leaves a heap that refuses everything.
     let _ = unsafe { talc.claim(Span::new(start, end)) };
     let bytes = talc.get_counters().claimed_bytes / RESERVE_SHARE;
-    if let Ok(layout) = Layout::from_size_align(bytes.clamp(RESERVE_MIN, RESERVE_MAX), 16) {
-        talc.oom_handler.layout = layout;
-        set_aside(&mut talc);
-    }
+    talc.oom_handler.wanted = bytes.clamp(RESERVE_MIN, RESERVE_MAX) / PIECE_BYTES;
+    set_aside(&mut talc, usize::MAX);
 }
 
 /// False while guests may not have the books grow: what is free is for what must not fail.
@@ -112,8 +129,5 @@ fn is_eased() -> bool {
     if VITAL.load(Relaxed) & 1 << percpu::cpu() != 0 {
         return true;
     }
-    let mut talc = HEAP.lock();
-    let counters = talc.get_counters();
-    let plenty = counters.available_bytes >= counters.claimed_bytes / ROOM_SHARE;
-    talc.oom_handler.block.is_some() || set_aside(&mut talc) || plenty
+    set_aside(&mut HEAP.lock(), FEW)
 }

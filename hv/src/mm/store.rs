@@ -121,6 +121,9 @@ pub struct Disks {
     parts: Vec<Part>,
     /// Seconds of silence after which a disk is given up; 0 is never.
     patience: AtomicU64,
+    /// When it was last looked whether one is silent, and how many ticks of that counter a second has.
+    watched: AtomicU64,
+    freq: AtomicU64,
 }
 
 impl Default for Disks {
@@ -132,7 +135,8 @@ impl Default for Disks {
 impl Disks {
     /// No disks.
     pub const fn new() -> Self {
-        Self { disks: Vec::new(), parts: Vec::new(), patience: AtomicU64::new(PATIENCE_S) }
+        let (watched, freq) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
+        Self { disks: Vec::new(), parts: Vec::new(), patience: AtomicU64::new(PATIENCE_S), watched, freq }
     }
 
     /// Adds a disk: the partitions of its table, or all of it if it is for guests. Waits for the disk: for boot.
@@ -283,29 +287,53 @@ impl Disks {
         self.patience.store(seconds, Relaxed);
     }
 
-    /// Tells of disks that have requests and end none, and gives up those that do so for too long (invariant I12): [`Self::poll`]
-    /// then fails what they had. To be called about once a second, with what the counter says and its frequency.
-    pub fn watch(&self, now: u64, freq: u64) {
+    /// How many ticks of the counter a second has: nothing is watched before this is known.
+    pub fn set_frequency(&self, ticks: u64) {
+        self.freq.store(ticks, Relaxed);
+    }
+
+    /// True when it is time for [`Self::watch`]: about once a second while a disk has requests, unless there is patience for
+    /// ever.
+    pub fn is_watch_due(&self, now: u64) -> bool {
+        now >= self.watched.load(Relaxed).saturating_add(self.second()) && self.is_watched() && self.is_busy()
+    }
+
+    /// True unless a silent disk is waited for for ever.
+    pub fn is_watched(&self) -> bool {
+        self.patience.load(Relaxed) > 0
+    }
+
+    fn second(&self) -> u64 {
+        self.freq.load(Relaxed)
+    }
+
+    /// Tells of disks that have requests and end none, and gives up those that do so for too long (invariant I12):
+    /// [`Self::poll`], which has been called just before, then fails what they had. Time in which nobody looked, for the
+    /// machine stood still, is nobody's silence.
+    pub fn watch(&self, now: u64) {
+        let last = self.watched.swap(now, Relaxed);
+        let second = self.second().max(1);
+        let passed = now.saturating_sub(last).min(2 * second);
         let patience = self.patience.load(Relaxed);
         for (number, disk) in self.disks.iter().enumerate() {
-            let (silence, in_flight) = {
+            let (silence, in_flight, lost) = {
                 let mut blk = disk.blk.lock();
-                (blk.silence(now) / freq.max(1), blk.in_flight())
+                let silence = blk.silence(passed) / second;
+                let lost = silence >= patience;
+                if lost {
+                    blk.give_up();
+                }
+                (silence, blk.in_flight(), lost)
             };
-            let gives_up = patience > 0 && silence >= patience;
-            let tells = silence >= TELL_S;
-            if (tells || gives_up) && !disk.told.swap(true, Relaxed) {
-                log::warn!(
-                    "{}: {in_flight} requests, and none has ended for {silence} s",
-                    self.told_disk(number)
-                );
+            let tells = lost || silence >= TELL_S;
+            if disk.told.swap(tells, Relaxed) || !tells {
+                continue;
             }
-            if !tells {
-                disk.told.store(false, Relaxed);
-            }
-            if gives_up {
-                disk.blk.lock().give_up();
-            }
+            let what = if lost { "given up" } else { "still waited for" };
+            log::warn!(
+                "{}: {in_flight} requests, and none has ended for {silence} s: {what}",
+                self.told_disk(number)
+            );
         }
     }
 

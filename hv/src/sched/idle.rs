@@ -32,7 +32,10 @@ pub(super) fn sleep(cpu: &mut Cpu, more: bool, outside: &dyn Outside, held: &mut
         // A chore that is not done yet waits for something that need not come as an interrupt here.
         let round = match super::CHORES.load(Ordering::SeqCst) {
             true => Some(ROUND_MS),
-            false => crate::mm::disks().is_busy().then_some(WATCH_MS),
+            false => {
+                let disks = crate::mm::disks();
+                (disks.is_watched() && disks.is_busy()).then_some(WATCH_MS)
+            }
         };
         let round = round.map(|most| timer::now().saturating_add(ticks(most)));
         match cpu.sleepers.next().into_iter().chain(round).min() {

@@ -290,8 +290,12 @@ fn stand_still(
     // As in `idle`: whoever comes after this sees the flag.
     if !is_anybody_ready(held) {
         let begun = timer::now();
-        let watch = begun.saturating_add(ticks(idle::WATCH_MS));
-        timer::arm_host(cpu.sleepers.next().map_or(watch, |next| next.min(watch)));
+        let watched = crate::mm::disks().is_watched();
+        let watch = watched.then(|| begun.saturating_add(ticks(idle::WATCH_MS)));
+        match cpu.sleepers.next().into_iter().chain(watch).min() {
+            Some(deadline) => timer::arm_host(deadline),
+            None => timer::disarm_host(),
+        }
         irq::wait_for_interrupt();
         cpu.stood = cpu.stood.wrapping_add(timer::now().wrapping_sub(begun));
     }
@@ -454,7 +458,9 @@ fn interrupted(
             let daemon = super::CHORES.load(Ordering::SeqCst);
             let vm = crate::mm::vm();
             let ended = super::ENDED.load(Ordering::SeqCst) != cpu.ended;
-            if daemon || ended || contended(cpu.id, held) || vm.has_chores(held) || vm.wants_pageout() {
+            let watch = crate::mm::disks().is_watch_due(timer::now());
+            let work = daemon || ended || vm.has_chores(held) || vm.wants_pageout();
+            if work || watch || contended(cpu.id, held) {
                 return Some(Leaves::Ready);
             }
             cpu.slice_end = timer::now().saturating_add(ticks(SLICE_MS));
