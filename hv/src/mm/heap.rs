@@ -34,20 +34,19 @@ const RESERVE_MAX: usize = 8 << 20;
 /// It is set aside in pieces: what many guests leave between them when they end has no room for more in a row. What must
 /// not fail asks for less than this at a time.
 const PIECE_BYTES: usize = 16 << 10;
-const PIECE: Layout = Layout::new::<Piece>();
+const PIECE: Layout = match Layout::from_size_align(PIECE_BYTES, 16) {
+    Ok(piece) => piece,
+    Err(_) => panic!("16 is a power of two"),
+};
 /// Pieces that are set aside at one go, once guests run (invariant I6).
 const FEW: usize = 8;
 
-/// A piece of the heap that is set aside.
-#[repr(C, align(16))]
-struct Piece {
-    next: Option<NonNull<Self>>,
-    rest: [u8; PIECE_BYTES - size_of::<usize>()],
-}
+/// Where a piece is; it begins with where the next one is.
+type Next = Option<NonNull<u8>>;
 
 /// What is set aside.
 struct Reserve {
-    first: Option<NonNull<Piece>>,
+    first: Next,
     pieces: usize,
     wanted: usize,
 }
@@ -62,11 +61,11 @@ impl OomHandler for Reserve {
         }
         let piece = talc.oom_handler.first.ok_or(())?;
         // SAFETY: `set_aside` wrote it, and it was nobody's since.
-        talc.oom_handler.first = unsafe { (&raw const (*piece.as_ptr()).next).read() };
+        talc.oom_handler.first = unsafe { piece.cast::<Next>().read() };
         talc.oom_handler.pieces -= 1;
         OPEN.store(true, Relaxed);
         // SAFETY: `set_aside` allocated it with this layout.
-        unsafe { talc.free(piece.cast(), PIECE) };
+        unsafe { talc.free(piece, PIECE) };
         Ok(())
     }
 }
@@ -76,9 +75,8 @@ fn set_aside(talc: &mut Talc<Reserve>, most: usize) -> bool {
     for _ in 0..most.min(talc.oom_handler.wanted - talc.oom_handler.pieces) {
         // SAFETY: the layout has a size. The handler gives nothing for a piece.
         let Ok(piece) = (unsafe { talc.malloc(PIECE) }) else { break };
-        let piece: NonNull<Piece> = piece.cast();
-        // SAFETY: it was just allocated, with this layout.
-        unsafe { (&raw mut (*piece.as_ptr()).next).write(talc.oom_handler.first) };
+        // SAFETY: it was just allocated, and a piece is larger and aligned.
+        unsafe { piece.cast::<Next>().write(talc.oom_handler.first) };
         talc.oom_handler.first = Some(piece);
         talc.oom_handler.pieces += 1;
     }

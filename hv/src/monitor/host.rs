@@ -14,6 +14,7 @@ use vmobject::lock::Held;
 
 use super::cmd::Host;
 use super::configure::{Twin, configure, twin};
+use super::paced;
 use super::parse::Until;
 use super::view::{self, Objects};
 use crate::arch::context::Trap;
@@ -387,15 +388,19 @@ impl Host for Guests<'_, '_> {
 
     fn log(&mut self, id: u32) -> Result<String, String> {
         let guest = self.guest(id)?;
-        let (mut from, end) = (0, guest.log.total(self.held));
         let (mut text, mut bytes) = (String::new(), Vec::new());
-        text.try_reserve_exact(console::LOG_BYTES).map_err(|_| "no memory for a copy of the log")?;
+        // The end of it, when there is no memory for all.
+        let mut sizes = [console::LOG_BYTES, console::LOG_BYTES / 8].into_iter();
+        let most = sizes.find(|&size| text.try_reserve_exact(size).is_ok());
+        let most = most.ok_or("no memory for a copy of the log")? as u64;
+        let end = guest.log.total(self.held);
+        let mut from = end.saturating_sub(most);
         while from < end
             && let Some((start, more)) = guest.log.next(from, LOG_PART, self.held)
         {
             from = start + more.len() as u64;
             bytes.extend(more);
-            let length = add_text(&mut text, &bytes, from >= end);
+            let length = paced::add_text(&mut text, &bytes, from >= end);
             bytes.drain(..length);
             self.rest();
         }
@@ -554,47 +559,4 @@ fn row_of(guest: &Guest, vcpu: &Vcpu, (number, esr, pc): (u64, u64, u64)) -> Val
         "id": guest.id.0, "vcpu": vcpu.index, "number": number,
         "class": class, "esr": syndrome, "pc": format!("{pc:#x}"),
     })
-}
-
-/// Adds bytes as text, what is none as the character for that; a character that is not complete yet stays, unless these
-/// are the `last`. How many bytes were used.
-fn add_text(text: &mut String, bytes: &[u8], last: bool) -> usize {
-    let mut used = 0;
-    loop {
-        let left = bytes.get(used..).unwrap_or_default();
-        match core::str::from_utf8(left) {
-            Ok(good) => {
-                text.push_str(good);
-                return bytes.len();
-            }
-            Err(error) => {
-                let (good, bad) = left.split_at(error.valid_up_to());
-                text.push_str(core::str::from_utf8(good).unwrap_or_default());
-                used += good.len();
-                let wrong = error.error_len().or(last.then_some(bad.len()));
-                let Some(wrong) = wrong else { return used };
-                text.push(char::REPLACEMENT_CHARACTER);
-                used += wrong;
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_log_in_parts_reads_as_the_whole() {
-        let bytes = "aä€\u{1f600}".as_bytes();
-        let whole = [bytes, &[0xff, 0xe2, 0x82]].concat();
-        for cut in 0..whole.len() {
-            let (mut text, mut left) = (String::new(), whole[..cut].to_vec());
-            let used = add_text(&mut text, &left, false);
-            left.drain(..used);
-            left.extend(&whole[cut..]);
-            assert_eq!(add_text(&mut text, &left, true), left.len());
-            assert_eq!(text, String::from_utf8_lossy(&whole), "cut at {cut}");
-        }
-    }
 }

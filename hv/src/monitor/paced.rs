@@ -162,6 +162,30 @@ pub fn discard(value: Value, rest: &mut dyn FnMut()) {
     }
 }
 
+/// Adds bytes as text, what is none as the character for that; a character that is not complete yet stays, unless these
+/// are the `last`. How many bytes were used.
+pub fn add_text(text: &mut String, bytes: &[u8], last: bool) -> usize {
+    let mut used = 0;
+    loop {
+        let left = bytes.get(used..).unwrap_or_default();
+        match core::str::from_utf8(left) {
+            Ok(good) => {
+                text.push_str(good);
+                return bytes.len();
+            }
+            Err(error) => {
+                let (good, bad) = left.split_at(error.valid_up_to());
+                text.push_str(core::str::from_utf8(good).unwrap_or_default());
+                used += good.len();
+                let wrong = error.error_len().or(last.then_some(bad.len()));
+                let Some(wrong) = wrong else { return used };
+                text.push(char::REPLACEMENT_CHARACTER);
+                used += wrong;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,5 +214,19 @@ mod tests {
         write!(out, "{text}{}", 7).unwrap();
         assert_eq!(whole(out), format!("{text}{text}7"));
         assert_eq!(parts(&text, 4).collect::<String>(), text);
+    }
+
+    #[test]
+    fn a_log_in_parts_reads_as_the_whole() {
+        let bytes = "aä€\u{1f600}".as_bytes();
+        let whole = [bytes, &[0xff, 0xe2, 0x82]].concat();
+        for cut in 0..whole.len() {
+            let (mut text, mut left) = (String::new(), whole[..cut].to_vec());
+            let used = add_text(&mut text, &left, false);
+            left.drain(..used);
+            left.extend(&whole[cut..]);
+            assert_eq!(add_text(&mut text, &left, true), left.len());
+            assert_eq!(text, String::from_utf8_lossy(&whole), "cut at {cut}");
+        }
     }
 }
