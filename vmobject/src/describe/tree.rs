@@ -200,12 +200,6 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<Tree, VmError> {
         let (mut tree, pace) = (Tree::default(), &mut Pace(rest, 0));
-        let places = self.object_places(held);
-        tree.nodes.0.try_reserve_exact(places as usize).map_err(|_| VmError::NoMemory)?;
-        for number in 0..places {
-            tree.nodes.0.push(self.object(number, held).map(Node::new));
-            rest(held); // to weigh a large index takes thousands of instructions
-        }
         let (maps, mut views) = (maps.into_iter(), Vec::new());
         let mut room = maps.size_hint().0.max(1);
         for (name, map) in maps {
@@ -215,6 +209,13 @@ impl<M: Machine> Vm<M> {
             tree.holdings.push((name, Holding::default()));
             views.push(self.tops(&map, held)?);
             rest(held);
+        }
+        // After the maps: what comes to lie above a map's first object meanwhile hides little of it.
+        let places = self.object_places(held);
+        tree.nodes.0.try_reserve_exact(places as usize).map_err(|_| VmError::NoMemory)?;
+        for number in 0..places {
+            tree.nodes.0.push(self.object(number, held).map(Node::new));
+            rest(held); // to weigh a large index takes thousands of instructions
         }
         tree.link(pace, held);
         tree.count(views, pace, held);
