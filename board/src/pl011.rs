@@ -72,16 +72,12 @@ impl Pl011 {
         }
     }
 
-    /// Turns the receive interrupt on or off: a byte, or the line idle with bytes in the FIFO.
+    /// Turns the receive interrupt on or off: a byte, or the line idle with bytes in the FIFO. It goes when the FIFO is read
+    /// empty (TRM DDI 0183, 2.8), and is never cleared otherwise: with bytes in the FIFO it would not come again.
     pub fn set_receive_interrupt(&mut self, on: bool) {
         self.uart.set_interrupt_fifo_levels(FifoLevel::Bytes4, FifoLevel::Bytes16);
         let masks = if on { Interrupts::RXI | Interrupts::RTI } else { Interrupts::empty() };
         self.uart.set_interrupt_masks(masks);
-    }
-
-    /// Clears the receive interrupts. Bytes that are in the FIFO then raise none: read it empty afterwards.
-    pub fn acknowledge(&mut self) {
-        self.uart.clear_interrupts(Interrupts::RXI | Interrupts::RTI | Interrupts::OEI);
     }
 }
 

@@ -39,16 +39,11 @@ fn with<R>(work: impl FnOnce(&mut Pl011) -> R) -> Option<R> {
     }
 }
 
-/// A typed byte. Clears the receive interrupt when there is none.
+/// A typed byte.
 pub(super) fn next() -> Option<u8> {
-    with(|port| {
-        port.read().or_else(|| {
-            port.acknowledge();
-            // What came before the interrupt was cleared raises no other.
-            port.read()
-        })
-    })
-    .flatten()
+    // The interrupt goes with the last byte that is read. To clear it would lose what comes just then, and what whoever
+    // reads only so many leaves there.
+    with(Pl011::read).flatten()
 }
 
 impl Wire for Serial {

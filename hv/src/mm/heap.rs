@@ -10,7 +10,7 @@
 use core::alloc::Layout;
 use core::ops::Range;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use talc::{OomHandler, Span, Talc, Talck};
 
 use crate::arch::percpu;
@@ -22,6 +22,9 @@ static HEAP: Talck<spin::Mutex<()>, Reserve> =
 /// Some of what is set aside is open. Set and cleared under the heap's lock; who reads it without that is late by one
 /// allocation at most.
 static OPEN: AtomicBool = AtomicBool::new(false);
+
+/// Bytes of the arena. What of it is free nobody counts: that would be in the way of each allocation.
+static ARENA: AtomicUsize = AtomicUsize::new(0);
 
 /// CPUs that do what must not fail, a bit each: for them there is room.
 static VITAL: AtomicU64 = AtomicU64::new(0);
@@ -55,6 +58,9 @@ struct Reserve {
 unsafe impl Send for Reserve {}
 
 impl OomHandler for Reserve {
+    // Out of the way of every allocation that finds something.
+    #[cold]
+    #[inline(never)]
     fn handle_oom(talc: &mut Talc<Self>, wanted: Layout) -> Result<(), ()> {
         if wanted.size() >= PIECE_BYTES {
             return Err(()); // it can be refused
@@ -95,8 +101,8 @@ pub unsafe fn init(arena: Range<u64>) {
     let mut talc = HEAP.lock();
     // SAFETY: the caller's promise. An arena too small to be used leaves a heap that refuses everything.
     let _ = unsafe { talc.claim(Span::new(start, end)) };
-    let bytes = talc.get_counters().claimed_bytes / RESERVE_SHARE;
-    talc.oom_handler.wanted = bytes.clamp(RESERVE_MIN, RESERVE_MAX) / PIECE_BYTES;
+    ARENA.store(end.addr() - start.addr(), Relaxed);
+    talc.oom_handler.wanted = (heap_bytes() / RESERVE_SHARE).clamp(RESERVE_MIN, RESERVE_MAX) / PIECE_BYTES;
     set_aside(&mut talc, usize::MAX);
 }
 
@@ -115,11 +121,9 @@ pub fn vitally<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Bytes of the arena, and how many of them are free; what is set aside is not.
-pub fn heap_bytes() -> (usize, usize) {
-    let talc = HEAP.lock();
-    let counters = talc.get_counters();
-    (counters.claimed_bytes, counters.available_bytes)
+/// Bytes of the arena.
+pub fn heap_bytes() -> usize {
+    ARENA.load(Relaxed)
 }
 
 #[cold]

@@ -27,10 +27,10 @@ pub const fn has_room() -> bool {
     true
 }
 
-/// Bytes of the heap, and how many of them are free; the host's are its own business.
+/// Bytes of the heap; the host's are its own business.
 #[cfg(not(target_os = "none"))]
-pub const fn heap_bytes() -> (usize, usize) {
-    (0, 0)
+pub const fn heap_bytes() -> usize {
+    0
 }
 
 /// Does what must not fail; the host has room.

@@ -122,8 +122,7 @@ impl Objects {
             "transfers": memory.transfers,
             "page_bytes": vmobject::addr::PAGE_SIZE,
         });
-        let (bytes, free) = mm::heap_bytes();
-        value["heap"] = json!({ "bytes": bytes, "free": free, "room": mm::has_room() });
+        value["heap"] = json!({ "bytes": mm::heap_bytes(), "room": mm::has_room() });
         value["frames"] = frames;
         value["owners"] = owners;
         value
