@@ -11,6 +11,8 @@ use vmobject::testing::{FakePmap, Refused, Rig, at};
 
 /// Pages that one leaf of an object's index is for.
 const LEAF: u32 = 64;
+/// Pages that one region of it is for.
+const REGION: u32 = 4096;
 
 fn fill(rig: &Rig, full: bool) {
     rig.vm.machine().full.store(full, Relaxed);
@@ -40,19 +42,21 @@ fn a_page_that_needs_a_leaf_waits_for_room_and_its_neighbours_do_not() {
 #[test]
 fn zeros_are_marked_only_while_there_is_room_for_the_marks() {
     let rig = Rig::new(256);
-    let guest = rig.guest(4 * LEAF);
+    let guest = rig.guest(2 * REGION);
     rig.store(&guest, at(0, 0), 1).unwrap();
     let child = rig.clone(&guest);
     rig.store(&child, at(0, 0), 2).unwrap();
     fill(&rig, true);
     let refused = Err(NotDiscarded::Refused(VmError::NoMemory));
-    assert_eq!(rig.discard(&child, LEAF, 1), refused);
-    assert_eq!(rig.discard(&child, LEAF, LEAF), refused);
+    assert_eq!(rig.discard(&child, 2 * LEAF, 1), refused);
+    assert_eq!(rig.discard(&child, REGION, LEAF), refused);
+    assert_eq!(rig.discard(&child, LEAF, LEAF), Ok(0), "a whole leaf is one bit of its region");
+    assert_eq!(rig.discard(&child, LEAF, 1), Ok(0), "and says so of each page");
     assert_eq!(rig.discard(&child, 0, 1), Ok(1), "its leaf is there");
     assert_eq!((rig.load(&child, at(0, 0)), rig.load(&guest, at(0, 0))), (Ok(0), Ok(1)));
     rig.check();
     fill(&rig, false);
-    assert_eq!(rig.discard(&child, LEAF, LEAF), Ok(0));
+    assert_eq!(rig.discard(&child, REGION, LEAF), Ok(0));
     rig.check();
 }
 
