@@ -273,12 +273,15 @@ fn limited(name: &str) -> Result<()> {
 
     let thrashes = "memory=32M append=\"linger rounds=1000000 words=1 stride=97\"";
     machine.ask(&format!("create name=thrasher kernel=kernel {thrashes}"))?;
+    // It has touched everything in a tenth of a second, and would need nothing new.
+    machine.ask("pause thrasher")?;
     let limit = machine.ask("limit thrasher")?;
     ensure!(limit["limit_pages"].is_null(), "it was not limited: {limit}");
     let least = number(&limit, "/least_pages")?;
     let told = machine.refused(&format!("limit thrasher resident={}K", (least - 1) * 4))?;
     ensure!(told.contains(&format!("resident={}K", least * 4)), "the least is {least} pages: {told}");
     machine.ask(&format!("limit thrasher resident={}K", least * 4))?;
+    machine.ask("resume thrasher")?;
     machine.ask("wait thrasher \"round 1 is read\"")?;
 
     let before = machine.ask("stats thrasher")?;
