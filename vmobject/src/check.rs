@@ -345,16 +345,20 @@ impl<M: Machine> Vm<M> {
         page: PageIndex,
         held: &mut Held<'_, OUTER>,
     ) -> bool {
-        let (known, once) = {
+        let once = {
             let (links, _held) = self.links.read(held);
-            let (children, mappings) = links.counts(number);
             let looker = links.looker(number, page);
-            let once = matches!(looker, Looker::Shadow(one) if links.next_looker(one, page).is_none());
-            (children + mappings, once)
+            matches!(looker, Looker::Shadow(one) if links.next_looker(one, page).is_none())
         };
-        let Some(object) = self.objects.at(number) else { return false };
-        let refs = object.read(held).0.refs;
-        once && refs == known + self.dead_shadows(number, held)
+        once && self.other_references(number, held) == Some(0)
+    }
+
+    /// How many references to an object are neither a shadow's, be it dead, nor a mapping's; less than none if some of
+    /// these have none. `None` where there is no object.
+    fn other_references<const OUTER: u8>(&self, number: u32, held: &mut Held<'_, OUTER>) -> Option<i64> {
+        let (children, mappings) = self.links.read(held).0.counts(number);
+        let refs = self.objects.at(number)?.read(held).0.refs;
+        Some(i64::from(refs) - i64::from(children + mappings + self.dead_shadows(number, held)))
     }
 
     /// How many objects shadow another that are dead, and show nothing of it any more, but have their reference still.
@@ -369,14 +373,8 @@ impl<M: Machine> Vm<M> {
 
     /// True if something else sees a page of an object than what shadows it, be it dead already.
     fn is_used<const OUTER: u8>(&self, number: u32, page: PageIndex, held: &mut Held<'_, OUTER>) -> bool {
-        let (children, mappings, mapped) = {
-            let (links, _held) = self.links.read(held);
-            let (children, mappings) = links.counts(number);
-            (children, mappings, links.next_mapping(number, None, page).is_some())
-        };
-        let Some(object) = self.objects.at(number) else { return false };
-        let refs = object.read(held).0.refs;
-        mapped || refs > children + mappings + self.dead_shadows(number, held)
+        let Some(others) = self.other_references(number, held) else { return false };
+        others > 0 || self.links.read(held).0.next_mapping(number, None, page).is_some()
     }
 
     /// The object that receives what changes in another one.

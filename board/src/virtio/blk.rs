@@ -280,12 +280,10 @@ impl<T: Transport> Blk<T> {
     /// Acknowledges the interrupt, then gives at most `limit` completions to `done`. Returns their number: call
     /// until it is less than the limit.
     pub fn poll(&mut self, limit: usize, done: &mut dyn FnMut(u64, Result<(), BlkError>)) -> usize {
-        match self.health {
-            Health::Well => {
-                self.transport.ack_interrupt();
-            }
-            Health::Resetting if self.transport.get_status() != DeviceStatus::empty() => return 0,
-            Health::Resetting | Health::Gone => self.health = Health::Gone,
+        if self.health == Health::Well {
+            self.transport.ack_interrupt();
+        } else if !self.has_reset() {
+            return 0;
         }
         let mut count = 0;
         // Nothing is added meanwhile, so the queue holds no more than there are slots.
@@ -484,22 +482,29 @@ impl<T: Transport> Blk<T> {
 
     /// Resets a device for good. Nothing new is taken; once the device says that it has reset, and so touches no memory any
     /// more (virtio 1.2, 2.1.2), [`Blk::poll`] fails what was in flight.
-    pub fn give_up(&mut self) {
-        if self.health == Health::Well {
+    /// False if that has been done before.
+    pub fn give_up(&mut self) -> bool {
+        let well = self.health == Health::Well;
+        if well {
             log::error!("disk: given up, {} requests lost", self.in_flight);
             self.transport.set_status(DeviceStatus::empty());
             self.health = Health::Resetting;
         }
+        well
+    }
+
+    /// True when a device that was given up has said that it has reset.
+    fn has_reset(&mut self) -> bool {
+        if self.health == Health::Resetting && self.transport.get_status() == DeviceStatus::empty() {
+            self.health = Health::Gone;
+        }
+        self.health == Health::Gone
     }
 
     /// The same for one that is broken; the first of what it loses, if it has reset at once.
     fn give_up_now(&mut self) -> Option<(Option<u64>, Result<(), BlkError>)> {
         self.give_up();
-        let reset = self.transport.get_status() == DeviceStatus::empty();
-        if reset {
-            self.health = Health::Gone;
-        }
-        reset.then(|| self.fail_one()).flatten()
+        if self.has_reset() { self.fail_one() } else { None }
     }
 
     /// The page to bounce through, behind the slots.

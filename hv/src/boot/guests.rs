@@ -85,7 +85,6 @@ fn swap(manifest: &Manifest, held: &mut Held<'_, 0>) {
     if let Some(percent) = manifest.overcommit {
         mm::vm().set_overcommit(Overcommit::Percent(percent), held);
     }
-    mm::disks().set_frequency(timer::freq());
     if let Some(seconds) = manifest.disk_patience {
         mm::disks().set_patience(seconds);
     }

@@ -141,6 +141,11 @@ pub enum Keep {
     Pushed,
 }
 
+/// Refuses what would have the books grow where they may not.
+fn room() -> Result<(), VmError> {
+    if mm::has_room() { Ok(()) } else { Err(VmError::NoMemory) }
+}
+
 /// Keeps what a guest is now, with what [`draw`] gave. None of its vCPUs runs or has registers in a CPU.
 pub fn take(
     guest: &Guest,
@@ -149,9 +154,7 @@ pub fn take(
     held: &mut Held<'_, 0>,
 ) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_unloaded());
-    if !mm::has_room() {
-        return Err(VmError::NoMemory.into());
-    }
+    room()?;
     let (mut contexts, mut powers) = (Vec::new(), Vec::new());
     contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
     powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
@@ -187,9 +190,7 @@ pub fn make(
     poll: &dyn Fn(&mut Held<'_, 0>),
     held: &mut Held<'_, 0>,
 ) -> Result<Arc<Guest>, SnapshotError> {
-    if !mm::has_room() {
-        return Err(VmError::NoMemory.into());
-    }
+    room()?;
     let mut vcpus = Vec::new();
     vcpus.try_reserve_exact(snapshot.moment.contexts.len()).map_err(|_| VmError::NoMemory)?;
     let states = snapshot.moment.contexts.iter().zip(&snapshot.moment.powers);
@@ -239,9 +240,7 @@ pub fn restore(
         return Err(SnapshotError::Disk(disk.id.clone()));
     }
     // Its generation id needs some, when it is too late to refuse.
-    if !mm::has_room() {
-        return Err(VmError::NoMemory.into());
-    }
+    room()?;
     let mut random = snapshot.twin(held);
     let devices = snapshot.devices_now();
     poll(held);

@@ -25,6 +25,8 @@ use spin::mutex::SpinMutex;
 use vmobject::addr::{PAGE_SIZE, Pfn};
 use vmobject::store::{Direction, Expected, IoToken, LostPage, PageStore, StoreError, StoreId};
 
+use crate::arch::timer;
+
 /// Completions that are collected under a disk's lock before they are delivered.
 const BATCH: usize = 32;
 /// Sectors in a page.
@@ -121,9 +123,8 @@ pub struct Disks {
     parts: Vec<Part>,
     /// Seconds of silence after which a disk is given up; 0 is never.
     patience: AtomicU64,
-    /// When it was last looked whether one is silent, and how many ticks of that counter a second has.
+    /// When it was last looked whether one is silent.
     watched: AtomicU64,
-    freq: AtomicU64,
 }
 
 impl Default for Disks {
@@ -135,8 +136,8 @@ impl Default for Disks {
 impl Disks {
     /// No disks.
     pub const fn new() -> Self {
-        let (watched, freq) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
-        Self { disks: Vec::new(), parts: Vec::new(), patience: AtomicU64::new(PATIENCE_S), watched, freq }
+        let (patience, watched) = (AtomicU64::new(PATIENCE_S), AtomicU64::new(0));
+        Self { disks: Vec::new(), parts: Vec::new(), patience, watched }
     }
 
     /// Adds a disk: the partitions of its table, or all of it if it is for guests. Waits for the disk: for boot.
@@ -287,15 +288,10 @@ impl Disks {
         self.patience.store(seconds, Relaxed);
     }
 
-    /// How many ticks of the counter a second has: nothing is watched before this is known.
-    pub fn set_frequency(&self, ticks: u64) {
-        self.freq.store(ticks, Relaxed);
-    }
-
     /// True when it is time for [`Self::watch`]: about once a second while a disk has requests, unless there is patience for
     /// ever.
     pub fn is_watch_due(&self, now: u64) -> bool {
-        now >= self.watched.load(Relaxed).saturating_add(self.second()) && self.is_watched() && self.is_busy()
+        now >= self.watched.load(Relaxed).saturating_add(timer::freq()) && self.is_watched() && self.is_busy()
     }
 
     /// True unless a silent disk is waited for for ever.
@@ -303,30 +299,23 @@ impl Disks {
         self.patience.load(Relaxed) > 0
     }
 
-    fn second(&self) -> u64 {
-        self.freq.load(Relaxed)
-    }
-
     /// Tells of disks that have requests and end none, and gives up those that do so for too long (invariant I12):
     /// [`Self::poll`], which has been called just before, then fails what they had. Time in which nobody looked, for the
     /// machine stood still, is nobody's silence.
     pub fn watch(&self, now: u64) {
         let last = self.watched.swap(now, Relaxed);
-        let second = self.second().max(1);
+        let second = timer::freq().max(1);
         let passed = now.saturating_sub(last).min(2 * second);
         let patience = self.patience.load(Relaxed);
         for (number, disk) in self.disks.iter().enumerate() {
             let (silence, in_flight, lost) = {
                 let mut blk = disk.blk.lock();
                 let silence = blk.silence(passed) / second;
-                let lost = silence >= patience;
-                if lost {
-                    blk.give_up();
-                }
-                (silence, blk.in_flight(), lost)
+                (silence, blk.in_flight(), silence >= patience && blk.give_up())
             };
-            let tells = lost || silence >= TELL_S;
-            if disk.told.swap(tells, Relaxed) || !tells {
+            let silent = silence >= TELL_S;
+            let told = disk.told.swap(silent, Relaxed);
+            if !lost && (told || !silent) {
                 continue;
             }
             let what = if lost { "given up" } else { "still waited for" };

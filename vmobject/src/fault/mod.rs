@@ -236,17 +236,12 @@ impl<M: Machine> Vm<M> {
                 return Ok(Copied::Wait(wait));
             }
             step = self.attempt(map, at, access, purpose, held)?;
-            match step {
-                Step::Done => return Ok(Copied::Done),
-                // Of a long way one part at a time.
-                Step::Trail(..) => return Ok(purpose.in_part()),
-                Step::Again
-                | Step::Wait(_)
-                | Step::Shadow
-                | Step::PageIn(..)
-                | Step::Push(..)
-                | Step::Refused
-                | Step::Lost(_) => {}
+            if matches!(step, Step::Done) {
+                return Ok(Copied::Done);
+            }
+            // Of a long way one part at a time.
+            if matches!(step, Step::Trail(..)) {
+                return Ok(purpose.in_part());
             }
         }
         // Somebody keeps changing what we look at. The others must get on, too.
