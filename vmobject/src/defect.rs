@@ -12,9 +12,9 @@
 //! | within | found |
 //! |---|---|
 //! | 100 deeds | an instruction left out, one by one: VMALLS12E1IS, IPAS2E1IS, VMALLE1IS; a VMID that is not loaded; no invalidate in a clone, in an eviction, in chores; `CopyLeavesWritable`, `SlotFreedTooEarly`, `SlotGivenTwice` |
-//! | 2,500, a world's life | `BypassLooksPastTheEnd`, `CollapseRefusesSwapped`, `DiscardStoresAbsent`, `DiscardIgnoresNeedsCopy`, `ResetEmptiesTop`, `ResetSeesTop`, `NothingIsPushed`, `KeepsTheHidden`, `DirtyKeepsItsSlot`, `EvictedThoughUsed` |
+//! | 2,500, a world's life | `BypassLooksPastTheEnd`, `CollapseRefusesSwapped`, `DiscardStoresAbsent`, `DiscardIgnoresNeedsCopy`, `ResetEmptiesTop`, `ResetSeesTop`, `NothingIsPushed`, `KeepsTheHidden`, `DirtyKeepsItsSlot`, `EvictedThoughUsed`, `SeesThroughShadows` |
 //! | 24,000 | `RemoveLeavesLeaves`, `PutNeverFails`, `DiscardForgetsSwap`, `ShadowOverSole`, `AsksFewShadows`, `ZeroShowsBelow`, `BlockOverOwn`, `BlockWritable` |
-//! | 100,000 | `BypassForgetsCopy`; a dirty flag that hardware sets between read and write of a leaf; a block that is broken without being invalidated |
+//! | 130,000 | `BypassForgetsCopy`; a dirty flag that hardware sets between read and write of a leaf; a block that is broken without being invalidated |
 //! | 1.1 million | `StaleTrail` |
 //!
 //! Each of these stories is played once more without the defect, and then comes to a good end.
@@ -25,9 +25,9 @@
 //! makes no leaf wrong, `Vm::check` says (I1); that no cache knows more than the leaves, the audit after every deed.
 //!
 //! Another CPU has to come in between for the others. A scheduler that chooses who goes on (`tests/interleavings.rs`) finds
-//! `SeesWhatFills` in its first round, `EndsUnlocked` in the 7th and 116th of two stories, `FindsTheDead` in the 11th,
-//! `CountsTooEarly` in the 24th, `ReadsPastAPush` in the 26th, `PushesUnseen` in the 47th, `PrunesWhatCameDown` in the 55th, `ParksUnlocked` in the 123rd,
-//! `HopsBlindly` in the 390th, `ForgetsALiveCopy` in the 1,348th. `EvictionMissesMoved` has a test of its own in
+//! `SeesWhatFills` in its first round, `FindsTheDead` in the 6th, `EndsUnlocked` in the 7th and 127th of two stories,
+//! `CountsTooEarly` in the 24th, `ReadsPastAPush` and `AroundPastAPush` in the 26th, `PrunesWhatCameDown` in the 55th,
+//! `HopsBlindly` in the 86th, `ParksUnlocked` in the 123rd, `PushesUnseen` in the 302nd, `ForgetsALiveCopy` in the 1,348th. `EvictionMissesMoved` has a test of its own in
 //! `tests/pageout.rs`; the exhaustive search finds the defects of the smallest worlds once more.
 
 use crate::Vm;
@@ -47,7 +47,7 @@ macro_rules! defects {
             /// Those for which another CPU has to come in between: `interleavings` finds them.
             pub const RACES: &[Self] =
                 &[Self::SeesWhatFills, Self::HopsBlindly, Self::FindsTheDead, Self::ParksUnlocked,
-                    Self::PrunesWhatCameDown, Self::ReadsPastAPush, Self::PushesUnseen, Self::ForgetsALiveCopy,
+                    Self::PrunesWhatCameDown, Self::ReadsPastAPush, Self::AroundPastAPush, Self::PushesUnseen, Self::ForgetsALiveCopy,
                     Self::EndsUnlocked, Self::CountsTooEarly];
 
             /// Those for which two steps have to meet at one page out of many, as they hardly ever do by chance: a test in
@@ -102,8 +102,10 @@ defects! {
     EvictedThoughUsed;
     /// A page of zeros is dropped, and what is below shows.
     ZeroShowsBelow;
-    /// A whole chunk is mapped from below over pages that the top object has there.
+    /// A whole chunk is mapped from below over pages that an object above has there.
     BlockOverOwn;
+    /// The neighbours of a page that lies far below are mapped over what objects in between have.
+    SeesThroughShadows;
     /// A whole chunk is mapped as the entry allows, to be written by whoever shares it.
     BlockWritable;
     /// A page is used while a transfer is still bringing it.
@@ -120,6 +122,8 @@ defects! {
     ReadsPastAPush;
     /// The same where only a map shows the copy-object: that it gained the page is told to nobody.
     PushesUnseen;
+    /// The neighbours of a page that was found below a copy-object are mapped although that has received one of them meanwhile.
+    AroundPastAPush;
     /// A copy that was found stale is forgotten, though it has come to receive again meanwhile (D3).
     ForgetsALiveCopy;
     /// A transfer is over before its object is locked: who looks in between finds nothing that failed.

@@ -68,6 +68,88 @@ fn a_chunk_that_is_touched_in_any_order_lies_side_by_side() {
     assert_eq!(rig.vm.whole_runs(&mut Held::root()), 8, "what is given back is whole again");
 }
 
+/// A guest, and a line of descendants each of which writes its one page and has the next; the youngest has written nothing.
+fn line(rig: &Rig, chunks: u32, own: &[u32]) -> Vec<TestMap> {
+    let [guest, child] = family(rig, chunks);
+    let mut line = vec![guest, child];
+    for &page in own {
+        assert_eq!(rig.store(&line[line.len() - 1], at(page, 77), 200), Ok(()));
+        let next = rig.clone(&line[line.len() - 1]);
+        line.push(next);
+    }
+    line
+}
+
+#[test]
+fn a_block_is_shown_through_any_number_of_generations_that_have_nothing_of_it() {
+    let rig = Rig::new(16 * CHUNK);
+    // Few enough to be passed one by one, and so many that a trail is laid.
+    for generations in [2, 3, 12] {
+        let own: Vec<u32> = (0..generations).map(|page| CHUNK + page).collect();
+        let line = line(&rig, 2, &own);
+        let youngest = &line[line.len() - 1];
+        rig.store(youngest, at(CHUNK + 500, 77), 100).unwrap();
+        reads_well(&rig, youngest, 0..CHUNK);
+        let stats = youngest.stats();
+        assert_eq!((stats.fault_shared, stats.block_mapped, blocks(youngest)), (1, 1, 1), "{generations}");
+        reads_well(&rig, youngest, CHUNK + generations..CHUNK + 500);
+        for page in own {
+            assert_eq!(rig.load(youngest, at(page, 77)), Ok(200), "page {page} of {generations}");
+        }
+        assert_eq!(blocks(youngest), 1, "where the others have a page each there is none");
+        rig.check();
+        line.into_iter().for_each(|map| rig.destroy(map));
+        assert_eq!(rig.free(), 16 * CHUNK);
+    }
+}
+
+#[test]
+fn neighbours_are_mapped_along_from_however_far_below_and_never_over_what_lies_between() {
+    let rig = Rig::new(16 * CHUNK);
+    for generations in [2, 3, 12] {
+        let own: Vec<u32> = (0..generations).map(|nth| 5 + 3 * nth).collect();
+        let line = line(&rig, 1, &own);
+        let youngest = &line[line.len() - 1];
+        rig.store(youngest, at(63, 77), 100).unwrap();
+        reads_well(&rig, youngest, 0..1);
+        assert_eq!(youngest.stats().around, u64::from(64 - 1 - 1 - generations), "of {generations}");
+        assert_eq!(rig.load(youngest, at(63, 77)), Ok(100));
+        for page in 0..63 {
+            let byte = if own.contains(&page) { 200 } else { byte_of(page) };
+            assert_eq!(rig.load(youngest, at(page, 77)), Ok(byte), "page {page} of {generations}");
+        }
+        reads_well(&rig, youngest, 64..CHUNK);
+        // The oldest of a window are one fault, what each of those between has is one more, as the way there is laid.
+        assert!(youngest.stats().fault_shared <= u64::from(8 + generations), "{generations}");
+        rig.check();
+        line.into_iter().for_each(|map| rig.destroy(map));
+        assert_eq!(rig.free(), 16 * CHUNK);
+    }
+}
+
+#[test]
+fn memory_that_begins_within_a_window_brings_its_neighbours_from_below_as_well() {
+    let rig = Rig::new(1024);
+    let object = rig.anonymous(100);
+    let mut line = vec![rig.map()];
+    rig.put(&line[0], 10, 100, object, 0, Prot::ALL, Share::Shared).unwrap();
+    rig.fill(&line[0], 10..110);
+    for page in [100, 20, 101] {
+        let next = rig.clone(&line[line.len() - 1]);
+        rig.store(&next, at(page, 77), 200).unwrap();
+        line.push(next);
+    }
+    let youngest = &line[3];
+    reads_well(&rig, youngest, 10..11);
+    assert_eq!(youngest.stats().around, 64 - 10 - 1 - 1, "all that is there but one");
+    reads_well(&rig, youngest, 11..20);
+    assert_eq!(rig.load(youngest, at(20, 77)), Ok(200));
+    reads_well(&rig, youngest, 21..100);
+    rig.check();
+    line.into_iter().for_each(|map| rig.destroy(map));
+    assert_eq!(rig.free(), 1024);
+}
+
 #[test]
 fn where_no_two_mebibytes_are_free_pages_get_what_there_is() {
     let rig = Rig::new(2 * CHUNK);

@@ -115,6 +115,8 @@ fn run(rig: &Rig, guest: &TestMap, vcpu: Option<usize>) -> Option<u32> {
             }
         }
         rig.page_out_all();
+        // And for a while there is enough.
+        rig.ease();
         rig.check();
     }
     None

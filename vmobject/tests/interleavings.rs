@@ -367,6 +367,32 @@ fn an_image_is_of_one_instant(defect: Option<Defect>) {
     nothing_is_left(&rig);
 }
 
+/// A clone of an image reads a page through it, and through the guest, that lies below both, while the guest changes its
+/// neighbour: the clone has mapped what the image received of that, or nothing.
+fn what_is_mapped_along_is_of_the_same_instant(defect: Option<Defect>) {
+    let rig = rig(defect);
+    let guest = rig.guest(4);
+    rig.fill(&guest, 0..4);
+    let other = Rig::clone(&rig, &guest);
+    access(&rig, &guest, 2, Some(60));
+    let kept = rig.vm.freeze(&guest, &mut Held::root()).unwrap();
+    let child = rig.vm.map_snapshot(&kept, FakePmap::default(), &mut Held::root()).unwrap();
+    access(&rig, &child, 3, Some(50));
+    let writes = {
+        let (rig, guest) = (Arc::clone(&rig), guest.clone());
+        thread::spawn(move || {
+            access(&rig, &guest, 1, Some(100));
+        })
+    };
+    assert_eq!(access(&rig, &child, 0, None), byte_of(0));
+    writes.join().unwrap();
+    assert_eq!(access(&rig, &child, 1, None), byte_of(1), "a neighbour as it was");
+    at_rest(&rig);
+    rig.vm.delete_snapshot(kept, &mut Held::root());
+    [child, guest, other].into_iter().for_each(|map| rig.destroy(map));
+    nothing_is_left(&rig);
+}
+
 /// The last guest of an image ends while another one opens it: it finds the object that is there, or makes a new one,
 /// and never has one that is gone.
 fn who_opens_an_image_while_its_last_user_ends_has_it(defect: Option<Defect>) {
@@ -464,4 +490,9 @@ fn a_page_that_came_down_in_place_of_a_hidden_one_is_not_pruned_for_it() {
 #[test]
 fn an_image_that_is_read_while_its_guest_writes_is_of_one_instant() {
     tell(an_image_is_of_one_instant, Defect::ReadsPastAPush);
+}
+
+#[test]
+fn what_is_mapped_along_with_a_page_below_an_image_is_of_its_instant() {
+    tell(what_is_mapped_along_is_of_the_same_instant, Defect::AroundPastAPush);
 }

@@ -30,8 +30,11 @@ impl World {
             let stored = self.vm.clean_slot(frame).is_some_and(|slot| {
                 self.vm.machine().store.page(SWAP, slot.into())[offset(page) + 1] == byte
             });
+            // Or it came back from there while slots were few, and has none: then it is written again, whatever it says.
+            let swap = self.vm.swap_info(&mut Held::root());
+            let came_back = self.vm.clean_slot(frame).is_none() && swap.free() < swap.slots / 2;
             if same && !leaf && !self.vm.is_dirty(frame) {
-                if stored {
+                if stored || came_back {
                     self.saw("writes in the middle of an edit, stored meanwhile");
                     continue;
                 }

@@ -3,11 +3,13 @@
 //! A guest that touches one page of a kernel image, or of memory that its ancestor filled, touches the
 //! next one soon. Pages that are resident anyway are mapped in one go, with one lock and one walk; what is
 //! mapped already is left alone. Nothing is allocated except what the page itself needed. Called by the
-//! fault with the owner's lock held.
+//! fault as for the page itself: F1 holds for each of them.
 
 use super::Place;
+use super::veil::Veil;
 use crate::Vm;
 use crate::addr::{Ipa, IpaRange, PAGE_SHIFT, PageIndex};
+use crate::defect::Defect;
 use crate::limits::AROUND_PAGES;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
@@ -20,20 +22,25 @@ use crate::stats::Event;
 use crate::store::Machine;
 
 /// Where the page was found, and so where its neighbours are.
-pub(super) enum Around<'s> {
-    /// In the top object, mapped like this.
-    Own(&'s State, Prot),
-    /// In an object that must not change.
-    Shared(&'s State),
-    /// Right below the top object, at this index; a page that the top has hides its neighbour.
-    Below {
-        /// The top object.
-        top: &'s State,
-        /// The object below.
-        owner: &'s State,
-        /// The page's index in it.
-        index: PageIndex,
-    },
+pub(super) struct Around<'s> {
+    /// The object that has it, locked.
+    pub(super) owner: &'s State,
+    /// As which of its pages.
+    pub(super) index: PageIndex,
+    /// The owner is the top object, and the page is mapped like this.
+    pub(super) own: Option<Prot>,
+    /// What hides them.
+    pub(super) veil: Veil,
+    /// Some of what was passed is not locked: it may have gained nothing since this version.
+    pub(super) since: Option<u64>,
+}
+
+impl<'s> Around<'s> {
+    /// A page of the top object.
+    pub(super) fn own(top: &'s State, place: Place<'_>, prot: Prot) -> Self {
+        let veil = Veil::new(place.page);
+        Self { owner: top, index: place.index, own: Some(prot), veil, since: None }
+    }
 }
 
 impl<M: Machine> Vm<M> {
@@ -55,54 +62,50 @@ impl<M: Machine> Vm<M> {
         let window = IpaRange::from_pages(base, window);
         let Some(range) = window.and_then(|w| w.intersection(place.entry.range)) else { return };
         let Some(above) = place.page.pages_above(range.start()) else { return };
-        let (hides, slots, index) = match *around {
-            Around::Own(state, _) | Around::Shared(state) => (None, &state.slots, place.index),
-            Around::Below { top, owner, index } => (Some(&top.slots), &owner.slots, index),
-        };
-        let before = above.number();
-        let back = |page: PageIndex| page.checked_sub(before);
-        let (Some(mut ours), Some(mut theirs)) = (back(place.index), back(index)) else { return };
+        let slots = &around.owner.slots;
+        let Some(mut index) = around.index.checked_sub(above.number()) else { return };
         let pages = self.frames.view();
         // Not what a transfer has, nor what pageout has in hand: this is no use of it.
         let at_rest = |slot| match slot {
             Slot::Resident(frame) => Some((frame, pages.page(frame).filter(|page| page.is_at_rest())?)),
             Slot::Absent | Slot::Zero | Slot::Swapped(_) => None,
         };
-        let shared = |slot| at_rest(slot).map(|(frame, _)| frame);
-        let read_only = place.entry.prot.without(Prot::WRITE);
         let (mut pmap, _held) = map.pmap.lock(held);
+        if self.has_gained(around.since) && !self.has(Defect::AroundPastAPush) {
+            return;
+        }
         let (mut at, mut left) = (range.start(), u32::try_from(range.pages()).unwrap_or(0));
+        let mut hidden = around.veil.hidden() >> (at.page_in_chunk() % AROUND_PAGES);
         while left != 0 {
-            // As far as the leaves of both indexes go.
-            let rest = slots.left_in_leaf(theirs).min(left);
-            let count = hides.map_or(rest, |hides| rest.min(hides.left_in_leaf(ours)));
-            let run = slots.rest_of_leaf(theirs);
+            // As far as the leaf of the index goes.
+            let count = slots.left_in_leaf(index).min(left);
+            let run = slots.rest_of_leaf(index);
             let seen = run.iter().take(count as usize);
-            let entered = match *around {
-                Around::Own(top, prot) => {
-                    let alike = |page: &VmPage| alike(page, top, prot, place.entry.prot);
+            let entered = match around.own {
+                Some(prot) => {
+                    let alike = |page: &VmPage| alike(page, around.owner, prot, place.entry.prot);
                     let own = |slot| at_rest(slot).filter(|(_, page)| alike(page)).map(|(frame, _)| frame);
                     pmap.enter_around(at, seen.map(own), prot)
                 }
-                Around::Shared(_) => pmap.enter_around(at, seen.map(shared), read_only),
-                Around::Below { top, .. } => {
-                    let hidden = top.slots.rest_of_leaf(ours);
-                    let seen = seen.zip(hidden.iter());
-                    let frames =
-                        seen.map(|(slot, above)| if above == Slot::Absent { shared(slot) } else { None });
-                    pmap.enter_around(at, frames, read_only)
+                None => {
+                    let shared = |(nth, slot)| match hidden >> nth & 1 {
+                        0 => at_rest(slot).map(|(frame, _)| frame),
+                        _ => None,
+                    };
+                    pmap.enter_around(
+                        at,
+                        (0_u32..).zip(seen).map(shared),
+                        place.entry.prot.without(Prot::WRITE),
+                    )
                 }
             };
             // Want of a table is no failure: the page itself is mapped.
             let Ok(entered) = entered else { return };
             map.stats.add(Event::Around, u64::from(entered));
             let next = at.checked_add(u64::from(count) << PAGE_SHIFT);
-            let (Some(next), Some(our_next), Some(their_next)) =
-                (next, ours.checked_add(count), theirs.checked_add(count))
-            else {
-                return;
-            };
-            (at, ours, theirs, left) = (next, our_next, their_next, left - count);
+            let (Some(next), Some(index_next)) = (next, index.checked_add(count)) else { return };
+            (at, index, left) = (next, index_next, left - count);
+            hidden = hidden.checked_shr(count).unwrap_or(0);
         }
     }
 }

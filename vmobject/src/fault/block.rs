@@ -7,13 +7,12 @@
 //! block (the pmap does that), and then every page speaks for itself. While memory is short no block is entered:
 //! pageout wants to know of each page whether it is used.
 //!
-//! Called by faults with the owner's lock held, and the top object's: F1 holds for each page of the block. What may not
-//! be looked at without them is looked at last; usually one of the first looks says no.
+//! Called by faults as for the page itself: F1 holds for each page of the block, however many objects lie above (`veil`). What may not be looked at without them is looked at last; usually one of the first looks says no.
 
 use super::Place;
 use super::around::Around;
 use crate::Vm;
-use crate::addr::{CHUNK_PAGES, IpaRange, PageIndex, Pfn};
+use crate::addr::{CHUNK_PAGES, IpaRange, Pfn};
 use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
@@ -52,30 +51,17 @@ impl<M: Machine> Vm<M> {
         if !inside || self.frames.is_short() || map.is_limited() {
             return false;
         }
-        let first = |page: PageIndex| page.checked_sub(offset);
-        let (slots, index) = match *around {
-            Around::Own(top, _) | Around::Shared(top) => (&top.slots, place.index),
-            Around::Below { top, owner, index } => {
-                // And all of it shows what lies below.
-                let sees = |first: PageIndex| {
-                    first.checked_add(CHUNK_PAGES - 1).is_some_and(|last| top.below(last).is_some())
-                };
-                let clear =
-                    first(place.index).is_some_and(|first| top.slots.is_chunk_absent(first) && sees(first));
-                if !clear && !self.has(Defect::BlockOverOwn) {
-                    return false;
-                }
-                (&owner.slots, index)
-            }
-        };
-        let Some(index) = first(index) else { return false };
-        let (mut pmap, _held) = map.pmap.lock(held);
-        if !pmap.is_bare(chunk) {
+        // And all of it shows what the owner has.
+        if !around.veil.is_none() && !self.has(Defect::BlockOverOwn) {
             return false;
         }
-        let Some(run) = slots.chunk_run(index).filter(|&run| self.frames.are_at_rest(run)) else {
+        let Some(index) = around.index.checked_sub(offset) else { return false };
+        let (mut pmap, _held) = map.pmap.lock(held);
+        if !pmap.is_bare(chunk) || self.has_gained(around.since) {
             return false;
-        };
+        }
+        let run = around.owner.slots.chunk_run(index).filter(|&run| self.frames.are_at_rest(run));
+        let Some(run) = run else { return false };
         let kept = if self.has(Defect::BlockWritable) { Prot::NONE } else { Prot::WRITE };
         let prot = place.entry.prot.without(kept);
         let entered = pmap.enter_block(chunk, run, prot, &mut |harvest| self.frames.note(harvest)).is_ok();

@@ -6,6 +6,7 @@
 //! behind us, the one that we are about to see may be nobody's any more, and be gone. Called by the fault; calls
 //! `object`.
 
+use super::veil::Veil;
 use crate::Vm;
 use crate::addr::{Ipa, PageIndex, Pfn};
 use crate::defect::Defect;
@@ -51,12 +52,13 @@ pub(super) enum Found {
 
 impl<M: Machine> Vm<M> {
     /// Looks for a page from where the descent stands; whoever comes there past a copy-object says what the version was
-    /// before.
+    /// before. What hides its neighbours on the way goes to the veil.
     pub(super) fn look<'h>(
         &'h self,
         chain: &mut Descent<'h, OBJECT, State>,
         mut index: PageIndex,
         mut since: Option<u64>,
+        mut veil: Option<&mut Veil>,
     ) -> Found {
         let (mut depth, mut sole) = (0, true);
         let mut since_hop = 0;
@@ -85,6 +87,9 @@ impl<M: Machine> Vm<M> {
                 Some(Hop::Nothing) => break Found::Nothing,
                 Some(Hop::To(object, page, by_copy)) => {
                     since = since.or_else(|| by_copy.then(|| self.objects.version()));
+                    if let Some(veil) = &mut veil {
+                        veil.hop(state, index, version);
+                    }
                     let hopped = self.objects.get(object).hop_down(chain, || self.trails_now() == version);
                     if !hopped || !self.has_hopped(chain.here(), object, version) {
                         break Found::Changed;
@@ -97,6 +102,11 @@ impl<M: Machine> Vm<M> {
                 Some(Hop::Unlaid) | None => {}
             }
             let Some((object, below)) = state.below(index) else { break Found::Nothing };
+            if let Some(veil) = &mut veil
+                && !self.has(Defect::SeesThroughShadows)
+            {
+                veil.pass(state, index);
+            }
             index = below;
             self.objects.get(object).step_down(chain);
         };

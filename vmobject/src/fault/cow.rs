@@ -92,7 +92,7 @@ impl<M: Machine> Vm<M> {
         }
         map.stats.count(Event::FaultMove);
         self.drop_clean_slot(page.frame, held);
-        self.finish_found(map, place, purpose, page.frame, place.entry.prot, held)
+        self.finish_found(map, place, purpose, page.frame, (place.entry.prot, None), held)
     }
 
     /// Makes `owner`'s page the top's; `None` if it is not what it was.

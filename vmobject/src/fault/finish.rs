@@ -1,9 +1,9 @@
 //! The end of a fault: the page is there, and serves the purpose.
 //!
 //! The owner's lock is held, so it stays there. What lies above the owner may not be locked any more: see
-//! `finish_deep`. Called by every way through a fault that finds or makes a page. Calls the pmap.
+//! `finish_found`. Called by every way through a fault that finds or makes a page. Calls the pmap.
 
-use super::{Instruction, Place, Purpose, Step, WaitFor};
+use super::{Copied, Instruction, Place, Step, WaitFor};
 use crate::Vm;
 use crate::addr::Pfn;
 use crate::lock::{Held, OBJECT};
@@ -11,6 +11,35 @@ use crate::map::Map;
 use crate::pmap::{OutOfTables, Pmap as _};
 use crate::prot::Prot;
 use crate::store::Machine;
+
+/// What the page is wanted for.
+pub(super) enum Purpose<'b> {
+    /// To be mapped, for this instruction if for any in particular.
+    Enter(Option<Instruction>),
+    /// To read bytes from this offset on.
+    Read(usize, &'b mut [u8]),
+    /// To write bytes from this offset on.
+    Write(usize, &'b [u8]),
+    /// To be kept in its frame, which goes here.
+    Wire(&'b mut Option<Pfn>),
+}
+
+impl Purpose<'_> {
+    /// Somebody waits for a page: it is not to go again before he has had it, however much memory there is now.
+    pub(super) fn needs<M: Machine>(&self, map: &Map<M>, frame: Pfn) {
+        if let Self::Enter(Some(by)) = *self {
+            map.need(by, frame);
+        }
+    }
+
+    /// Some of the way is done, and interrupts come first (I6): an instruction faults again.
+    pub(super) const fn in_part(&self) -> Copied {
+        match self {
+            Self::Enter(_) => Copied::Done,
+            Self::Read(..) | Self::Write(..) | Self::Wire(_) => Copied::Wait(WaitFor::Turn),
+        }
+    }
+}
 
 impl<M: Machine> Vm<M> {
     /// The page is there: serves the purpose with it. The owner's lock is held.
@@ -32,7 +61,9 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// The same with a page that was there before: pageout may have it in hand.
+    /// The same with a page that was there before: pageout may have it in hand. It may lie below others that are not locked
+    /// any more, `since` a version: of what has gained it meanwhile nothing is mapped, for whoever took away the leaves of
+    /// that page, or looks for those of this one, has been here already.
     #[inline]
     pub(super) fn finish_found(
         &self,
@@ -40,32 +71,20 @@ impl<M: Machine> Vm<M> {
         place: Place<'_>,
         purpose: &mut Purpose<'_>,
         frame: Pfn,
-        prot: Prot,
+        (prot, since): (Prot, Option<u64>),
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
-        match purpose {
-            Purpose::Enter(_) => self.frames.page(frame).map(),
-            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => self.frames.page(frame).touch(),
+        let page = self.frames.page(frame);
+        match *purpose {
+            Purpose::Enter(by) => {
+                page.map();
+                self.enter(map, place, by, frame, (prot, since), held)
+            }
+            Purpose::Read(..) | Purpose::Write(..) | Purpose::Wire(_) => {
+                page.touch();
+                self.finish_unmapped(purpose, frame, held)
+            }
         }
-        self.finish(map, place, purpose, frame, prot, held)
-    }
-
-    /// The same with a page below others that are not locked any more. Of what has gained it meanwhile nothing is
-    /// mapped: whoever took away the leaves of that page, or looks for those of this one, has been here already.
-    pub(super) fn finish_deep(
-        &self,
-        map: &Map<M>,
-        place: Place<'_>,
-        purpose: &mut Purpose<'_>,
-        (frame, since): (Pfn, u64),
-        prot: Prot,
-        held: &mut Held<'_, OBJECT>,
-    ) -> Step {
-        let Purpose::Enter(by) = *purpose else {
-            return self.finish_found(map, place, purpose, frame, prot, held);
-        };
-        self.frames.page(frame).map();
-        self.enter(map, place, by, frame, (prot, Some(since)), held)
     }
 
     /// Maps a page, if nothing that others shadow has gained any since a version.
@@ -85,12 +104,17 @@ impl<M: Machine> Vm<M> {
             map.need(by, frame);
         }
         let (mut pmap, _held) = map.pmap.lock(held);
-        if since.is_some_and(|since| since != self.objects.version()) {
+        if self.has_gained(since) {
             return Step::Again;
         }
         match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {
             Ok(()) => Step::Done,
             Err(OutOfTables) => Step::Wait(WaitFor::Memory),
         }
+    }
+
+    /// True if what others shadow has gained a page since a version, where that matters.
+    pub(super) fn has_gained(&self, since: Option<u64>) -> bool {
+        since.is_some_and(|since| since != self.objects.version())
     }
 }

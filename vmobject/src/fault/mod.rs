@@ -9,8 +9,9 @@
 //! until the mapping is entered, objects below it hand over hand, then the pmap.
 //!
 //! # Invariants
-//! F1. A leaf is entered under the lock of the object that owns the frame, and under that of the top
-//!     object: so neither eviction nor another vCPU's copy comes between the look and the leaf.
+//! F1. A leaf is entered under the lock of the object that owns the frame, and under that of the top object, or else
+//!     while nothing that others shadow has gained a page since the look began: so neither eviction nor another vCPU's
+//!     copy comes between the look and the leaf.
 //! F2. Only a page of the top object, and only through an entry without `needs_copy`, is mapped
 //!     writable (I3).
 
@@ -23,6 +24,7 @@ mod device;
 mod finish;
 mod push;
 mod snapshot;
+mod veil;
 mod wire;
 
 use crate::addr::{Ipa, PageIndex, Pfn};
@@ -40,8 +42,10 @@ use crate::stats::Event;
 use crate::store::{LostPage, Machine, PhysMemory as _};
 use crate::{PROMPT, Vm};
 use around::Around;
-use chain::{Found, Page};
+use chain::Found;
+use finish::Purpose;
 pub use snapshot::Looked;
+use veil::Veil;
 pub use wire::{Wired, Wiring};
 
 /// How a fault was served.
@@ -76,35 +80,6 @@ pub enum FaultError {
     },
     /// The store does not give the page: inject an external abort.
     Lost(LostPage),
-}
-
-/// What the page is wanted for.
-enum Purpose<'b> {
-    /// To be mapped, for this instruction if for any in particular.
-    Enter(Option<Instruction>),
-    /// To read bytes from this offset on.
-    Read(usize, &'b mut [u8]),
-    /// To write bytes from this offset on.
-    Write(usize, &'b [u8]),
-    /// To be kept in its frame, which goes here.
-    Wire(&'b mut Option<Pfn>),
-}
-
-impl Purpose<'_> {
-    /// Somebody waits for a page: it is not to go again before he has had it.
-    fn needs<M: Machine>(&self, map: &Map<M>, frame: Pfn) {
-        if let Self::Enter(Some(by)) = *self {
-            map.need(by, frame);
-        }
-    }
-
-    /// Some of the way is done, and interrupts come first (I6): an instruction faults again.
-    const fn in_part(&self) -> Copied {
-        match self {
-            Self::Enter(_) => Copied::Done,
-            Self::Read(..) | Self::Write(..) | Self::Wire(_) => Copied::Wait(WaitFor::Turn),
-        }
-    }
 }
 
 /// What came of doing what an attempt asked for.
@@ -402,16 +377,16 @@ impl<M: Machine> Vm<M> {
         // Of what was in swap as much as came along: who reads it in no order has nothing from more.
         let window = if page.has_clean_slot() { top.ahead.came() } else { AROUND_PAGES };
         if enters && window > 1 && !prot.allows(Prot::WRITE) {
-            let around = Around::Own(top, prot);
+            let around = Around::own(top, place, prot);
             if self.enter_block(map, place, &around, frame, held) {
                 return Step::Done;
             }
         }
-        let step = self.finish_found(map, place, purpose, frame, prot, held);
+        let step = self.finish_found(map, place, purpose, frame, (prot, None), held);
         if enters && window > 1 && matches!(step, Step::Done) {
             // The copy may have received this page and not its neighbours.
             let prot = if top.copy.is_some() { prot.without(Prot::WRITE) } else { prot };
-            self.enter_neighbours(map, place, window, &Around::Own(top, prot), held);
+            self.enter_neighbours(map, place, window, &Around::own(top, place, prot), held);
         }
         step
     }
@@ -431,6 +406,14 @@ impl<M: Machine> Vm<M> {
         };
         let (version, since) = (self.trails_now(), self.objects.version());
         let hop = top.hop(place.index, version);
+        let reads = matches!(purpose, Purpose::Enter(_)) && !place.writes();
+        let mut veil = Veil::new(place.page);
+        if reads {
+            match hop {
+                None => veil.pass(top, place.index),
+                Some(_) => veil.hop(top, place.index, version),
+            }
+        }
         let (object, index, by_copy) = match hop {
             None => (object, index, false),
             Some(Hop::To(object, index, by_copy)) => (object, index, by_copy),
@@ -447,7 +430,7 @@ impl<M: Machine> Vm<M> {
         } else {
             below.descend(held)
         };
-        let mut found = self.look(&mut chain, index, by_copy.then_some(since));
+        let mut found = self.look(&mut chain, index, by_copy.then_some(since), reads.then_some(&mut veil));
         if let (Found::Page(page), Some(_)) = (&mut found, hop) {
             (page.depth, page.sole) = (page.depth + 1, false);
         }
@@ -488,8 +471,9 @@ impl<M: Machine> Vm<M> {
             }
             Found::Page(page) => {
                 let (owner, held) = chain.split();
-                let around = Around::Below { top, owner, index: page.index };
-                self.show(map, place, purpose, (page, since), &around, held)
+                let since = (page.depth > 0).then_some(since);
+                let around = Around { owner, index: page.index, own: None, veil, since };
+                self.show(map, place, purpose, page.frame, &around, held)
             }
         }
     }
@@ -505,7 +489,9 @@ impl<M: Machine> Vm<M> {
     ) -> Step {
         let since = self.objects.version();
         let mut chain = self.objects.get(place.entry.object).descend(held);
-        match self.look(&mut chain, place.index, None) {
+        let mut veil = Veil::new(place.page);
+        let enters = matches!(purpose, Purpose::Enter(_));
+        match self.look(&mut chain, place.index, None, enters.then_some(&mut veil)) {
             Found::Deep => Step::Trail(place.entry.object, place.index),
             Found::Changed => Step::Again,
             Found::Busy(frame) => self.await_page(map, purpose, frame),
@@ -514,33 +500,31 @@ impl<M: Machine> Vm<M> {
             Found::Nothing => Step::Shadow,
             Found::Page(page) => {
                 let (owner, held) = chain.split();
-                let around = Around::Shared(owner);
-                self.show(map, place, purpose, (page, since), &around, held)
+                let since = (page.depth > 0).then_some(since);
+                let around = Around { owner, index: page.index, own: None, veil, since };
+                self.show(map, place, purpose, page.frame, &around, held)
             }
         }
     }
 
-    /// Shows a page of an object below, to be read only, and its neighbours if the owner is the first object there.
+    /// Shows a page of an object below, to be read only, and its neighbours.
     #[inline]
     fn show(
         &self,
         map: &Map<M>,
         place: Place<'_>,
         purpose: &mut Purpose<'_>,
-        (page, since): (Page, u64),
+        frame: Pfn,
         around: &Around<'_>,
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
         map.stats.count(Event::FaultShared);
         let prot = place.entry.prot.without(Prot::WRITE);
-        if page.depth > 0 {
-            return self.finish_deep(map, place, purpose, (page.frame, since), prot, held);
-        }
         let enters = matches!(purpose, Purpose::Enter(_));
-        if enters && self.enter_block(map, place, around, page.frame, held) {
+        if enters && self.enter_block(map, place, around, frame, held) {
             return Step::Done;
         }
-        let step = self.finish_found(map, place, purpose, page.frame, prot, held);
+        let step = self.finish_found(map, place, purpose, frame, (prot, around.since), held);
         if enters && matches!(step, Step::Done) {
             self.enter_neighbours(map, place, AROUND_PAGES, around, held);
         }

@@ -84,7 +84,7 @@ impl<M: Machine> Vm<M> {
                     return self.receive(&mut above, ours, None, &mut held);
                 };
                 let mut chain = self.objects.get(object).descend(&mut held);
-                match self.look(&mut chain, index, None) {
+                match self.look(&mut chain, index, None, None) {
                     Found::Page(found) => self.receive(&mut above, ours, Some(found.frame), chain.split().1),
                     Found::Nothing => self.receive(&mut above, ours, None, chain.split().1),
                     Found::Busy(frame) => self.when_filled(frame),

@@ -46,7 +46,7 @@ impl<M: Machine> Vm<M> {
         for _ in 0..MAX_RESTARTS {
             let step = {
                 let mut chain = self.objects.get(entry.object).descend(held);
-                match self.look(&mut chain, index, None) {
+                match self.look(&mut chain, index, None, None) {
                     Found::Page(page) => {
                         self.machine.memory().read(page.frame, at.offset_in_page(), out);
                         return Ok(Looked::Done);

@@ -144,6 +144,9 @@ impl<M: Machine> Vm<M> {
             self.align(object, first, start, &mut held);
         }
         let attached = {
+            let (mut state, mut held) = self.objects.get(object).write(&mut held);
+            // What is pushed to it from now on, a look through this mapping must not miss.
+            state.shadowed |= state.role != Role::Plain;
             let (mut links, _held) = self.links.write(&mut held);
             let writes = prot.allows(Prot::WRITE) && !needs_copy;
             links.attach(Arc::downgrade(map), object.number(), start, first, pages, writes)

@@ -136,7 +136,7 @@ impl<M: Machine> Vm<M> {
                 let pages = core::iter::from_fn(|| {
                     if run == 0 {
                         from = state.slots.next_present(from..end).map_or(end, |(page, _)| page);
-                        run = state.slots.rest_of_leaf(from).held().min(end.number() - from.number());
+                        run = state.slots.held_from(from).min(end.number() - from.number());
                         left = left.saturating_sub(APART);
                     }
                     run = run.checked_sub(1)?;

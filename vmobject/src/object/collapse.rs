@@ -319,7 +319,7 @@ impl<M: Machine> Vm<M> {
             }
             *left -= 1;
             self.stats.count(Event::SlotVisited);
-            match top.slots.rest_of_leaf(PageIndex::new(page)).held() {
+            match top.slots.held_from(PageIndex::new(page)) {
                 0 => break,
                 held => page += held,
             }

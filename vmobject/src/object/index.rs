@@ -2,11 +2,11 @@
 //!
 //! A three-level radix: a root that grows to the highest page present, regions of 64 leaves, leaves of 64
 //! slots of four bytes. What is not there costs nothing: a region that was never touched is no box,
-//! and a leaf whose pages are all zero is one bit. Range operations skip what is not there, so their cost
+//! and a leaf whose pages are all zero has no slots. Which slots are not absent is a word for each leaf, and which leaves
+//! have any a word for each region: range operations go from bit to bit, so their cost
 //! follows what is present in the range (D10). Of each 2 MiB it is known where in memory they lie, or would if their
 //! frames were side by side (`run`). Called by `object`, `fault`, `pager`.
 
-mod leaf;
 mod run;
 
 use alloc::boxed::Box;
@@ -15,7 +15,6 @@ use core::ops::Range;
 
 use crate::VmError;
 use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
-use leaf::{first_present, is_nothing, present};
 use run::Home;
 
 /// What an object knows of one of its pages.
@@ -64,17 +63,18 @@ impl Slot {
 
 const LEAF_SHIFT: u32 = 6;
 const LEAF: usize = 1 << LEAF_SHIFT;
-const FULL: u8 = 1 << LEAF_SHIFT;
 const REGION_SHIFT: u32 = 12;
 const LEAVES: usize = 1 << (REGION_SHIFT - LEAF_SHIFT);
 /// Chunks of a region.
 const CHUNKS: usize = (1 << REGION_SHIFT) / CHUNK_PAGES as usize;
 
 struct Region {
-    /// A bit for each leaf that is not there because all its pages are zero.
+    /// A bit for each leaf that has anything.
+    held: u64,
+    /// A bit for each of them that has no slots, because all its pages are zero.
     zero: u64,
-    /// Slots that are not absent, for each leaf that is there.
-    present: [u8; LEAVES],
+    /// For each leaf a bit for each slot that is not absent.
+    present: [u64; LEAVES],
     /// For each chunk.
     homes: [Home; CHUNKS],
     leaves: [Option<Box<[u32; LEAF]>>; LEAVES],
@@ -83,6 +83,7 @@ struct Region {
 impl Region {
     const fn nothing() -> Self {
         Self {
+            held: 0,
             zero: 0,
             present: [0; LEAVES],
             homes: [const { Home::unknown() }; CHUNKS],
@@ -90,31 +91,33 @@ impl Region {
         }
     }
 
-    /// Nothing is in it.
-    fn is_empty(&self) -> bool {
-        self.zero == 0 && self.present.iter().fold(0, |all, present| all | present) == 0
-    }
-
-    /// The first leaf that has something. Whoever empties a region a few slots at a time asks again and again.
-    fn first_held(&self) -> Option<usize> {
-        let octets = self.present.as_chunks::<8>().0;
-        let held =
-            octets.iter().enumerate().find(|(_, octet)| **octet != [0; 8]).and_then(|(eighth, octet)| {
-                octet.iter().position(|present| *present > 0).map(|leaf| 8 * eighth + leaf)
-            });
-        let zero = (self.zero != 0).then(|| self.zero.trailing_zeros() as usize);
-        held.into_iter().chain(zero).min()
-    }
-
-    /// Which of a leaf's slots are not absent.
     #[inline]
-    fn present(&self, leaf: usize) -> u64 {
+    fn get(&self, leaf: usize, slot: usize) -> Slot {
         match &self.leaves[leaf] {
-            Some(_) if self.present[leaf] == FULL => u64::MAX,
-            Some(slots) => present(slots),
-            None if self.zero & 1 << leaf != 0 => u64::MAX,
-            None => 0,
+            Some(slots) => Slot::decode(slots[slot]),
+            None if self.zero & 1 << leaf != 0 => Slot::Zero,
+            None => Slot::Absent,
         }
+    }
+
+    /// The first slot from one on that is not absent, and its leaf.
+    #[inline]
+    fn next_present(&self, leaf: usize, slot: usize) -> Option<(usize, usize)> {
+        let here = self.present[leaf] >> slot;
+        if here != 0 {
+            return Some((leaf, slot + here.trailing_zeros() as usize));
+        }
+        let later = self.held & (u64::MAX << leaf) << 1;
+        let leaf = later.trailing_zeros() as usize;
+        (later != 0).then(|| (leaf, self.present[leaf].trailing_zeros() as usize))
+    }
+
+    /// Nothing is in a leaf any more.
+    fn drop_leaf(&mut self, leaf: usize) {
+        self.leaves[leaf] = None;
+        self.present[leaf] = 0;
+        self.held &= !(1 << leaf);
+        self.zero &= !(1 << leaf);
     }
 }
 
@@ -173,12 +176,6 @@ impl Run<'_> {
     pub fn iter(&self) -> impl Iterator<Item = Slot> {
         self.0.iter().map(|&bits| Slot::decode(bits))
     }
-
-    /// How many of them there are before the first that is absent.
-    #[inline]
-    pub fn held(&self) -> u32 {
-        self.0.iter().take_while(|&&bits| bits != ABSENT).fold(0, |count, _| count + 1)
-    }
 }
 
 const fn split(page: PageIndex) -> (usize, usize, usize) {
@@ -215,12 +212,7 @@ impl Index {
     #[inline]
     pub fn get(&self, page: PageIndex) -> Slot {
         let (region, leaf, slot) = split(page);
-        let Some(region) = self.region(region) else { return Slot::Absent };
-        match &region.leaves[leaf] {
-            Some(slots) => Slot::decode(slots[slot]),
-            None if region.zero & 1 << leaf != 0 => Slot::Zero,
-            None => Slot::Absent,
-        }
+        self.region(region).map_or(Slot::Absent, |region| region.get(leaf, slot))
     }
 
     /// True if a page can have a slot without more memory.
@@ -271,15 +263,13 @@ impl Index {
         let before = Slot::decode(core::mem::replace(&mut slots[slot], to.encode()));
         self.counts.sub(before);
         self.counts.add(to, 1);
-        match (before == Slot::Absent, to == Slot::Absent) {
-            (true, false) => home.present[leaf] += 1,
-            (false, true) => {
-                home.present[leaf] -= 1;
-                if home.present[leaf] == 0 {
-                    self.shrink(region, leaf);
-                }
+        if to == Slot::Absent {
+            home.present[leaf] &= !(1 << slot);
+            if home.present[leaf] == 0 {
+                self.shrink(region, leaf);
             }
-            (true, true) | (false, false) => {}
+        } else {
+            home.present[leaf] |= 1 << slot;
         }
         Some(before)
     }
@@ -288,8 +278,8 @@ impl Index {
     #[cold]
     fn shrink(&mut self, region: usize, leaf: usize) {
         if let Some(Some(home)) = self.root.get_mut(region) {
-            home[0].leaves[leaf] = None;
-            if home[0].is_empty() {
+            home[0].drop_leaf(leaf);
+            if home[0].held == 0 {
                 self.root[region] = None;
             }
         }
@@ -318,7 +308,7 @@ impl Index {
         let zero = home.zero & 1 << leaf != 0;
         home.leaves[leaf] = Some(boxed(|| if zero { ZERO } else { ABSENT })?);
         home.zero &= !(1 << leaf);
-        home.present[leaf] = if zero { FULL } else { 0 };
+        home.held |= 1 << leaf;
         Ok(())
     }
 
@@ -333,7 +323,8 @@ impl Index {
             return Ok(());
         }
         let before = core::mem::take(&mut home.leaves[leaf]);
-        home.present[leaf] = 0;
+        home.present[leaf] = u64::MAX;
+        home.held |= 1 << leaf;
         home.zero |= 1 << leaf;
         before.iter().flat_map(|slots| slots.iter()).for_each(|&bits| self.counts.sub(Slot::decode(bits)));
         self.counts.zero += Self::LEAF_PAGES;
@@ -344,32 +335,31 @@ impl Index {
     pub const LEAF_PAGES: u32 = 1 << LEAF_SHIFT;
 
     /// The first page in a range that is not absent, and what it is. Walking with it visits what is
-    /// present, plus one look for every 64 leaves of the range. With nothing present it is over at once.
+    /// present, plus one look for every region of the range. With nothing present it is over at once.
     pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
         let mut page = range.start;
         while page < range.end && self.counts.present() > 0 {
-            let (region, leaf, slot) = split(page);
-            if region >= self.root.len() {
+            let (number, leaf, slot) = split(page);
+            if number >= self.root.len() {
                 return None;
             }
-            let Some(home) = self.region(region) else {
-                page = next_multiple(page, REGION_SHIFT)?;
+            let found = self.region(number).and_then(|home| Some((home, home.next_present(leaf, slot)?)));
+            let Some((home, (leaf, slot))) = found else {
+                page = next_region(page)?;
                 continue;
             };
-            let found = match &home.leaves[leaf] {
-                Some(slots) => first_present(slots, slot).map(|found| (found, Slot::decode(slots[found]))),
-                None if home.zero & 1 << leaf != 0 => Some((slot, Slot::Zero)),
-                None => None,
-            };
-            let Some((found, what)) = found else {
-                page = next_multiple(page, LEAF_SHIFT)?;
-                continue;
-            };
-            let skipped = u32::try_from(found - slot).ok()?;
-            let page = page.checked_add(skipped).filter(|page| *page < range.end)?;
-            return Some((page, what));
+            let page = u32::try_from(number << REGION_SHIFT | leaf << LEAF_SHIFT | slot).ok()?;
+            let page = PageIndex::new(page);
+            return (page < range.end).then(|| (page, home.get(leaf, slot)));
         }
         None
+    }
+
+    /// How many pages from one on are not absent, one after the other, as far as its leaf goes.
+    #[inline]
+    pub fn held_from(&self, page: PageIndex) -> u32 {
+        let (region, leaf, slot) = split(page);
+        self.region(region).map_or(0, |region| (region.present[leaf] >> slot).trailing_ones())
     }
 
     /// Makes every page absent. `give_up` sees what each slot has, or once that a whole leaf is zero, and says whether that
@@ -377,36 +367,27 @@ impl Index {
     /// nothing is left.
     pub fn drain(&mut self, mut give_up: impl FnMut(Slot) -> bool) -> bool {
         while let Some(region) = self.root.last_mut() {
-            if let Some(home) = region {
-                let [home] = &mut **home;
-                while let Some(leaf) = home.first_held() {
-                    let Some(there) = &mut home.leaves[leaf] else {
-                        if !give_up(Slot::Zero) {
-                            return false;
-                        }
-                        home.zero &= !(1 << leaf);
-                        self.counts.zero -= Self::LEAF_PAGES;
-                        continue;
-                    };
-                    for octet in there.as_chunks_mut::<8>().0 {
-                        if home.present[leaf] == 0 {
-                            break;
-                        }
-                        if is_nothing(octet) {
-                            continue;
-                        }
-                        for slot in octet.iter_mut().filter(|slot| **slot != ABSENT) {
-                            let what = Slot::decode(*slot);
-                            if !give_up(what) {
-                                return false;
-                            }
-                            *slot = ABSENT;
-                            home.present[leaf] -= 1;
-                            self.counts.sub(what);
-                        }
+            while let Some(home) = region.as_mut().map(|home| &mut home[0]).filter(|home| home.held != 0) {
+                let leaf = home.held.trailing_zeros() as usize;
+                let Some(slots) = &mut home.leaves[leaf] else {
+                    if !give_up(Slot::Zero) {
+                        return false;
                     }
-                    home.leaves[leaf] = None;
+                    self.counts.zero -= Self::LEAF_PAGES;
+                    home.drop_leaf(leaf);
+                    continue;
+                };
+                while home.present[leaf] != 0 {
+                    let slot = &mut slots[home.present[leaf].trailing_zeros() as usize];
+                    let what = Slot::decode(*slot);
+                    if !give_up(what) {
+                        return false;
+                    }
+                    *slot = ABSENT;
+                    home.present[leaf] &= home.present[leaf] - 1;
+                    self.counts.sub(what);
                 }
+                home.drop_leaf(leaf);
             }
             self.root.pop();
         }
@@ -423,7 +404,7 @@ impl Index {
     /// The same for 64 pages a word.
     #[inline]
     pub fn present_from(&self, first: PageIndex, words: &mut [u64]) {
-        let (mut leaf, skip) = (first.number() >> LEAF_SHIFT, first.number() % u32::from(FULL));
+        let (mut leaf, skip) = (first.number() >> LEAF_SHIFT, first.number() % Self::LEAF_PAGES);
         if skip == 0 {
             for (word, leaf) in words.iter_mut().zip(leaf..) {
                 *word = self.present_of_leaf(leaf);
@@ -434,7 +415,7 @@ impl Index {
         for word in words {
             leaf += 1;
             let next = self.present_of_leaf(leaf);
-            *word = here >> skip | next << (u32::from(FULL) - skip);
+            *word = here >> skip | next << (Self::LEAF_PAGES - skip);
             here = next;
         }
     }
@@ -443,7 +424,7 @@ impl Index {
     #[inline]
     fn present_of_leaf(&self, leaf: u32) -> u64 {
         let (region, leaf) = (leaf as usize / LEAVES, leaf as usize % LEAVES);
-        self.region(region).map_or(0, |region| region.present(leaf))
+        self.region(region).map_or(0, |region| region.present[leaf])
     }
 
     /// Every page that is not absent, in order.
@@ -468,11 +449,11 @@ impl Index {
     }
 }
 
-/// The next page whose number is a multiple of `1 << shift`.
-const fn next_multiple(page: PageIndex, shift: u32) -> Option<PageIndex> {
-    match ((page.number() >> shift) + 1).checked_shl(shift) {
-        Some(next) if next > page.number() => Some(PageIndex::new(next)),
-        _ => None,
+/// The first page of the next region.
+const fn next_region(page: PageIndex) -> Option<PageIndex> {
+    match ((page.number() >> REGION_SHIFT) + 1).checked_mul(1 << REGION_SHIFT) {
+        Some(next) => Some(PageIndex::new(next)),
+        None => None,
     }
 }
 
@@ -546,7 +527,7 @@ mod tests {
         let with_slots = index.bytes();
         index.zero_leaf(P(64)).unwrap();
         index.zero_leaf(P(64)).unwrap();
-        assert!(index.bytes() < with_slots, "a leaf of zeros costs a bit");
+        assert!(index.bytes() < with_slots, "a leaf of zeros has no slots");
         assert_eq!(index.get(P(64)), Slot::Zero);
         assert_eq!(index.get(P(127)), Slot::Zero);
         assert_eq!(index.get(P(128)), Slot::Absent);

@@ -138,6 +138,12 @@ impl Slots {
         self.place(first).map_or(Run::EMPTY, |place| self.index.rest_of_leaf(place))
     }
 
+    /// How many pages from one on are not absent, one after the other, as far as its leaf goes.
+    #[inline]
+    pub fn held_from(&self, page: PageIndex) -> u32 {
+        self.place(page).map_or(0, |place| self.index.held_from(place))
+    }
+
     /// How many pages there are from a page to the end of its leaf; never none.
     #[inline]
     pub fn left_in_leaf(&self, page: PageIndex) -> u32 {

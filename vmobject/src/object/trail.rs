@@ -92,6 +92,16 @@ pub(crate) enum Hop {
     Unlaid,
 }
 
+/// Which neighbours of a page are where a hop from it leads.
+pub(crate) struct Beside {
+    /// How far the page is into the 64 that this is about.
+    pub(crate) into_window: u32,
+    /// A bit for each of them, that of the first lowest.
+    pub(crate) pages: u64,
+    /// Every page of the chunk is there, and is seen from here.
+    pub(crate) all: bool,
+}
+
 impl Trail {
     /// A walk that begins.
     fn begin(chunk: u32, version: u64, state: &State) -> Result<Self, VmError> {
@@ -249,6 +259,19 @@ impl Trails {
         Some(Hop::To(stretch.object, page.checked_add(stretch.shift)?, trail.by_copy))
     }
 
+    fn beside(&self, place: PageIndex, version: u64) -> Option<Beside> {
+        let trail = self.of_chunk(place.number() / CHUNK_PAGES, version)?;
+        let page_of = (place.number() % CHUNK_PAGES) as usize;
+        let (word, stretch) = (page_of / 64, trail.of[page_of]);
+        let there = trail.of[word * 64..][..64].iter().rev();
+        let there = there.fold(0, |pages, &of| pages << 1 | u64::from(of == stretch));
+        Some(Beside {
+            into_window: place.number() % 64,
+            pages: there & trail.known[word],
+            all: trail.stretches.len() == 1 && trail.known == [u64::MAX; WORDS],
+        })
+    }
+
     /// Takes the trail of a chunk away, whatever its version.
     fn take(&mut self, chunk: u32) -> Option<Trail> {
         let place = (chunk as usize).checked_rem(self.0.len())?;
@@ -295,6 +318,11 @@ impl State {
     /// Where to look for a page that the object itself has not, if there is a trail of this version.
     pub(crate) fn hop(&self, page: PageIndex, version: u64) -> Option<Hop> {
         if self.trails.0.is_empty() { None } else { self.trails.hop(page, self.slots.place(page)?, version) }
+    }
+
+    /// Which neighbours of a page a hop from it leads to as well.
+    pub(crate) fn beside(&self, page: PageIndex, version: u64) -> Option<Beside> {
+        self.trails.beside(self.slots.place(page)?, version)
     }
 }
 

@@ -8,14 +8,15 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use super::{FULL, Index, LEAF, RESIDENT, Region, split};
+use super::{Index, LEAF, RESIDENT, Region, split};
 use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
 use crate::limits::MAX_FRAME;
 use crate::page::{ANY, Wish};
 
-/// Leaves of a chunk; their counts are looked at as one word.
+/// Leaves of a chunk.
 const PER_CHUNK: usize = CHUNK_PAGES as usize / LEAF;
-const _: () = assert!(PER_CHUNK == size_of::<u64>());
+/// A bit for each of them.
+const ALL: u64 = (1 << PER_CHUNK) - 1;
 
 /// Where a chunk lies: the number of its first frame, if it had its own place. Changes under the object's lock; readers
 /// only add that it is [`SCATTERED`].
@@ -33,12 +34,10 @@ impl Home {
     }
 }
 
-impl Region {
-    /// How many slots of each leaf of a chunk are not absent.
-    #[inline]
-    fn counts_of_chunk(&self, chunk: usize) -> u64 {
-        self.present.as_chunks::<PER_CHUNK>().0.get(chunk).map_or(0, |counts| u64::from_ne_bytes(*counts))
-    }
+/// Of a word with a bit for each leaf of a region, those of a leaf's chunk, which is so far into its region.
+#[inline]
+const fn of_chunk(bits: u64, chunk: usize) -> u64 {
+    bits >> (chunk * PER_CHUNK) & ALL
 }
 
 /// How far into its chunk a page is.
@@ -54,7 +53,7 @@ impl Index {
         let (region, leaf, _) = split(page);
         let chunk = leaf / PER_CHUNK;
         let Some(region) = self.region(region) else { return Wish::Begin(offset(page)) };
-        if region.counts_of_chunk(chunk) == 0 {
+        if of_chunk(region.held & !region.zero, chunk) == 0 {
             return Wish::Begin(offset(page));
         }
         let home = &region.homes[chunk].0;
@@ -83,9 +82,7 @@ impl Index {
     #[inline]
     pub fn is_chunk_absent(&self, first: PageIndex) -> bool {
         let (region, leaf, _) = split(first);
-        let zeros = |zero: u64| zero >> leaf & ((1 << PER_CHUNK) - 1);
-        self.region(region)
-            .is_none_or(|region| region.counts_of_chunk(leaf / PER_CHUNK) == 0 && zeros(region.zero) == 0)
+        self.region(region).is_none_or(|region| of_chunk(region.held, leaf / PER_CHUNK) == 0)
     }
 
     /// The first frame of the chunk that begins at `first`, if all of its pages are there and lie side by side in aligned
@@ -93,8 +90,12 @@ impl Index {
     pub fn chunk_run(&self, first: PageIndex) -> Option<Pfn> {
         let (region, leaf, slot) = split(first);
         let (region, chunk) = (self.region(region)?, leaf / PER_CHUNK);
-        let all = u64::from_ne_bytes([FULL; PER_CHUNK]);
-        if slot != 0 || leaf % PER_CHUNK != 0 || region.counts_of_chunk(chunk) != all {
+        // A leaf of zeros is full, too, and lies nowhere.
+        let full = |region: &Region| {
+            of_chunk(region.held & !region.zero, chunk) == ALL
+                && region.present.as_chunks::<PER_CHUNK>().0[chunk] == [u64::MAX; PER_CHUNK]
+        };
+        if slot != 0 || leaf % PER_CHUNK != 0 || !full(region) {
             return None;
         }
         let home = &region.homes[chunk].0;
