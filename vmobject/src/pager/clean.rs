@@ -267,7 +267,7 @@ impl<M: Machine> Vm<M> {
                 Ok(())
             }
             Err(error) => {
-                self.transfers.end(token, held);
+                self.transfers.end(token, held, |_| ());
                 Err(error)
             }
         }

@@ -96,6 +96,16 @@ impl Transfer {
         Self { object, way, first, wanted: first, pages: 0, frames, leaves, by: NOBODY, serial: 0 }
     }
 
+    /// Becomes another one: without those places of `frames` that take no part, most of it where one page is in flight.
+    #[inline]
+    fn become_like(&mut self, other: &Self) {
+        let Self { object, way, first, wanted, pages, leaves, by, serial, .. } = *other;
+        *self = Self { object, way, first, wanted, pages, leaves, by, serial, frames: self.frames };
+        for (to, from) in self.frames.iter_mut().zip(other.frames()) {
+            *to = *from;
+        }
+    }
+
     /// How many of its pages leave for swap.
     const fn leaving(&self) -> u32 {
         if self.leaves { self.pages } else { 0 }
@@ -120,7 +130,9 @@ impl Transfer {
 
 struct Place {
     generation: u32,
-    transfer: Option<Transfer>,
+    /// `transfer` is in flight.
+    live: bool,
+    transfer: Transfer,
 }
 
 struct Table {
@@ -174,7 +186,8 @@ impl Transfers {
             .resize_with(MAX_IO as usize, || Flight { token: AtomicU64::new(0), object: AtomicU64::new(0) });
         places.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
         vacant.try_reserve_exact(MAX_IO as usize).map_err(|_| VmError::NoMemory)?;
-        places.resize_with(MAX_IO as usize, || Place { generation: 1, transfer: None });
+        let nobodys = Transfer::out(ObjectId::decode(0), PageIndex::new(0));
+        places.resize_with(MAX_IO as usize, || Place { generation: 1, live: false, transfer: nobodys });
         vacant.extend((0..MAX_IO).rev());
         let table = Ranked::new(Table {
             places,
@@ -225,21 +238,29 @@ impl Transfers {
         table.serial += 1;
         let serial = table.serial;
         let slot = &mut table.places[place as usize];
-        slot.transfer.insert(*transfer).serial = serial;
+        slot.transfer.become_like(transfer);
+        slot.transfer.serial = serial;
+        slot.live = true;
         let (token, flight) = (token(place, slot.generation), &self.flights[place as usize]);
         flight.object.store(transfer.object.encode(), Relaxed);
         flight.token.store(token.0, Release);
         Ok(token)
     }
 
-    /// The transfer that a token names, which is over now; `None` for a stale token.
+    /// The transfer that a token names is over now, and is shown once more; `None` for a stale token.
     #[inline]
-    pub fn end<const OUTER: u8>(&self, token: IoToken, held: &mut Held<'_, OUTER>) -> Option<Transfer> {
+    pub(crate) fn end<T, const OUTER: u8>(
+        &self,
+        token: IoToken,
+        held: &mut Held<'_, OUTER>,
+        show: impl FnOnce(&Transfer) -> T,
+    ) -> Option<T> {
         let (place, generation) = parts(token)?;
         let (mut table, _held) = self.table.lock(held);
         let table = &mut *table;
-        let slot = table.places.get_mut(place).filter(|slot| slot.generation == generation)?;
-        let transfer = slot.transfer.as_ref()?;
+        let slot = table.places.get_mut(place).filter(|slot| slot.live && slot.generation == generation)?;
+        let transfer = &slot.transfer;
+        let shown = show(transfer);
         match transfer.way {
             Direction::In => {}
             Direction::Out if transfer.leaves => {
@@ -248,6 +269,7 @@ impl Transfers {
             }
             Direction::Out => table.disk_puts -= 1,
         }
+        slot.live = false;
         table.ended += 1;
         self.flights[place].token.store(0, Release);
         // A place whose generation would repeat, or leave the VM's tokens, retires.
@@ -255,7 +277,7 @@ impl Transfers {
             slot.generation = generation + 1;
             table.vacant.push(u32::try_from(place).ok()?);
         }
-        slot.transfer.take()
+        Some(shown)
     }
 
     /// The object of a transfer that is in flight; if that ends meanwhile, of another. [`Self::end`] knows.
@@ -292,7 +314,7 @@ impl Transfers {
     ) -> Option<IoToken> {
         let (table, _held) = self.table.lock(held);
         (0..).zip(&table.places).find_map(|(number, place)| {
-            let transfer = place.transfer.as_ref()?;
+            let transfer = Some(&place.transfer).filter(|_| place.live)?;
             let found = transfer.object == object && transfer.way == Direction::Out;
             (found && transfer.serial <= serial).then(|| token(number, place.generation))
         })
@@ -301,6 +323,6 @@ impl Transfers {
     /// How many there are.
     pub fn count<const OUTER: u8>(&self, held: &mut Held<'_, OUTER>) -> usize {
         let (table, _held) = self.table.lock(held);
-        table.places.iter().filter(|slot| slot.transfer.is_some()).count()
+        table.places.iter().filter(|slot| slot.live).count()
     }
 }

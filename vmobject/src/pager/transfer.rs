@@ -139,7 +139,7 @@ impl<M: Machine> Vm<M> {
                 Ok(token)
             }
             Err(error) => {
-                self.transfers.end(token, held);
+                self.transfers.end(token, held, |_| ());
                 self.frames.clear_busy(transfer.frames(), held);
                 Err(error)
             }
@@ -290,15 +290,17 @@ impl<M: Machine> Vm<M> {
             return 0;
         };
         // It is over only when the object says so, too: who sees that a token is, and locks the object, sees what came of it.
-        let early = if self.has(Defect::EndsUnlocked) { self.transfers.end(token, held) } else { None };
+        let mut transfer = Transfer::out(object, PageIndex::default());
+        let early = self.has(Defect::EndsUnlocked)
+            && self.transfers.end(token, held, |ended| transfer.become_like(ended)).is_some();
         let (mut state, mut held) = self.objects.get(object).write(held);
         // Who counts what is left sees the transfer, or this, or the chore that comes of it.
         let idle = state.life == Life::Dying || state.refs == 0;
         let _at_work = idle.then(|| self.objects.begin_work());
-        let Some(transfer) = early.or_else(|| self.transfers.end(token, &mut held)) else {
+        if !early && self.transfers.end(token, &mut held, |ended| transfer.become_like(ended)).is_none() {
             self.stats.count(Event::StaleCompletion);
             return 0;
-        };
+        }
         assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
         self.frames.clear_busy(transfer.frames(), &mut held);
         state.ends(transfer.way, transfer.leaving());
