@@ -11,7 +11,9 @@ use super::sysreg::Emulated;
 use super::vcpu::{Context, Vcpu, count};
 use super::{Guest, aarch32, hypercall, memory, rank, sysreg};
 use crate::arch;
+use vmobject::addr::Ipa;
 use vmobject::lock::Held;
+use vmobject::prot::Prot;
 use vmobject::store::IoToken;
 
 /// One vCPU on this CPU, for as long as it runs.
@@ -64,6 +66,15 @@ pub enum Waiting {
     Memory,
 }
 
+/// An access that faulted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refault {
+    /// Where.
+    pub at: Ipa,
+    /// For what.
+    pub wanted: Prot,
+}
+
 /// What happens next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -71,8 +82,8 @@ pub enum Exit {
     Resume,
     /// The vCPU waits for an interrupt; its instruction is done.
     Idle,
-    /// The vCPU waits; its instruction runs again.
-    Wait(Waiting),
+    /// The vCPU waits; its instruction runs again, or its fault is served again.
+    Wait(Waiting, Refault),
     /// The vCPU switched itself off.
     Off,
     /// The guest ends.

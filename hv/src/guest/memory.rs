@@ -5,10 +5,10 @@
 //! instruction then runs again from its start, which is what makes any fault safe to forget.
 //! Called by `exit`; calls `mmio` and `vmobject`.
 
-use super::exit::{Exit, Run, Waiting, inject};
+use super::exit::{Exit, Refault, Run, Waiting, inject};
 use super::inject::Exception;
 use super::mmio::{self, Target, WINDOW_END, WINDOW_START};
-use super::syndrome::{Abort, Access, DataAbort, Fault};
+use super::syndrome::{Abort, Access, DataAbort, Fault, Syndrome};
 use super::vcpu::count;
 use super::{Complaint, aarch32, disks, forkpage, rank};
 use crate::arch;
@@ -61,8 +61,9 @@ pub fn data(
         aarch32::advance(&mut run.context.regs, esr);
         return Exit::Resume;
     }
+    count(&run.vcpu.counts.faults);
     let wanted = if write { Prot::WRITE } else { Prot::READ };
-    match served(run, at, wanted, held) {
+    match served(run, Refault { at, wanted }, held) {
         Ok(exit) => exit,
         Err(error) => refused(run, at, error, external(data, far), denied(data, far)),
     }
@@ -92,19 +93,46 @@ pub fn fetch(
     }
     let write = abort.walk && matches!(abort.fault, Fault::Permission);
     let Some(at) = address(abort, write, far, hpfar) else { return Exit::Resume };
-    let nothing = Exception::FetchAbort { far, walk: abort.walk };
     if (WINDOW_START..WINDOW_END).contains(&at.bits()) {
-        return hole(run, at, nothing);
+        return hole(run, at, no_code(abort, far));
     }
+    count(&run.vcpu.counts.faults);
     let wanted = match (abort.walk, write) {
         (true, true) => Prot::WRITE,
         (true, false) => Prot::READ,
         (false, _) => Prot::EXECUTE,
     };
-    match served(run, at, wanted, held) {
+    match served(run, Refault { at, wanted }, held) {
         Ok(exit) => exit,
-        Err(error) => refused(run, at, error, nothing, Exception::Denied { far, fetch: true, wnr: false }),
+        Err(error) => refused(run, at, error, no_code(abort, far), not_code(far)),
     }
+}
+
+/// Serves the fault once more that the guest left with, which has had to wait.
+pub fn again(run: &mut Run<'_>, fault: Refault, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
+    let error = match served(run, fault, held) {
+        Ok(exit) => return exit,
+        Err(error) => error,
+    };
+    let (esr, far) = arch::switch::last_fault();
+    let syndrome = Syndrome::decode(esr);
+    if let Syndrome::Data(data) = syndrome {
+        refused(run, fault.at, error, external(data, far), denied(data, far))
+    } else if let Syndrome::Fetch(abort) = syndrome {
+        refused(run, fault.at, error, no_code(abort, far), not_code(far))
+    } else {
+        Exit::Resume // nothing else faults
+    }
+}
+
+/// What a fetch gets where nothing is.
+const fn no_code(abort: Abort, far: u64) -> Exception {
+    Exception::FetchAbort { far, walk: abort.walk }
+}
+
+/// What a fetch gets that is not allowed.
+const fn not_code(far: u64) -> Exception {
+    Exception::Denied { far, fetch: true, wnr: false }
 }
 
 /// Stage 2 made these; everything else came from the guest's own doing or from the bus.
@@ -135,13 +163,8 @@ fn hole(run: &mut Run<'_>, at: Ipa, exception: Exception) -> Exit {
 
 /// What the memory manager makes of an access.
 #[inline]
-fn served(
-    run: &Run<'_>,
-    at: Ipa,
-    wanted: Prot,
-    held: &mut Held<'_, { rank::VCPU }>,
-) -> Result<Exit, FaultError> {
-    count(&run.vcpu.counts.faults);
+fn served(run: &Run<'_>, fault: Refault, held: &mut Held<'_, { rank::VCPU }>) -> Result<Exit, FaultError> {
+    let Refault { at, wanted } = fault;
     if at.bits() >= disks::BASE {
         // Where disks are kept, and nothing of the guest's.
         return Err(FaultError::Hole(at));
@@ -149,7 +172,7 @@ fn served(
     let by = Instruction { vcpu: run.vcpu.index, pc: run.context.regs.pc };
     match mm::vm().fault_for(&run.guest.map, Some(by), at, wanted, held) {
         Ok(Faulted::Mapped) => Ok(Exit::Resume),
-        Ok(Faulted::Wait(wait)) => Ok(Exit::Wait(waiting(wait))),
+        Ok(Faulted::Wait(wait)) => Ok(Exit::Wait(waiting(wait), fault)),
         Err(error) => Err(error),
     }
 }

@@ -297,7 +297,8 @@ impl Syndrome {
     }
 
     /// Reads a syndrome register.
-    #[inline]
+    #[expect(clippy::inline_always, reason = "every exit comes by; beside that one, only an error does")]
+    #[inline(always)]
     pub const fn decode(esr: u64) -> Self {
         #[expect(clippy::cast_possible_truncation, reason = "the lower half is meant")]
         let iss = esr as u32 & 0x1ff_ffff;

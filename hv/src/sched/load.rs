@@ -9,6 +9,7 @@ use core::sync::atomic::Ordering;
 
 use crate::arch::{self, fpsimd, gich, switch, timer, tlb};
 use crate::guest::Guest;
+use crate::guest::exit::Refault;
 use crate::guest::rank;
 use crate::guest::vcpu::{Context, NOWHERE, Power, State, Vcpu, VcpuRef, count};
 use vmobject::lock::Held;
@@ -30,9 +31,11 @@ pub struct Cpu {
     /// The list registers must be written from the virtual interrupt controller before entry.
     pub flush: bool,
     /// What the running vCPU has faulted for is there: the fault is served again before the guest runs. Only with `flush`.
-    pub again: bool,
+    pub again: Option<Refault>,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
+    /// When the host's timer is to fire while it runs.
+    pub armed: u64,
     /// Ticks of that turn in which it stood still, and waited for a disk.
     pub stood: u64,
     /// Before this, chores have had their share of a busy CPU.
@@ -52,8 +55,9 @@ impl Cpu {
             loaded: None,
             fp_live: false,
             flush: false,
-            again: false,
+            again: None,
             slice_end: 0,
+            armed: u64::MAX,
             stood: 0,
             chores_due: 0,
             ended: 0,

@@ -12,7 +12,7 @@ use crate::arch::{irq, switch, timer};
 use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Asked, Ending, Exit, Run, Waiting};
 use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
-use crate::guest::{Life, rank};
+use crate::guest::{Life, memory, rank};
 use crate::vdev::vtimer::{host_time, virtual_deadline};
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
@@ -93,7 +93,7 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             Cpu::start(vcpu, &mut context, &mut held);
             switch::load_el1(&context.el1);
         }
-        (cpu.flush, cpu.again) = (true, false);
+        (cpu.flush, cpu.again) = (true, None);
         if entry.guest.work.waits() {
             entry.guest.work.wake();
         }
@@ -132,7 +132,8 @@ fn go(
     arm(cpu, entry, held);
     let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
     loop {
-        let trap = if cpu.flush {
+        let mut again = None;
+        if cpu.flush {
             while guest.work.take() {
                 if let Some(leaves) = run_errands(cpu, entry, outside, held) {
                     cpu.fp_live = run.fp_live;
@@ -143,28 +144,28 @@ fn go(
             if kicks != 0 {
                 super::wake_many(&entry.guest, kicks, held);
             }
-            match core::mem::take(&mut cpu.again) {
-                true => switch::synchronous(),
-                false => switch::enter(&mut run.context.regs),
-            }
+            again = cpu.again.take();
+        }
+        let what = if let Some(fault) = again {
+            memory::again(&mut run, fault, held)
         } else {
-            switch::enter(&mut run.context.regs)
-        };
-        let number = count(&vcpu.counts.exits);
-        vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
-        let what = match trap {
-            Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
-            Trap::Irq | Trap::Fiq => {
-                if let Some(leaves) = interrupted(cpu, entry, outside, held) {
-                    cpu.fp_live = run.fp_live;
-                    return leaves;
+            let trap = switch::enter(&mut run.context.regs);
+            let number = count(&vcpu.counts.exits);
+            vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
+            match trap {
+                Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
+                Trap::Irq | Trap::Fiq => {
+                    if let Some(leaves) = interrupted(cpu, entry, outside, held) {
+                        cpu.fp_live = run.fp_live;
+                        return leaves;
+                    }
+                    Exit::Resume
                 }
-                Exit::Resume
-            }
-            Trap::SError { esr } => {
-                log::error!("guest {}: SError, esr {esr:#x}, at {:#x}", guest.id, run.context.regs.pc);
-                crate::arch::el2::set_virtual_serror(true);
-                Exit::Resume
+                Trap::SError { esr } => {
+                    log::error!("guest {}: SError, esr {esr:#x}, at {:#x}", guest.id, run.context.regs.pc);
+                    crate::arch::el2::set_virtual_serror(true);
+                    Exit::Resume
+                }
             }
         };
         if run.kicks != 0 {
@@ -235,7 +236,7 @@ fn decide(
         Exit::End(ending) => Some(Leaves::End(ending)),
         Exit::Fork(count, asked) => Some(Leaves::Fork(count, asked)),
         Exit::Idle => idle(cpu, entry, held),
-        Exit::Wait(waiting) => {
+        Exit::Wait(waiting, fault) => {
             let vcpu = entry.vcpu();
             count(&vcpu.counts.waits);
             vcpu.set_cause(match waiting {
@@ -255,7 +256,7 @@ fn decide(
                 // Or somebody has told us of something else meanwhile: the guest looks at that, and faults again.
                 if came || cpu.flush {
                     vcpu.set_cause(Cause::Event);
-                    (cpu.again, cpu.flush) = (came, true);
+                    (cpu.again, cpu.flush) = (came.then_some(fault), true);
                     return None;
                 }
             }
@@ -270,16 +271,16 @@ fn decide(
     }
 }
 
-/// True when a CPU would sleep if its vCPU left it.
+/// True when a CPU would sleep if its vCPU left it, unless another one is ready.
 fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> bool {
     let vm = crate::mm::vm();
     let busy = super::CHORES.load(Ordering::SeqCst) || super::jobs::are_running();
     let wanted = cpu.flush || entry.guest.work.is_wanted();
-    !busy && !wanted && !vm.wants_pageout() && !vm.has_chores(held) && !is_anybody_ready(held)
+    !busy && !wanted && !vm.wants_pageout() && !vm.has_chores(held)
 }
 
-/// Waits for an interrupt without putting away the vCPU that waits for a disk, and takes it: a page comes back sooner
-/// than that would take. Says whether the vCPU has to leave.
+/// Waits for an interrupt, unless another vCPU is ready, without putting away the one that waits for a disk, and takes it: a
+/// page comes back sooner than that would take. Says whether the vCPU has to leave.
 fn stand_still(
     cpu: &mut Cpu,
     entry: &VcpuRef,
@@ -300,9 +301,8 @@ fn stand_still(
         cpu.stood = cpu.stood.wrapping_add(timer::now().wrapping_sub(begun));
     }
     ASLEEP[cpu.id].store(false, Ordering::SeqCst);
-    let leaves = interrupted(cpu, entry, outside, held);
-    arm(cpu, entry, held);
-    leaves
+    timer::arm_host(cpu.armed);
+    interrupted(cpu, entry, outside, held)
 }
 
 /// A WFI: waits unless an interrupt is there already.
@@ -403,7 +403,7 @@ fn switch_off(entry: &VcpuRef, held: &mut Held<'_, 0>) {
 }
 
 /// Sets the host's timer: the end of the slice, the guest's physical timer, the first sleeper.
-fn arm(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
+fn arm(cpu: &mut Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
     let guest = &entry.guest;
     let physical = guest.devices.lock(held).0.timer_deadline(entry.vcpu().index);
     let physical = physical.map_or(u64::MAX, |at| host_time(at, guest.offset()));
@@ -412,6 +412,7 @@ fn arm(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) {
     if guest.offset().cast_signed() < 0 {
         deadline = deadline.min(look_again(guest.offset()));
     }
+    cpu.armed = deadline;
     timer::arm_host(deadline);
 }
 

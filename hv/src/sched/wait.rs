@@ -6,6 +6,8 @@
 
 use alloc::collections::TryReserveError;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use core::sync::atomic::{AtomicUsize, fence};
 
 use crate::guest::exit::Waiting;
 use crate::guest::rank;
@@ -59,24 +61,28 @@ impl<T: PartialEq> Sleepers<T> {
 }
 
 /// vCPUs, or requests of disks, that wait for a transfer or for memory, of all CPUs.
-pub struct Waiters<T>(Ranked<{ rank::WAITERS }, Vec<(Waiting, T)>>);
+pub struct Waiters<T> {
+    list: Ranked<{ rank::WAITERS }, Vec<(Waiting, T)>>,
+    /// How many are on the list: mostly nobody is, and what has come is told to several such lists.
+    count: AtomicUsize,
+}
 
 impl<T> Default for Waiters<T> {
     fn default() -> Self {
-        Self(Ranked::new(Vec::new()))
+        Self { list: Ranked::new(Vec::new()), count: AtomicUsize::new(0) }
     }
 }
 
 impl<T: Clone + PartialEq> Waiters<T> {
     /// Nobody.
     pub const fn new() -> Self {
-        Self(Ranked::new(Vec::new()))
+        Self { list: Ranked::new(Vec::new()), count: AtomicUsize::new(0) }
     }
 
     /// Makes room for as many vCPUs as there will be.
     pub fn reserve<const R: u8>(&self, vcpus: usize, held: &mut Held<'_, R>) -> Result<(), TryReserveError> {
         const { assert!(R < rank::WAITERS) };
-        let (mut list, _held) = self.0.lock(held);
+        let (mut list, _held) = self.list.lock(held);
         let more = vcpus.saturating_sub(list.len());
         list.try_reserve(more)
     }
@@ -85,21 +91,30 @@ impl<T: Clone + PartialEq> Waiters<T> {
     /// room was made and there is no memory it is left out, and has to look by itself after a while: false.
     pub fn add<const R: u8>(&self, what: Waiting, vcpu: &T, held: &mut Held<'_, R>) -> bool {
         const { assert!(R < rank::WAITERS) };
-        let (mut list, _held) = self.0.lock(held);
+        let (mut list, _held) = self.list.lock(held);
         match list.iter().position(|(_, other)| other == vcpu) {
             Some(place) => list[place].0 = what,
             None if list.try_reserve(1).is_ok() => list.push((what, vcpu.clone())),
             None => return false,
         }
+        self.count.store(list.len(), Relaxed);
+        // Before the look whether it has come: `take` looks the other way round.
+        fence(SeqCst);
         true
     }
 
     /// Takes out one who waits for this; to be called until it says `None`.
     fn take<const R: u8>(&self, what: Waiting, held: &mut Held<'_, R>) -> Option<T> {
         const { assert!(R < rank::WAITERS) };
-        let (mut list, _held) = self.0.lock(held);
+        fence(SeqCst);
+        if self.count.load(Relaxed) == 0 {
+            return None;
+        }
+        let (mut list, _held) = self.list.lock(held);
         let place = list.iter().position(|&(other, _)| other == what)?;
-        Some(list.swap_remove(place).1)
+        let taken = list.swap_remove(place).1;
+        self.count.store(list.len(), Relaxed);
+        Some(taken)
     }
 
     /// Takes out one who waits for a transfer.
@@ -115,7 +130,9 @@ impl<T: Clone + PartialEq> Waiters<T> {
     /// Forgets a guest's vCPUs.
     pub fn forget<const R: u8>(&self, keep: impl Fn(&T) -> bool, held: &mut Held<'_, R>) {
         const { assert!(R < rank::WAITERS) };
-        self.0.lock(held).0.retain(|(_, vcpu)| keep(vcpu));
+        let (mut list, _held) = self.list.lock(held);
+        list.retain(|(_, vcpu)| keep(vcpu));
+        self.count.store(list.len(), Relaxed);
     }
 }
 

@@ -26,21 +26,20 @@ pub fn enter(regs: &mut GuestRegs) -> Trap {
     // SAFETY: the pointer is to registers that we hold exclusively. The guest reaches no memory of ours:
     // its stage 2 is what the last `load_stage2` named, whose contract says so.
     match unsafe { hv_enter(regs) } {
-        0 => synchronous(),
+        0 => {
+            let (esr, far) = last_fault();
+            Trap::Sync { esr, far, hpfar: read_sysreg!("hpfar_el2") }
+        }
         1 => Trap::Irq,
         2 => Trap::Fiq,
         _ => Trap::SError { esr: read_sysreg!("esr_el2") },
     }
 }
 
-/// The synchronous exception that was taken last, of a guest: EL2 itself takes none.
+/// ESR and FAR of the synchronous exception that was taken last, of a guest: EL2 itself takes none.
 #[inline]
-pub fn synchronous() -> Trap {
-    Trap::Sync {
-        esr: read_sysreg!("esr_el2"),
-        far: read_sysreg!("far_el2"),
-        hpfar: read_sysreg!("hpfar_el2"),
-    }
+pub fn last_fault() -> (u64, u64) {
+    (read_sysreg!("esr_el2"), read_sysreg!("far_el2"))
 }
 
 /// Expands to both directions for a list of `field = "register"`.

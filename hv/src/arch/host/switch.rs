@@ -43,9 +43,12 @@ pub fn enter(regs: &mut GuestRegs) -> Trap {
     trap
 }
 
-/// The synchronous exception that was taken last.
-pub fn synchronous() -> Trap {
-    STATE.with_borrow(|state| state.last)
+/// ESR and FAR of the synchronous exception that was taken last.
+pub fn last_fault() -> (u64, u64) {
+    STATE.with_borrow(|state| match state.last {
+        Trap::Sync { esr, far, .. } => (esr, far),
+        Trap::Irq | Trap::Fiq | Trap::SError { .. } => (0, 0),
+    })
 }
 
 /// Adds a guest run to the script of this thread's CPU.
