@@ -24,6 +24,9 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Mutex, PoisonError};
 use trace::{Counter, Follower};
 
 /// Options of `bench`.
@@ -149,21 +152,27 @@ const SETTINGS: [Setting; 2] =
 /// Measures figures of its own.
 type Measure = fn(&Toolchain, &Path) -> Result<Vec<Figure>>;
 
-/// Figures that the hypervisor tells of itself, by the beginnings of their names.
-const MACHINE: [(&[&str], Measure); 12] = [
+/// The beginnings of the names of its figures, and what measures them.
+type Machine = (&'static [&'static str], Measure);
+
+/// Figures that the hypervisor tells of itself, by the beginnings of their names: counts, which are the same beside another
+/// machine. The last is of wall time, and runs alone.
+const MACHINE: [Machine; 12] = [
     (&["memory"], machine::books),
     (&["clone.pause", "clone.call"], machine::clones),
     (&["clone.tlbi", "clone.stores"], machine::edits),
     (&["clone.private"], machine::private),
     (&["reset"], resets::resets),
     (&["fault"], machine::after_fork),
-    (&["fault.cow@depth"], depth::faults),
+    (&["fault.cow@depth", "fault.shared_read@depth"], depth::faults),
     (&["snapshot.delete", "collapse.page"], collapse::deletions),
     (&["fault.swap_in"], swap::back),
     (&["evict"], swap::shared),
-    (&["swap"], swap::rates),
     (&["overcommit"], swap::overcommit),
+    (&["swap"], swap::rates),
 ];
+/// Machines that run side by side.
+const WORKERS: usize = 2;
 
 fn baseline() -> PathBuf {
     crate::root().join("xtask/bench/baseline.json")
@@ -229,13 +238,7 @@ impl Bench {
                 println!("{} mode={mode}\n{}", swap::SWAP_IN, operations.table(&Symbols::open(&hypervisor)?));
             }
         }
-        for (stems, measure) in MACHINE {
-            let wants =
-                |stem: &&str| self.names.iter().any(|n| n.starts_with(*stem) || stem.starts_with(n.as_str()));
-            if self.names.is_empty() || stems.iter().any(wants) {
-                figures.extend(measure(&toolchain, &dir)?.into_iter().filter(|f| self.asks_for(f)));
-            }
-        }
+        figures.extend(self.machines(&toolchain, &dir)?.into_iter().filter(|f| self.asks_for(f)));
         ensure!(!figures.is_empty(), "no figure has a name that starts with {}", self.names.join(" or "));
         let old = match read(&baseline()) {
             Ok(old) => old,
@@ -259,6 +262,40 @@ impl Bench {
             }
         }
         Ok(())
+    }
+
+    /// The figures of [`MACHINE`], in its order; each measure has a folder for itself.
+    fn machines(&self, toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
+        let wants =
+            |stem: &&str| self.names.iter().any(|n| n.starts_with(*stem) || stem.starts_with(n.as_str()));
+        let wanted: Vec<_> = MACHINE
+            .into_iter()
+            .filter(|(stems, _)| self.names.is_empty() || stems.iter().any(wants))
+            .collect();
+        let one = |(stems, measure): Machine| {
+            let dir = dir.join(stems[0]);
+            fs::create_dir_all(&dir)?;
+            measure(toolchain, &dir)
+        };
+        let [.., (alone, _)] = MACHINE;
+        let (last, beside): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|(stems, _)| *stems == alone);
+        let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            for _ in 0..WORKERS {
+                scope.spawn(|| {
+                    loop {
+                        let nth = next.fetch_add(1, Relaxed);
+                        let Some(&what) = beside.get(nth) else { return };
+                        let figures = one(what);
+                        found.lock().unwrap_or_else(PoisonError::into_inner).push((nth, figures));
+                    }
+                });
+            }
+        });
+        let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        found.sort_by_key(|(nth, _)| *nth);
+        let found = found.into_iter().map(|(_, figures)| figures).chain(last.into_iter().map(one));
+        Ok(found.collect::<Result<Vec<_>>>()?.concat())
     }
 
     fn asks_for(&self, figure: &Figure) -> bool {

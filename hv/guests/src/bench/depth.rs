@@ -1,4 +1,4 @@
-//! What a copy fault costs against the number of generations between the page and its owner.
+//! What a copy fault costs, and reading in order, against the number of generations between the page and its owner.
 //!
 //! Who looks on makes the history: typing `w` begins a generation, and a snapshot ends it. In a guest made from one of
 //! them `m` has it measure, and `r` read all that would be measured: then what was in swap is not. The pages that are
@@ -56,7 +56,8 @@ pub(super) fn run(machine: &Machine, empty: u64) {
     }
 }
 
-/// The first fault of each chunk, which has to find the way, then the others in an order that no prefetching foresees.
+/// The first fault of each chunk, which has to find the way, then the others in an order that no prefetching foresees; then
+/// all the rest are read.
 fn measure(page: impl Fn(u64, u64) -> u64, empty: u64) {
     let write = |at: u64| ticks!("str xzr, [{at}]", at = in(reg) at);
     // Its map has a shadow for itself from the first write on.
@@ -71,5 +72,12 @@ fn measure(page: impl Fn(u64, u64) -> u64, empty: u64) {
     }
     ways.report("fault.cow@depth", "part=first", empty);
     faults.report("fault.cow@depth", "part=later", empty);
+    let read = |at: u64| ticks!("ldr {a}, [{at}]", a = out(reg) _, at = in(reg) at);
+    let mut reads = Samples { values: [0; SAMPLES], taken: 0 };
+    for chunk in 0..CHUNKS {
+        let all = (1..HALF).map(|index| read(page(chunk, HALF + index)).saturating_sub(empty));
+        reads.add(all.sum::<u64>() / (HALF - 1 - (PAGES + 1)));
+    }
+    reads.report("fault.shared_read@depth", "mode=sequential", 0);
     println!("bench: measured");
 }
