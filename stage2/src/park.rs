@@ -5,8 +5,8 @@
 //! [`Stage2::park_roots`] makes the top-level entries invalid and keeps their pointers: what is below is
 //! *parked*. Whoever then faults there comes through [`Stage2::way_to`], which lowers the parking by one
 //! level at a time: the entries of the one table on the way are parked or write-protected, unseen by any
-//! walker, and only then is the entry above valid again. So one fault costs two tables at most, and what
-//! nobody touches is never looked at. `walk` sees through all this.
+//! walker, and only then is the entry above valid again. One fault lowers one table, and comes again for the next, so
+//! that interrupts wait for no more than that; what nobody touches is never looked at. `walk` sees through all this.
 
 use crate::descriptor::Descriptor;
 use crate::geometry::{Geometry, LAST};
@@ -22,6 +22,8 @@ pub(crate) enum Way {
     Clear(Pfn),
     /// A block, in this place.
     Block(Slot),
+    /// A table high up, whose entries are parked now. To go on would be too much for once (I6).
+    Part,
 }
 
 impl<S: TableSource, T: TlbOps> Stage2<S, T> {
@@ -55,7 +57,6 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             if level + 1 == LAST {
                 entries.iter().for_each(Entry::protect);
             } else if entries.iter().any(Entry::is_used) {
-                // Few are, so high up.
                 entries.iter().for_each(Entry::park);
             }
         }
@@ -76,7 +77,12 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
             } else if entry.is_block() {
                 return Ok(Way::Block(slot));
             } else {
-                self.open(slot, above, at, entry)?
+                let parked = entry.is_parked();
+                let table = self.open(slot, above, at, entry)?;
+                if parked && above + 1 < LAST {
+                    return Ok(Way::Part);
+                }
+                table
             };
         }
         Ok(Way::Clear(table))

@@ -10,7 +10,7 @@ use crate::table::TableSource;
 use crate::tlb::{Batch, TlbOps};
 use crate::tree::{Slot, Stage2};
 use vmobject::addr::{Ipa, IpaRange, Pfn};
-use vmobject::pmap::{Leaf, OutOfTables, Pmap, Sink};
+use vmobject::pmap::{Entered, Leaf, OutOfTables, Pmap, Sink};
 use vmobject::prot::Prot;
 
 impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
@@ -19,16 +19,17 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
     }
 
     #[inline]
-    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<Entered, OutOfTables> {
         assert!(self.geometry.reaches(at), "{at} is beyond the tables' reach");
         let table = match self.way_to(at, LAST)? {
             Way::Clear(table) => table,
-            Way::Block(_) if self.block_serves(at, frame, prot) => return Ok(()),
+            Way::Part => return Ok(Entered::Part),
+            Way::Block(_) if self.block_serves(at, frame, prot) => return Ok(Entered::Leaf),
             Way::Block(slot) => self.make_way(slot, at, &mut *sink)?,
         };
         let slot = Slot::new(table, Geometry::index(at, LAST));
         self.put(slot, LAST, at.page(), self.style.page(frame, prot), sink);
-        Ok(())
+        Ok(Entered::Leaf)
     }
 
     fn enter_around(
@@ -38,8 +39,13 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         prot: Prot,
     ) -> Result<u32, OutOfTables> {
         assert!(self.geometry.reaches(first), "{first} is beyond the tables' reach");
-        let Way::Clear(table) = self.way_to(first, LAST)? else {
-            return Ok(0);
+        let table = loop {
+            match self.way_to(first, LAST)? {
+                Way::Clear(table) => break table,
+                // Not for a fault: it has entered its own page by now.
+                Way::Part => {}
+                Way::Block(_) => return Ok(0),
+            }
         };
         let leaf = self.style.early_page(Pfn::new(0), prot);
         let mut mapped = 0;
@@ -56,16 +62,24 @@ impl<S: TableSource, T: TlbOps> Pmap for Stage2<S, T> {
         self.geometry.reaches(at) && self.is_bare_above(at)
     }
 
-    fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+    fn enter_block(
+        &mut self,
+        at: Ipa,
+        first: Pfn,
+        prot: Prot,
+        sink: Sink<'_>,
+    ) -> Result<Entered, OutOfTables> {
         debug_assert!(at.is_chunk_aligned() && first.is_chunk_aligned(), "a block is aligned");
         assert!(self.geometry.reaches(at), "{at} is beyond the tables' reach");
-        // No block lies above this level, so the way is clear.
-        let Way::Clear(table) = self.way_to(at, BLOCK)? else {
-            return Err(OutOfTables);
+        let table = match self.way_to(at, BLOCK)? {
+            Way::Clear(table) => table,
+            Way::Part => return Ok(Entered::Part),
+            // None lies above this level.
+            Way::Block(_) => return Err(OutOfTables),
         };
         let slot = Slot::new(table, Geometry::index(at, BLOCK));
         self.put_block(slot, at, self.style.block(first, prot), sink);
-        Ok(())
+        Ok(Entered::Leaf)
     }
 
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {

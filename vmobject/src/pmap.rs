@@ -40,6 +40,16 @@ pub struct Leaf {
     pub block: bool,
 }
 
+/// What entering a leaf came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// It is there.
+    Leaf,
+    /// A part of the way there was opened, which is enough for once (I6). What was there before is there still, and no
+    /// guest reaches it: the access faults again.
+    Part,
+}
+
 /// One guest's hardware map.
 pub trait Pmap: Send {
     /// The first address that the tables cannot translate any more. The same for ever; what is entered
@@ -48,7 +58,7 @@ pub trait Pmap: Send {
 
     /// Maps one page, replacing what was there (break before make). Where that very page is mapped already,
     /// another CPU was faster or this CPU's TLB is stale, and the latter is put right.
-    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
+    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<Entered, OutOfTables>;
 
     /// Maps `frames` from `first` on, inside one chunk, where no valid leaf is or one of that very frame that allows
     /// less: neighbours of a fault, in one go. `None` leaves its place alone. Returns how many were mapped or widened.
@@ -64,7 +74,13 @@ pub trait Pmap: Send {
 
     /// Maps 2 MiB of contiguous, aligned frames as one block, replacing what was there. Whatever later is to be
     /// done to a part of it breaks it into pages first.
-    fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables>;
+    fn enter_block(
+        &mut self,
+        at: Ipa,
+        first: Pfn,
+        prot: Prot,
+        sink: Sink<'_>,
+    ) -> Result<Entered, OutOfTables>;
 
     /// Unmaps a range. On return no CPU can reach what was mapped there. Takes time in proportion to what is
     /// mapped in the range, so a caller bounds the range (I6); for everything there is [`Pmap::clear`].

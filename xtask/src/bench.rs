@@ -221,10 +221,11 @@ impl Bench {
         }
         if let (Some(counter), Some(forks)) = (longest.filter(|_| self.asks_for_metric(LONGEST)), forks) {
             let survivors = machine::follow_survivors(&toolchain, &hypervisor, &dir)?;
+            let wide = machine::follow_wide_clones(&toolchain, &hypervisor, &dir)?;
             let session = session::follow_monitor(&toolchain, &hypervisor, &dir)?;
             let longer =
                 |one: Counter, other: Counter| if other.longest() > one.longest() { other } else { one };
-            let counter = longer(longer(counter, forks), longer(survivors, session));
+            let counter = longer(longer(longer(counter, forks), wide), longer(survivors, session));
             let figure = Figure::longest(&counter);
             if self.profile {
                 let table = counter.longest_operation().table(&Symbols::open(&hypervisor)?);

@@ -3,7 +3,8 @@
 //!
 //! Parent, two children and a grandchild. Each has a pattern in every page, a word that lives in RAM only, a place in
 //! the family, random bytes and a generation id of its own, and ends when a byte is typed to it.
-//! Options: `pages=512`, and `granted`, without which a fork must be refused. With `often` it only forks.
+//! Options: `pages=512`, and `granted`, without which a fork must be refused. With `often` it only forks, with `sparse` after a
+//! page of each 2 MiB: all tables that there can be.
 
 use hv_abi::call::{status, vendor};
 use hv_abi::machine::{RAM_BASE, VMGENID};
@@ -69,7 +70,8 @@ pub fn run(machine: &Machine) {
 /// Touches all of its RAM, then forks a child that ends at once, again and again.
 fn often(machine: &Machine) {
     let (_, end) = machine.image();
-    for page in (end.max(START)..machine.end()).step_by(4096) {
+    let step = if machine.flag("sparse") { 2 << 20 } else { 4096 };
+    for page in (end.max(START)..machine.end()).step_by(step) {
         poke(page, page);
     }
     for round in 0..16 {

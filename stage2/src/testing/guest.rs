@@ -14,7 +14,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use vmobject::addr::{CHUNK_PAGES, Ipa, IpaRange, PAGE_SIZE, Pfn};
-use vmobject::pmap::{Harvest, OutOfTables, Pmap};
+use vmobject::pmap::{Entered, Harvest, OutOfTables, Pmap};
 use vmobject::prot::Prot;
 
 /// A fault is served at most this often for one access. A guest that faults on is stuck.
@@ -130,9 +130,25 @@ impl Guest {
         }
     }
 
+    /// Enters a leaf as a guest does that faults until it is there: each time the way is opened by a table more, and all is
+    /// as it was.
+    fn until_there(
+        &mut self,
+        enter: impl Fn(&mut Stage2<Frames, Mmu>, &mut dyn FnMut(Harvest)) -> Result<Entered, OutOfTables>,
+    ) -> Checked<Result<(), OutOfTables>> {
+        for _ in 0..4 {
+            match self.edit(&enter)? {
+                Ok(Entered::Leaf) => return Ok(Ok(())),
+                Ok(Entered::Part) => self.check()?,
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Err(String::from("the way is opened again and again"))
+    }
+
     /// [`Pmap::enter`].
     pub fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot) -> Checked<Result<(), OutOfTables>> {
-        let result = self.edit(|tables, sink| tables.enter(at, frame, prot, sink))?;
+        let result = self.until_there(|tables, sink| tables.enter(at, frame, prot, sink))?;
         if result.is_ok() {
             let old = self.allowed.insert(at.page(), (frame, prot));
             if old.is_some_and(|(was, had)| was != frame || !prot.allows(had)) {
@@ -178,7 +194,7 @@ impl Guest {
             !stays
         };
         let replaced: Vec<Ipa> = self.pages_in(range).into_iter().filter(same).collect();
-        let result = self.edit(|tables, sink| tables.enter_block(at, first, prot, sink))?;
+        let result = self.until_there(|tables, sink| tables.enter_block(at, first, prot, sink))?;
         if result.is_ok() {
             self.told(replaced)?;
             for (page, offset) in range.iter_pages().zip(0..) {

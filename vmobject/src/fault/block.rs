@@ -16,13 +16,14 @@ use crate::addr::{CHUNK_PAGES, IpaRange, Pfn};
 use crate::defect::Defect;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
-use crate::pmap::Pmap as _;
+use crate::pmap::{Entered, Pmap as _};
 use crate::prot::Prot;
 use crate::stats::Event;
 use crate::store::Machine;
 
 impl<M: Machine> Vm<M> {
-    /// Maps the chunk of a page, found in this frame, as one block, if that can be; else nothing is done.
+    /// Maps the chunk of a page, found in this frame, as one block, or a part of the way there, if that can be; else nothing
+    /// is done.
     #[inline]
     pub(super) fn enter_block(
         &self,
@@ -64,10 +65,10 @@ impl<M: Machine> Vm<M> {
         let Some(run) = run else { return false };
         let kept = if self.has(Defect::BlockWritable) { Prot::NONE } else { Prot::WRITE };
         let prot = place.entry.prot.without(kept);
-        let entered = pmap.enter_block(chunk, run, prot, &mut |harvest| self.frames.note(harvest)).is_ok();
-        if entered {
+        let entered = pmap.enter_block(chunk, run, prot, &mut |harvest| self.frames.note(harvest));
+        if entered == Ok(Entered::Leaf) {
             map.stats.count(Event::BlockMapped);
         }
-        entered
+        entered.is_ok()
     }
 }

@@ -6,7 +6,6 @@
 //! behind us, the one that we are about to see may be nobody's any more, and be gone. Called by the fault; calls
 //! `object`.
 
-use super::veil::Veil;
 use crate::Vm;
 use crate::addr::{Ipa, PageIndex, Pfn};
 use crate::defect::Defect;
@@ -34,6 +33,9 @@ pub(super) struct Page {
     pub(super) family: Option<u64>,
 }
 
+/// For who wants to know nothing of the way.
+pub(super) const fn unseen(_: &State, _: PageIndex, _: Option<u64>) {}
+
 /// What a look down the chain came to. The descent stands at the object that decided it.
 pub(super) enum Found {
     /// It is there.
@@ -52,13 +54,14 @@ pub(super) enum Found {
 
 impl<M: Machine> Vm<M> {
     /// Looks for a page from where the descent stands; whoever comes there past a copy-object says what the version was
-    /// before. What hides its neighbours on the way goes to the veil.
+    /// before. `passes` is shown each object on the way that has not got the page, which of its own that is, and the version of
+    /// the trail that is taken from there, if one is.
     pub(super) fn look<'h>(
         &'h self,
         chain: &mut Descent<'h, OBJECT, State>,
         mut index: PageIndex,
         mut since: Option<u64>,
-        mut veil: Option<&mut Veil>,
+        mut passes: impl FnMut(&State, PageIndex, Option<u64>),
     ) -> Found {
         let (mut depth, mut sole) = (0, true);
         let mut since_hop = 0;
@@ -87,9 +90,7 @@ impl<M: Machine> Vm<M> {
                 Some(Hop::Nothing) => break Found::Nothing,
                 Some(Hop::To(object, page, by_copy)) => {
                     since = since.or_else(|| by_copy.then(|| self.objects.version()));
-                    if let Some(veil) = &mut veil {
-                        veil.hop(state, index, version);
-                    }
+                    passes(state, index, Some(version));
                     let hopped = self.objects.get(object).hop_down(chain, || self.trails_now() == version);
                     if !hopped || !self.has_hopped(chain.here(), object, version) {
                         break Found::Changed;
@@ -102,10 +103,8 @@ impl<M: Machine> Vm<M> {
                 Some(Hop::Unlaid) | None => {}
             }
             let Some((object, below)) = state.below(index) else { break Found::Nothing };
-            if let Some(veil) = &mut veil
-                && !self.has(Defect::SeesThroughShadows)
-            {
-                veil.pass(state, index);
+            if !self.has(Defect::SeesThroughShadows) {
+                passes(state, index, None);
             }
             index = below;
             self.objects.get(object).step_down(chain);

@@ -8,7 +8,7 @@ use crate::Vm;
 use crate::addr::Pfn;
 use crate::lock::{Held, OBJECT};
 use crate::map::Map;
-use crate::pmap::{OutOfTables, Pmap as _};
+use crate::pmap::{Entered, OutOfTables, Pmap as _};
 use crate::prot::Prot;
 use crate::store::Machine;
 
@@ -108,7 +108,8 @@ impl<M: Machine> Vm<M> {
             return Step::Again;
         }
         match pmap.enter(place.page, frame, prot, &mut |harvest| self.frames.note(harvest)) {
-            Ok(()) => Step::Done,
+            Ok(Entered::Leaf) => Step::Done,
+            Ok(Entered::Part) => Step::Part,
             Err(OutOfTables) => Step::Wait(WaitFor::Memory),
         }
     }

@@ -42,7 +42,7 @@ use crate::stats::Event;
 use crate::store::{LostPage, Machine, PhysMemory as _};
 use crate::{PROMPT, Vm};
 use around::Around;
-use chain::Found;
+use chain::{Found, unseen};
 use finish::Purpose;
 pub use snapshot::Looked;
 use veil::Veil;
@@ -95,6 +95,8 @@ enum Helped {
 /// What one attempt came to.
 enum Step {
     Done,
+    /// Some of it is: that is enough for once.
+    Part,
     /// Something changed: from the top.
     Again,
     Wait(WaitFor),
@@ -244,6 +246,7 @@ impl<M: Machine> Vm<M> {
         let then = |wait: Option<WaitFor>| wait.map_or(Helped::Again, Helped::Wait);
         match step {
             Step::Done | Step::Again => Ok(Helped::Again),
+            Step::Part => Ok(Helped::Part),
             Step::Wait(wait) => Ok(Helped::Wait(wait)),
             Step::Refused => Err(FaultError::Hole(at)),
             Step::Lost(lost) => Err(FaultError::Lost(lost)),
@@ -406,14 +409,6 @@ impl<M: Machine> Vm<M> {
         };
         let (version, since) = (self.trails_now(), self.objects.version());
         let hop = top.hop(place.index, version);
-        let reads = matches!(purpose, Purpose::Enter(_)) && !place.writes();
-        let mut veil = Veil::new(place.page);
-        if reads {
-            match hop {
-                None => veil.pass(top, place.index),
-                Some(_) => veil.hop(top, place.index, version),
-            }
-        }
         let (object, index, by_copy) = match hop {
             None => (object, index, false),
             Some(Hop::To(object, index, by_copy)) => (object, index, by_copy),
@@ -430,7 +425,15 @@ impl<M: Machine> Vm<M> {
         } else {
             below.descend(held)
         };
-        let mut found = self.look(&mut chain, index, by_copy.then_some(since), reads.then_some(&mut veil));
+        let past = by_copy.then_some(since);
+        let mut veil = None;
+        let mut found = if matches!(purpose, Purpose::Enter(_)) && !place.writes() {
+            let veil = veil.insert(Veil::new(place.page));
+            veil.pass(top, place.index, hop.is_some().then_some(version));
+            self.look(&mut chain, index, past, |state, index, hop| veil.pass(state, index, hop))
+        } else {
+            self.look(&mut chain, index, past, unseen)
+        };
         if let (Found::Page(page), Some(_)) = (&mut found, hop) {
             (page.depth, page.sole) = (page.depth + 1, false);
         }
@@ -472,7 +475,8 @@ impl<M: Machine> Vm<M> {
             Found::Page(page) => {
                 let (owner, held) = chain.split();
                 let since = (page.depth > 0).then_some(since);
-                let around = Around { owner, index: page.index, own: None, veil, since };
+                let around =
+                    Around { owner, index: page.index, own: None, veil: veil.unwrap_or(Veil::ALL), since };
                 self.show(map, place, purpose, page.frame, &around, held)
             }
         }
@@ -490,8 +494,7 @@ impl<M: Machine> Vm<M> {
         let since = self.objects.version();
         let mut chain = self.objects.get(place.entry.object).descend(held);
         let mut veil = Veil::new(place.page);
-        let enters = matches!(purpose, Purpose::Enter(_));
-        match self.look(&mut chain, place.index, None, enters.then_some(&mut veil)) {
+        match self.look(&mut chain, place.index, None, |state, index, hop| veil.pass(state, index, hop)) {
             Found::Deep => Step::Trail(place.entry.object, place.index),
             Found::Changed => Step::Again,
             Found::Busy(frame) => self.await_page(map, purpose, frame),

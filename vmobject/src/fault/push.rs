@@ -5,7 +5,7 @@
 //! source; then whether they are still what they were to each other is looked at again. Called by the fault and
 //! by discard, with no object locked.
 
-use super::chain::Found;
+use super::chain::{Found, unseen};
 use crate::Vm;
 use crate::addr::{PageIndex, Pfn};
 use crate::lock::{Held, OBJECT};
@@ -84,7 +84,7 @@ impl<M: Machine> Vm<M> {
                     return self.receive(&mut above, ours, None, &mut held);
                 };
                 let mut chain = self.objects.get(object).descend(&mut held);
-                match self.look(&mut chain, index, None, None) {
+                match self.look(&mut chain, index, None, unseen) {
                     Found::Page(found) => self.receive(&mut above, ours, Some(found.frame), chain.split().1),
                     Found::Nothing => self.receive(&mut above, ours, None, chain.split().1),
                     Found::Busy(frame) => self.when_filled(frame),

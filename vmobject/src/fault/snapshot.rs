@@ -4,7 +4,7 @@
 //! copy-object wherever nothing was pushed. A page is locked while it is read, so what is read is what was there
 //! when the snapshot was made. Called by the image writer.
 
-use super::chain::Found;
+use super::chain::{Found, unseen};
 use super::{FaultError, Step, WaitFor};
 use crate::Vm;
 use crate::addr::Ipa;
@@ -46,7 +46,7 @@ impl<M: Machine> Vm<M> {
         for _ in 0..MAX_RESTARTS {
             let step = {
                 let mut chain = self.objects.get(entry.object).descend(held);
-                match self.look(&mut chain, index, None, None) {
+                match self.look(&mut chain, index, None, unseen) {
                     Found::Page(page) => {
                         self.machine.memory().read(page.frame, at.offset_in_page(), out);
                         return Ok(Looked::Done);
@@ -80,7 +80,13 @@ impl<M: Machine> Vm<M> {
                         Err(_) => return Ok(Looked::Wait(WaitFor::Memory)),
                     }
                 }
-                Step::Done | Step::Again | Step::Shadow | Step::Push(..) | Step::Refused | Step::Lost(_) => {}
+                Step::Done
+                | Step::Part
+                | Step::Again
+                | Step::Shadow
+                | Step::Push(..)
+                | Step::Refused
+                | Step::Lost(_) => {}
             }
         }
         // A guest keeps changing what lies on the way.

@@ -24,6 +24,9 @@ pub(super) struct Veil {
 }
 
 impl Veil {
+    /// Whoever maps nothing does not look what is hidden.
+    pub(super) const ALL: Self = Self { into_window: 0, into_chunk: 0, hidden: u64::MAX, whole: false };
+
     /// Nothing hides the neighbours of a page yet.
     #[inline]
     pub(super) const fn new(page: Ipa) -> Self {
@@ -31,9 +34,18 @@ impl Veil {
         Self { into_window: into_chunk % AROUND_PAGES, into_chunk, hidden: 0, whole: true }
     }
 
-    /// Comes by an object, of which it is this page, and which has not got it.
+    /// Comes by an object, of which it is this page, and which has not got it; from there on where a trail of this version
+    /// leads, if there is one.
     #[inline]
-    pub(super) fn pass(&mut self, state: &State, index: PageIndex) {
+    pub(super) fn pass(&mut self, state: &State, index: PageIndex, hop: Option<u64>) {
+        self.pass_one(state, index);
+        if let Some(version) = hop {
+            self.hop(state, index, version);
+        }
+    }
+
+    #[inline]
+    fn pass_one(&mut self, state: &State, index: PageIndex) {
         let shows = state.shadow.map_or(0, |shadow| shadow.limit);
         let chunk = index.checked_sub(self.into_chunk);
         let shows_chunk = |first: &PageIndex| shows.saturating_sub(first.number()) >= CHUNK_PAGES;
@@ -50,10 +62,8 @@ impl Veil {
             | u64::MAX.checked_shl(behind).unwrap_or(0);
     }
 
-    /// The same, and goes from there to where a trail of this version leads, which says where they all are.
-    #[inline]
-    pub(super) fn hop(&mut self, state: &State, index: PageIndex, version: u64) {
-        self.pass(state, index);
+    /// A trail says where they all are.
+    fn hop(&mut self, state: &State, index: PageIndex, version: u64) {
         match state.beside(index, version).filter(|beside| beside.into_window == self.into_window) {
             Some(beside) => {
                 self.hidden |= !beside.pages;

@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use spin::mutex::SpinMutex;
 
 use crate::addr::{Ipa, IpaRange, PAGE_SIZE, Pfn};
-use crate::pmap::{Harvest, Leaf, OutOfTables, Pmap, Sink};
+use crate::pmap::{Entered, Harvest, Leaf, OutOfTables, Pmap, Sink};
 use crate::prot::Prot;
 use crate::store::{Direction, Expected, IoToken, Machine, PageStore, PhysMemory, StoreError, StoreId};
 
@@ -275,17 +275,17 @@ impl Pmap for FakePmap {
         let chunk = IpaRange::from_pages(at.chunk(), crate::addr::CHUNK_PAGES);
         chunk.is_some_and(|chunk| self.leaves.range(chunk.as_range()).next().is_none())
     }
-    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+    fn enter(&mut self, at: Ipa, frame: Pfn, prot: Prot, sink: Sink<'_>) -> Result<Entered, OutOfTables> {
         self.room()?;
         self.entered += 1;
         if self.leaves.get(&at.page()).is_some_and(|old| old.leaf == Leaf { frame, prot, block: true }) {
-            return Ok(());
+            return Ok(Entered::Leaf);
         }
         IpaRange::page_of(at).into_iter().for_each(|page| self.trim(page));
         if let Some(old) = self.leaves.insert(at.page(), FakeLeaf::new(frame, prot)) {
             sink(old.harvest(at.page()));
         }
-        Ok(())
+        Ok(Entered::Leaf)
     }
     fn enter_around(
         &mut self,
@@ -315,7 +315,13 @@ impl Pmap for FakePmap {
         }
         Ok(count)
     }
-    fn enter_block(&mut self, at: Ipa, first: Pfn, prot: Prot, sink: Sink<'_>) -> Result<(), OutOfTables> {
+    fn enter_block(
+        &mut self,
+        at: Ipa,
+        first: Pfn,
+        prot: Prot,
+        sink: Sink<'_>,
+    ) -> Result<Entered, OutOfTables> {
         self.room()?;
         assert!(at.is_chunk_aligned() && first.is_chunk_aligned(), "a block is aligned");
         let range = IpaRange::from_pages(at, crate::addr::CHUNK_PAGES).ok_or(OutOfTables)?;
@@ -326,7 +332,7 @@ impl Pmap for FakePmap {
             leaf.leaf.block = true;
             self.leaves.insert(page, leaf);
         }
-        Ok(())
+        Ok(Entered::Leaf)
     }
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>) {
         self.trim(range);

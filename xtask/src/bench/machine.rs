@@ -61,7 +61,7 @@ pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     let guest = build::guest(toolchain, "fork")?;
     let mut figures = Vec::new();
     for mib in SIZES {
-        let log = fork(&guest, mib, &dir.join("clones"), None)?;
+        let log = fork(&guest, mib, "often", &dir.join("clones"), None)?;
         let (mut pauses, mut calls): (Vec<u64>, Vec<u64>) = log.lines().filter_map(told).unzip();
         let params = [("ram_mib", mib)];
         figures.push(figure("clone.pause@ram", "insn", &params, &mut pauses)?);
@@ -222,7 +222,15 @@ pub(super) fn first_exits(forks: &Counter) -> Result<Figure> {
 pub(super) fn follow_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
     let guest = build::guest(toolchain, "fork")?;
     follow(&guest, hypervisor, &dir.join("followed"), |trace, dir| {
-        fork(&guest, SIZES[0], dir, Some(trace)).map(drop)
+        fork(&guest, SIZES[0], "often", dir, Some(trace)).map(drop)
+    })
+}
+
+/// The same of one that has all the tables that fit below one top-level entry, and a page in each.
+pub(super) fn follow_wide_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
+    let guest = build::guest(toolchain, "fork")?;
+    follow(&guest, hypervisor, &dir.join("followed-wide"), |trace, dir| {
+        fork(&guest, 1024, "often sparse", dir, Some(trace)).map(drop)
     })
 }
 
@@ -255,8 +263,8 @@ pub(super) fn follow(
     follower.finish()
 }
 
-/// Runs a guest that forks again and again, with so much RAM, touched in full: the hypervisor's log.
-fn fork(guest: &[u8], mib: u64, dir: &Path, trace: Option<qemu::Trace>) -> Result<String> {
+/// Runs a guest that forks again and again, with so much RAM: the hypervisor's log.
+fn fork(guest: &[u8], mib: u64, append: &str, dir: &Path, trace: Option<qemu::Trace>) -> Result<String> {
     fs::create_dir_all(dir)?;
     let image = dir.join("fork.bin");
     fs::write(&image, guest)?;
@@ -264,12 +272,12 @@ fn fork(guest: &[u8], mib: u64, dir: &Path, trace: Option<qemu::Trace>) -> Resul
     let host = format!("{}M", 2048.max(1024 + mib * 3 / 2));
     let mut words =
         vec!["--batch", "--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "900"];
-    words.extend(["--host-memory", &host, "--grant-fork", "64", "--append", "often"]);
+    words.extend(["--host-memory", &host, "--grant-fork", "64", "--append", append]);
     words.extend(["--memory", &memory, "--kernel", &image]);
     let mut options = Run::from_words(&words)?;
     options.trace = trace;
     let mut session = options.session(dir, false)?;
-    step(&format!("forking a guest with {mib} MiB"), || session.finish())?;
+    step(&format!("forking a guest with {mib} MiB ({append})"), || session.finish())?;
     fs::read_to_string(dir.join("hv.log")).context("the hypervisor's log")
 }
 
