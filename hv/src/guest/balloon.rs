@@ -10,7 +10,8 @@ use super::devices::Devices;
 use super::dma::{Dma, Reached};
 use super::work::Step;
 use super::{Guest, rank};
-use crate::vdev::virtio::balloon::{Balloon, Did, Reservoir};
+use crate::vdev::virtio::Did;
+use crate::vdev::virtio::balloon::{Balloon, Reservoir};
 use crate::vdev::{Kicks, Vgic};
 
 /// Its transport: the last, so that disks are where they are in a machine without it.

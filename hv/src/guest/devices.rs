@@ -326,8 +326,8 @@ pub const fn timer_is_high(control: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vdev::virtio::balloon::{Did, Reservoir};
-    use crate::vdev::virtio::{Fault, Ram};
+    use crate::vdev::virtio::balloon::Reservoir;
+    use crate::vdev::virtio::{Did, Fault, Ram};
 
     /// A driver's rings, from address 0 on, with one buffer in them.
     struct Rings;

@@ -10,7 +10,7 @@
 //! until somebody wants newer ones: giving it back is how a device asks. Called by `guest::balloon`.
 
 use super::queue::{Link, Segment, Walk};
-use super::{Asked, Fault, PART, RING_INDIRECT, Ram, Transport, low};
+use super::{Asked, Did, Fault, PART, RING_INDIRECT, Ram, Transport, low};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of a page, whatever the guest's own pages are (5.5.6).
@@ -90,17 +90,6 @@ enum Phase {
     Statistics(Segment),
     /// It goes back to the driver.
     Finish,
-}
-
-/// What a step came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Did<W> {
-    /// Something; there may be more.
-    Some,
-    /// Nothing: until the driver notifies, or somebody wakes or asks the device, there is nothing to do.
-    Nothing,
-    /// Nothing: it has to wait for this.
-    Wait(W),
 }
 
 /// A balloon, as its driver sees it.

@@ -1,10 +1,10 @@
 //! The balloon with a driver that keeps the rules, one that is slow, and one that does anything at all.
 
-use super::balloon::{Balloon, Did, Reservoir};
+use super::balloon::{Balloon, Reservoir};
 use super::driver::{
     AVAILABLE, Bench, Dice, NEXT, RAM, RAM_BYTES, ROOM, SIZE, TABLE, USED, WRITE, descriptor,
 };
-use super::{Fault, PART, Ram};
+use super::{Did, Fault, PART, Ram};
 use std::{vec, vec::Vec};
 
 /// RAM of which whole pages can be given back.

@@ -36,6 +36,17 @@ pub enum Fault<W> {
     Bad,
 }
 
+/// What a step of a device that does one thing at a time came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Did<W> {
+    /// Something; there may be more.
+    Some,
+    /// Nothing: until the driver notifies, or somebody wakes or asks the device, there is nothing to do.
+    Nothing,
+    /// Nothing: it has to wait for this.
+    Wait(W),
+}
+
 /// What is made zero in one step: as much as the memory manager marks as one (interrupts wait meanwhile, I6).
 pub const PART: u64 = 256 << 10;
 
