@@ -43,9 +43,17 @@ pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
 /// The drivers of virtio devices that a Debian kernel of a version has apart from itself: an archive that goes behind an
 /// initramfs, whose first program loads them in the order of their names.
 pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
-    const IN_ORDER: [&str; 5] =
-        ["virtio_ring.ko", "virtio.ko", "virtio_balloon.ko", "virtio_blk.ko", "virtio_mmio.ko"];
-    let image = cache().join(format!("virtio-{version}.cpio"));
+    const IN_ORDER: [&str; 7] = [
+        "virtio_ring.ko",
+        "virtio.ko",
+        "virtio_balloon.ko",
+        "virtio_blk.ko",
+        "rng-core.ko",
+        "virtio-rng.ko",
+        "virtio_mmio.ko",
+    ];
+    // Another name whenever the list is another: what is cached is not made again.
+    let image = cache().join(format!("virtio-blk-balloon-rng-{version}.cpio"));
     if !image.is_file() {
         let unpacked = unpacked(version)?.join("lib/modules");
         let release = fs::read_dir(&unpacked).with_context(|| format!("reading {}", unpacked.display()))?;
@@ -58,7 +66,7 @@ pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
         for (number, driver) in IN_ORDER.iter().enumerate() {
             // What is not there is part of the kernel itself.
             for end in ["", ".xz"] {
-                let places = ["drivers/virtio", "drivers/block"]
+                let places = ["drivers/virtio", "drivers/block", "drivers/char/hw_random"]
                     .map(|folder| release.join("kernel").join(folder).join(format!("{driver}{end}")));
                 if let Some(file) = places.iter().find(|file| file.is_file()) {
                     let place = format!("lib/modules/{name}/{number}-{driver}{end}");

@@ -24,7 +24,7 @@ use super::disks::{self, DiskError};
 use super::family::Birth;
 use super::trng::Generator;
 use super::vcpu::Vcpu;
-use super::{Guest, GuestId, balloon, genid, rank};
+use super::{Guest, GuestId, balloon, genid, rank, rng};
 use crate::arch::{gich, timer};
 use crate::loader::fdt::{self, Machine, TreeError};
 use crate::loader::plan::{Blob, Input, Plan, PlanError, Source, plan};
@@ -248,10 +248,10 @@ fn tree(config: &GuestConfig, plan: &Plan, random: &mut Generator) -> Result<Vec
     })?)
 }
 
-/// The transports that have a device, a bit each: so many disks, and the balloon.
+/// The transports that have a device, a bit each: so many disks, the source of entropy, and the balloon.
 fn transports(disks: usize) -> u32 {
-    let disks = u32::try_from(disks).unwrap_or(u32::MAX).min(balloon::TRANSPORT);
-    1 << balloon::TRANSPORT | ((1 << disks) - 1)
+    let disks = u32::try_from(disks).unwrap_or(u32::MAX).min(rng::TRANSPORT);
+    1 << balloon::TRANSPORT | 1 << rng::TRANSPORT | ((1 << disks) - 1)
 }
 
 fn prepare(

@@ -10,16 +10,17 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
-use super::balloon;
 use super::disks::{self, Disk};
 use super::forkpage::Outcome;
 use super::mmio::{Effect, Target};
 use super::sysreg::TimerRegister;
+use super::{balloon, rng};
 use crate::arch::{gich, switch};
 use crate::bounded;
 use crate::vdev::vgic::SgiRegister;
 use crate::vdev::virtio::INTERRUPT_ACK;
 use crate::vdev::virtio::balloon::Balloon;
+use crate::vdev::virtio::rng::Rng;
 use crate::vdev::{Kicks, Vgic, Vpl011, Vrtc, Vtimer};
 use hv_abi::machine::{INTID_PHYSICAL_TIMER, INTID_PL011, INTID_PL031, MAX_VCPUS};
 use hv_abi::manifest::DISKS_LIMIT;
@@ -54,6 +55,8 @@ pub struct Devices {
     pub disks: Vec<Disk>,
     /// What gives RAM back.
     pub balloon: Balloon,
+    /// The source of entropy.
+    pub rng: Rng,
     /// Each vCPU's EL1 physical timer.
     #[serde(deserialize_with = "bounded::list::<_, _, MAX_VCPUS>")]
     pub timers: Vec<Vtimer>,
@@ -72,6 +75,7 @@ impl Devices {
             rtc: Vrtc::new(freq, seconds),
             disks: Vec::new(),
             balloon: Balloon::new(),
+            rng: Rng::new(),
             timers: (0..vcpus).map(|_| Vtimer::new()).collect(),
             outcome: Outcome::default(),
             typed: VecDeque::new(),
@@ -94,6 +98,7 @@ impl Devices {
             && self.typed.len() <= TYPE_AHEAD
             && self.disks.iter().all(Disk::is_sound)
             && self.balloon.is_sound()
+            && self.rng.is_sound()
     }
 
     /// Reads a device register of `1 << size` bytes, for the vCPU `reader`, which is on this CPU.
@@ -116,7 +121,9 @@ impl Devices {
                 // The alarm may have come with this look at the time; then nobody is asked to look again.
                 (value, self.vgic.set_spi(INTID_PL031, self.rtc.level()).0)
             }
-            Target::Disk(..) | Target::Balloon(_) | Target::Fork(_) => (self.read_virtio(target, size), 0),
+            Target::Disk(..) | Target::Balloon(_) | Target::Rng(_) | Target::Fork(_) => {
+                (self.read_virtio(target, size), 0)
+            }
         }
     }
 
@@ -127,6 +134,7 @@ impl Devices {
                 self.disks.get(number).map_or(0, |disk| disk.blk.read(offset, 1 << size))
             }
             Target::Balloon(offset) => self.balloon.read(offset, 1 << size),
+            Target::Rng(offset) => self.rng.read(offset, 1 << size),
             // The fork page is answered by `forkpage`, and the others above.
             Target::Fork(_)
             | Target::Uart(_)
@@ -142,7 +150,12 @@ impl Devices {
         match target {
             Target::Distributor(offset) => self.vgic.dist_read(offset, bytes),
             Target::Redistributor(vcpu, offset) => self.vgic.redist_read(vcpu, offset, bytes),
-            Target::Uart(_) | Target::Rtc(_) | Target::Disk(..) | Target::Balloon(_) | Target::Fork(_) => 0,
+            Target::Uart(_)
+            | Target::Rtc(_)
+            | Target::Disk(..)
+            | Target::Balloon(_)
+            | Target::Rng(_)
+            | Target::Fork(_) => 0,
         }
     }
 
@@ -179,6 +192,11 @@ impl Devices {
                 let fell = self.let_fall(balloon::INTID, offset);
                 let work = self.balloon.write(offset, bytes, value);
                 Effect { work, ..Effect::of(fell | balloon::signal(&self.balloon, &mut self.vgic)) }
+            }
+            Target::Rng(offset) => {
+                let fell = self.let_fall(rng::INTID, offset);
+                let work = self.rng.write(offset, bytes, value);
+                Effect { work, ..Effect::of(fell | rng::signal(&self.rng, &mut self.vgic)) }
             }
             Target::Fork(_) => Effect::default(),
         }

@@ -1,7 +1,7 @@
 //! How devices reach a guest's memory: through the fault path, like everybody (invariant I4).
 //!
 //! What a driver names is RAM or it is nothing: holes, device registers, flash banks and the disks above RAM are
-//! refused here. Nothing waits: an access that would have to says for what. Called by `disks` and `balloon`.
+//! refused here. Nothing waits: an access that would have to says for what. Called by `disks`, `balloon` and `rng`.
 
 use core::fmt;
 

@@ -4,8 +4,8 @@
 //! write-back; for anything else the guest gets an external abort (DESIGN 14), as from a bus that does
 //! not take such transfers. The register itself is `devices`' business. Called by `memory`.
 
-use super::balloon;
 use super::syndrome::Access;
+use super::{balloon, rng};
 use crate::arch::context::GuestRegs;
 use crate::vdev::Kicks;
 use hv_abi::machine::{
@@ -33,6 +33,8 @@ pub enum Target {
     Disk(usize, u64),
     /// The balloon.
     Balloon(u64),
+    /// The source of entropy.
+    Rng(u64),
     /// The fork page.
     Fork(u64),
 }
@@ -43,7 +45,12 @@ impl Target {
     pub const fn widest(self) -> u8 {
         match self {
             Self::Distributor(_) | Self::Redistributor(..) => 3,
-            Self::Uart(_) | Self::Rtc(_) | Self::Disk(..) | Self::Balloon(_) | Self::Fork(_) => 2,
+            Self::Uart(_)
+            | Self::Rtc(_)
+            | Self::Disk(..)
+            | Self::Balloon(_)
+            | Self::Rng(_)
+            | Self::Fork(_) => 2,
         }
     }
 }
@@ -77,6 +84,9 @@ pub fn find(at: Ipa, vcpus: usize, disks: usize) -> Option<Target> {
 fn transport(number: u64, offset: u64, disks: usize) -> Option<Target> {
     if number == u64::from(balloon::TRANSPORT) {
         return Some(Target::Balloon(offset));
+    }
+    if number == u64::from(rng::TRANSPORT) {
+        return Some(Target::Rng(offset));
     }
     let disk = usize::try_from(number).ok().filter(|&disk| disk < disks)?;
     Some(Target::Disk(disk, offset))
@@ -161,6 +171,7 @@ mod tests {
         assert_eq!(find(Ipa::new(0x0a00_0270), 1, 2), Some(Target::Disk(1, 0x70)));
         assert_eq!(find(Ipa::new(0x0a00_0400), 1, 2), None);
         assert_eq!(find(Ipa::new(0x0a00_3e70), 1, 0), Some(Target::Balloon(0x70)));
+        assert_eq!(find(Ipa::new(0x0a00_3c70), 1, 0), Some(Target::Rng(0x70)));
         assert_eq!(find(Ipa::new(0x0a00_4000), 1, 0), None);
     }
 }

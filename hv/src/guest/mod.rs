@@ -22,6 +22,7 @@ pub mod inject;
 pub mod memory;
 pub mod mmio;
 pub mod psci;
+pub mod rng;
 pub mod smccc;
 pub mod snapshot;
 pub mod stored;

@@ -273,10 +273,12 @@ pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
 }
 
 impl Snapshot {
-    /// The devices of whoever goes on from here now: the generation id has changed, and the clock has gone on.
+    /// The devices of whoever goes on from here now: the generation id has changed, the clock has gone on,
+    /// and a buffer that was being filled with random bytes is filled anew.
     fn devices_now(&self) -> Devices {
         let mut devices = Devices::clone(&self.moment.devices);
         genid::announce(&mut devices);
+        devices.rng.renew();
         devices.rtc.skip(timer::now().saturating_sub(self.taken));
         devices
     }

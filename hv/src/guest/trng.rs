@@ -1,9 +1,9 @@
-//! The random number service of SMCCC (Arm DEN 0098), and where its numbers come from.
+//! The random number service of SMCCC (Arm DEN 0098), and where its numbers and the entropy device's come from.
 //!
 //! One generator a guest: ChaCha20, keyed at the guest's creation from the machine's own generator, so
 //! what one guest draws says nothing about another's. The key is replaced after every draw: what was drawn
 //! cannot be computed back. The machine's generator is keyed from the host's `rng-seed` and its counter.
-//! Used by `smccc`.
+//! Used by `smccc` and `rng`.
 
 /// Function numbers, without the 64-bit flag.
 pub mod function {
@@ -58,6 +58,16 @@ impl Generator {
         given.copy_from_slice(&out[8..]);
         self.key = key;
         given
+    }
+
+    /// So many bytes.
+    pub fn fill(&mut self, out: &mut [u8]) {
+        for part in out.chunks_mut(32) {
+            let block = self.block();
+            for (to, word) in part.chunks_mut(4).zip(block) {
+                to.copy_from_slice(&word.to_le_bytes()[..to.len()]);
+            }
+        }
     }
 
     /// Three 64-bit words.
@@ -128,5 +138,18 @@ mod tests {
         let (mut one, mut two) = (machine.child(), machine.child());
         assert_ne!(one.words(), one.words());
         assert_ne!(one.words(), two.words());
+    }
+
+    #[test]
+    fn bytes_are_the_blocks_one_after_the_other_and_what_is_not_asked_for_stays() {
+        let mut machine = Generator::new(&[1], 2);
+        let mut same = machine.clone();
+        let mut bytes = [0xee; 48];
+        machine.fill(&mut bytes[..39]);
+        let blocks: [[u32; 8]; 2] = [same.block(), same.block()];
+        for (at, byte) in bytes[..39].iter().enumerate() {
+            assert_eq!(*byte, blocks[at / 32][at % 32 / 4].to_le_bytes()[at % 4], "byte {at}");
+        }
+        assert_eq!(bytes[39..], [0xee; 9]);
     }
 }

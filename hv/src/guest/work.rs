@@ -2,14 +2,14 @@
 //!
 //! A driver's notification, a finished transfer and a person's wish each leave a note in [`Work`]; a vCPU of the guest
 //! takes it and calls [`step`] until there is nothing. Nothing here waits: a piece that would have to says for what.
-//! Called by `sched::errands`. Calls `disks` and `balloon`.
+//! Called by `sched::errands`. Calls `disks`, `balloon` and `rng`.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use vmobject::fault::WaitFor;
 use vmobject::lock::Held;
 
-use super::{Guest, balloon, disks, rank};
+use super::{Guest, balloon, disks, rank, rng};
 
 /// Whether a guest's virtio devices have something to do. Set by whoever knows of something, taken by whoever does it.
 #[derive(Debug, Default)]
@@ -74,11 +74,13 @@ pub fn step(guest: &Guest, held: &mut Held<'_, { rank::VCPU }>) -> Step {
         guest.work.waits.store(false, Ordering::SeqCst);
         devices.disks.iter_mut().for_each(|disk| disk.blk.wake());
         devices.balloon.wake();
+        devices.rng.wake();
     }
-    let step = match disks::step(guest, &mut devices, &mut held) {
-        Step::Nothing => balloon::step(guest, &mut devices, &mut held),
-        step @ (Step::Done(_) | Step::Wait { .. }) => step,
-    };
+    let step = [disks::step, balloon::step, rng::step]
+        .into_iter()
+        .map(|step| step(guest, &mut devices, &mut held))
+        .find(|step| *step != Step::Nothing)
+        .unwrap_or(Step::Nothing);
     if matches!(step, Step::Wait { .. }) {
         guest.work.waits.store(true, Ordering::SeqCst);
     }

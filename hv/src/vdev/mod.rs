@@ -9,7 +9,7 @@
 //! * [`vpl011`] - the console's UART.
 //! * [`vrtc`] - the clock.
 //! * [`vtimer`] - the EL1 physical timer, and deadlines of the virtual one.
-//! * [`virtio`] - the disk.
+//! * [`virtio`] - the disks, the balloon, the source of entropy.
 
 pub mod vgic;
 pub mod virtio;

@@ -188,6 +188,7 @@ fn linux_clones(name: &str) -> Result<()> {
         "X=parent; head -c 4000000 /dev/urandom > /data; md5sum /data > /sum; echo go-$((1+1))",
         "go-2",
     )?;
+    machine.talk(1, "echo $(cat /sys/class/misc/hw_random/rng_current)-$((1+1))", "virtio_rng.0-2")?;
     let before = resident(&mut machine)?;
     let children = machine.fork(1, 4)?;
     machine.ask("check")?;
@@ -204,6 +205,19 @@ fn linux_clones(name: &str) -> Result<()> {
         random.insert(machine.last_line(*child, "r-7")?);
     }
     ensure!(random.len() == children.len(), "clones drew the same random bytes: {random:?}");
+    let mut devices = BTreeSet::new();
+    for &guest in children.iter().chain(&[1]) {
+        // What the driver and what serves its readers had fetched before the fork, 64 bytes each, all of them have.
+        machine.talk(guest, "echo h-$((3+6)) $(head -c 256 /dev/hwrng | tail -c 16 | od -An -tx1)", "h-9")?;
+        machine.talk(guest, "echo e-$((4+6))", "e-10")?;
+        let line = machine.last_line(guest, "h-9")?;
+        ensure!(line.split_whitespace().count() == 17, "guest {guest} read less than it wanted: {line}");
+        devices.insert(line);
+    }
+    ensure!(
+        devices.len() == children.len() + 1,
+        "the entropy devices of relatives say the same: {devices:?}"
+    );
     machine.talk(1, "echo $X-$((20+2)); md5sum -c /sum", "/data: OK")?;
     for child in &children {
         machine.talk(*child, "echo I-am-$(cat /mine)-$((5+5))", &format!("I-am-child{child}-10"))?;

@@ -9,6 +9,7 @@
 //! * [`queue`] - the split rings and chains of descriptors.
 //! * [`blk`] - the disk.
 //! * [`balloon`] - what gives RAM back.
+//! * [`rng`] - the source of entropy.
 
 pub mod balloon;
 #[cfg(test)]
@@ -21,6 +22,9 @@ mod driver;
 #[cfg(test)]
 mod fuzz_tests;
 pub mod queue;
+pub mod rng;
+#[cfg(test)]
+mod rng_tests;
 
 use super::low;
 use arrayvec::ArrayVec;
