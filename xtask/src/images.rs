@@ -20,7 +20,7 @@ fn cache() -> PathBuf {
 
 /// True where the kernels and the initramfs of every test are here already.
 pub(crate) fn are_cached() -> bool {
-    let kernels = KERNELS.iter().map(|version| format!("Image-{version}"));
+    let kernels = KERNELS.iter().flat_map(|version| [format!("Image-{version}"), drivers_name(version)]);
     kernels.chain(["busybox", "e2fsck"].map(str::to_owned)).all(|name| cache().join(name).is_file())
 }
 
@@ -40,6 +40,11 @@ pub(crate) fn kernel(version: &str) -> Result<PathBuf> {
     Ok(image)
 }
 
+/// What [`drivers`] are cached as: another name whenever the list is another, for what is cached is not made again.
+fn drivers_name(version: &str) -> String {
+    format!("virtio-blk-balloon-rng-{version}.cpio")
+}
+
 /// The drivers of virtio devices that a Debian kernel of a version has apart from itself: an archive that goes behind an
 /// initramfs, whose first program loads them in the order of their names.
 pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
@@ -52,8 +57,7 @@ pub(crate) fn drivers(version: &str) -> Result<Vec<u8>> {
         "virtio-rng.ko",
         "virtio_mmio.ko",
     ];
-    // Another name whenever the list is another: what is cached is not made again.
-    let image = cache().join(format!("virtio-blk-balloon-rng-{version}.cpio"));
+    let image = cache().join(drivers_name(version));
     if !image.is_file() {
         let unpacked = unpacked(version)?.join("lib/modules");
         let release = fs::read_dir(&unpacked).with_context(|| format!("reading {}", unpacked.display()))?;
