@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hv_abi::image::PAGE;
 use libtest_mimic::Trial;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -50,8 +51,9 @@ pub(super) fn another(test: &str, which: &str, words: &[&str]) -> Result<Monitor
     Monitored::start(Run::from_words(words)?, &logs(test).join(which))
 }
 
-fn deepest(objects: &Value) -> Result<u64> {
-    rows(objects)?.iter().map(|row| number(row, "/depth")).try_fold(0, |most, depth| Ok(most.max(depth?)))
+/// How deep each object of a guest lies above what it shadows.
+fn depths(objects: &Value) -> Result<BTreeMap<u64, u64>> {
+    rows(objects)?.iter().map(|row| Ok((number(row, "/object")?, number(row, "/depth")?))).collect()
 }
 
 /// Two vCPUs that write to a disk and to memory are stored while they do, gain no shadow by it, and go on with what they
@@ -67,11 +69,27 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
     let mut asked = 0;
     loaded::begin(&mut machine)?;
     while loaded::advanced(&mut machine, 1, &mut asked)?.contains(&0) {}
-    let (depth, pushed) = (deepest(&machine.ask("objects 1")?)?, pushes(&mut machine)?);
+    let (before, pushed) = (depths(&machine.ask("objects 1")?)?, pushes(&mut machine)?);
     let had = loaded::advanced(&mut machine, 1, &mut asked)?;
-    machine.ask("save 1 golden --rate 16M --wait")?;
+    let job = number(&machine.ask("save 1 golden --rate 16M")?, "/job")?;
+    let mut looks = 0;
+    loop {
+        let now = depths(&machine.ask("objects 1")?)?;
+        ensure!(
+            now == before,
+            "the guest has gained a shadow: object and depth were {before:?}, are {now:?}"
+        );
+        // Under way now, so it was when we looked.
+        let jobs = machine.ask("jobs")?;
+        let state = rows(&jobs)?.iter().find(|row| row["id"] == job).map(|row| &row["state"]);
+        match state.and_then(Value::as_str) {
+            Some("running") => looks += 1,
+            Some("done") => break,
+            _ => bail!("job {job} has not gone well: {jobs}"),
+        }
+    }
+    ensure!(looks > 2, "it was over after {looks} looks");
     ensure!(pushes(&mut machine)? > pushed, "nothing was pushed, under load");
-    ensure!(deepest(&machine.ask("objects 1")?)? == depth, "the guest has gained a shadow");
     let images = machine.ask("images")?;
     ensure!(text(&images, "/0/state")? == "stored" && number(&images, "/0/generation")? == 1, "{images}");
     let now = loaded::advanced(&mut machine, 1, &mut asked)?;
