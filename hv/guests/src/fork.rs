@@ -1,10 +1,14 @@
 //! Forks itself, and looks at every relative's memory: each sees what was written before the fork, and nobody sees what
 //! another wrote after it.
 //!
-//! Parent, two children and a grandchild. Each has a pattern in every page, a word that lives in RAM only, a place in
-//! the family, random bytes and a generation id of its own, and ends when a byte is typed to it.
+//! Parent, two children and a grandchild. Each has a pattern in every page, a place in the family, random bytes and a
+//! generation id of its own; in all patterns is a number that the first one drew before it forked, and that is nowhere
+//! but in its memory. They look once more when a line is typed, after all have written.
 //! Options: `pages=512`, and `granted`, without which a fork must be refused. With `often` it only forks, with `sparse` after a
-//! page of each 2 MiB: all tables that there can be.
+//! page of each 2 MiB: all tables that there can be. With `bomb` it forks for ever, and so do its children, and says when
+//! it was refused `refusals=1000` times in a row.
+
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv_abi::call::{status, vendor};
 use hv_abi::machine::{RAM_BASE, VMGENID};
@@ -17,8 +21,13 @@ use crate::{console, mmu, timer};
 const PAGE: u64 = 4096;
 /// Where the pages are: above the image.
 const START: u64 = RAM_BASE + 0x20_0000;
+/// More pages, in which nobody writes before a grandchild has read them.
+const QUIET: u64 = START + 0x20_0000;
 /// SMCCC's TRNG_RND, 64-bit.
 const TRNG_RND: u64 = 0xc400_0053;
+
+/// What the first of the family drew. A guest that was made again from its image would not know it.
+static NONCE: AtomicU64 = AtomicU64::new(0);
 
 /// What an answer says of a relative.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,34 +46,49 @@ pub fn run(machine: &Machine) {
     if machine.flag("often") {
         return often(machine);
     }
+    if machine.flag("bomb") {
+        bomb(machine.option("refusals", 1000));
+    }
     if !machine.flag("granted") {
         assert_eq!(ask(1), Err(status::DENIED), "a fork that was not granted");
         return;
     }
     assert_eq!(ask(1000), Err(status::DENIED), "more children than were granted");
-    let mut story = [0; 4];
-    write(pages, 0, &mut story, 0);
+    NONCE.store(random(), Ordering::Relaxed);
+    let mut busy = Chunk { start: START, pages, story: [0; 4] };
+    let mut quiet = Chunk { start: QUIET, pages, story: [0; 4] };
+    busy.write(0, 0);
+    quiet.write(100, 0);
     let id = generation();
     let me = fork(2);
     assert!(me.place == 0 || id != generation(), "a child has the parent's generation id");
-    check(pages, &story);
-    write(pages, 1 + me.place, &mut story, 1);
-    check(pages, &story);
-    // A page that nobody but one relative writes: the others must not see it.
+    busy.check();
+    busy.write(1 + me.place, 1);
+    busy.check();
+    // Pages that nobody but one relative writes: the others must not see it.
     let depth = if me.place == 1 {
         let id = generation();
         let grandchild = fork(1);
-        check(pages, &story);
-        write(pages, 10 + grandchild.place, &mut story, 2);
+        busy.check();
+        busy.write(10 + grandchild.place, 2);
         assert!(grandchild.place == 0 || id != generation(), "a grandchild has the child's generation id");
         grandchild.place
     } else {
         0
     };
-    check(pages, &story);
-    println!("fork: place {} depth {depth} of {} random {:#x} ready", me.place, me.of, random());
-    console::read();
-    check(pages, &story);
+    busy.check();
+    quiet.check();
+    quiet.write(101 + me.place * 2 + depth, 1);
+    let nonce = NONCE.load(Ordering::Relaxed);
+    println!(
+        "fork: place {} depth {depth} of {} nonce {nonce:#x} random {:#x} ready",
+        me.place,
+        me.of,
+        random()
+    );
+    while console::read() != b'\r' {}
+    busy.check();
+    quiet.check();
 }
 
 /// Touches all of its RAM, then forks a child that ends at once, again and again.
@@ -83,33 +107,66 @@ fn often(machine: &Machine) {
     }
 }
 
-/// Fills every third page, beginning at `round`, and remembers what with.
-fn write(pages: u64, value: u64, story: &mut [u64; 4], round: usize) {
-    story[round] = value + 1;
-    let step = if round == 0 { 1 } else { 3 };
-    for page in (round as u64..pages).step_by(step) {
-        poke(START + page * PAGE, pattern(page, value, round));
-        poke(START + page * PAGE + PAGE - 8, !pattern(page, value, round));
+/// Forks for ever, into one child or into some, and so does each child. It has pages of its own meanwhile.
+fn bomb(refusals: u64) -> ! {
+    const PAGES: u64 = 64;
+    let (mut refused, mut children) = (0, 0);
+    let mut round: u64 = 0;
+    loop {
+        poke(START + round % PAGES * PAGE, round);
+        match ask(1 + round % 3) {
+            Ok(Place { place: 0, of }) => (refused, children) = (0, children + of),
+            Ok(_) => (refused, children) = (0, 0),
+            Err(status::DENIED) => {
+                refused += 1;
+                if refused == refusals {
+                    println!("fork: {children} children, refused {refused} times");
+                }
+            }
+            Err(error) => panic!("the fork answers {error}"),
+        }
+        assert_eq!(peek(START + round % PAGES * PAGE), round, "what was written before the fork");
+        round += 1;
     }
 }
 
-/// Every page must hold what the last round that wrote it left there.
-fn check(pages: u64, story: &[u64; 4]) {
-    for page in 0..pages {
-        let wrote = |round: usize| {
-            story[round] != 0
-                && (round == 0 || (page >= round as u64 && (page - round as u64).is_multiple_of(3)))
-        };
-        let round = (0..story.len()).rev().find(|&round| wrote(round)).unwrap_or(0);
-        let expected = pattern(page, story[round] - 1, round);
-        assert_eq!(peek(START + page * PAGE), expected, "the start of page {page}");
-        assert_eq!(peek(START + page * PAGE + PAGE - 8), !expected, "the end of page {page}");
-        assert_eq!(peek(START + page * PAGE + PAGE / 2), 0, "the middle of page {page}");
+/// Pages, and what was written there in each round.
+struct Chunk {
+    start: u64,
+    pages: u64,
+    story: [u64; 4],
+}
+
+impl Chunk {
+    /// Fills all pages in round 0, later every third, beginning at `round`, and remembers what with.
+    fn write(&mut self, value: u64, round: usize) {
+        self.story[round] = value + 1;
+        let step = if round == 0 { 1 } else { 3 };
+        for page in (round as u64..self.pages).step_by(step) {
+            poke(self.start + page * PAGE, pattern(page, value, round));
+            poke(self.start + page * PAGE + PAGE - 8, !pattern(page, value, round));
+        }
+    }
+
+    /// Every page must hold what the last round that wrote it left there.
+    fn check(&self) {
+        for page in 0..self.pages {
+            let wrote = |round: usize| {
+                self.story[round] != 0
+                    && (round == 0 || (page >= round as u64 && (page - round as u64).is_multiple_of(3)))
+            };
+            let round = (0..self.story.len()).rev().find(|&round| wrote(round)).unwrap_or(0);
+            let expected = pattern(page, self.story[round] - 1, round);
+            let at = self.start + page * PAGE;
+            assert_eq!(peek(at), expected, "the start of page {page} at {at:#x}");
+            assert_eq!(peek(at + PAGE - 8), !expected, "the end of page {page} at {at:#x}");
+            assert_eq!(peek(at + PAGE / 2), 0, "the middle of page {page} at {at:#x}");
+        }
     }
 }
 
 fn pattern(page: u64, value: u64, round: usize) -> u64 {
-    (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ value << 8 ^ round as u64
+    (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ value << 8 ^ round as u64 ^ NONCE.load(Ordering::Relaxed)
 }
 
 fn ask(count: u64) -> Result<Place, i64> {

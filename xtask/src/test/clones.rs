@@ -1,11 +1,14 @@
 //! Boot tests of clones: what each relative sees, what they share, and that all of it comes back.
 
+use super::guests::ends_well;
 use super::machine::{STAYS, boot, monitored, start, tiny_guest};
-use crate::monitored::{Monitored, introduction, number, rows};
-use anyhow::{Context, Result, bail, ensure};
+use super::stored::another;
+use crate::monitored::{Monitored, introduction, number, rows, text};
+use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 pub(super) fn trials() -> Vec<Trial> {
     let models = ["cortex-a53", "neoverse-n1", "max"];
@@ -24,6 +27,7 @@ pub(super) fn trials() -> Vec<Trial> {
         boot(name, move |name| registers(name, cpu))
     }));
     trials.push(boot("a_guest_forks_itself_only_if_granted", not_granted));
+    trials.push(boot("a_fork_bomb_harms_neither_neighbour_nor_monitor_and_nothing_is_left_of_it", bomb));
     trials.push(boot(
         "a_program_under_linux_6_1_forks_its_guest_and_the_children_draw_their_own_numbers",
         |name| forks_itself(name, "6.1"),
@@ -48,53 +52,80 @@ pub(super) fn matrix() -> Vec<Trial> {
     })]
 }
 
-/// Pages of 2 MiB: the guest has them all in one chunk, and its children map that as one block until they write to it.
+/// Pages of 2 MiB: the guest has two chunks of them, and its children map each as one block until they write to it.
 const CHUNK: u64 = 512;
 
 /// Parent, two children and a grandchild: each looks at every page after all have written. Contents at both ends of the
-/// CPU range, with hardware dirty state and without, with blocks and, where one page of the chunk is not there, with pages.
+/// CPU range, with hardware dirty state and without, with blocks and, where one page of each chunk is not there, with
+/// pages. In every page is a number that only the first of the family drew, and another family draws another.
 fn relatives(name: &str, cpu: &str, pages: u64) -> Result<()> {
     let file = tiny_guest(name, "fork")?;
-    let append = format!("granted pages={pages}");
-    let words =
-        ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--append", &append];
-    let mut machine = monitored(name, &[&words[..], &["--kernel", &file]].concat())?;
+    let append = format!("granted linger pages={pages}");
+    let words = ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "8", "--kernel", &file];
+    let words = [&words[..], &["--append", &append]].concat();
+    let first = family(&mut monitored(name, &words)?, pages)?;
+    let second = family(&mut another(name, "second", &words)?, pages)?;
+    ensure!(first != second, "two machines drew the same number: {first}");
+    Ok(())
+}
+
+/// One family, from its first fork to the good end of each; the number that it has in its memory.
+fn family(machine: &mut Monitored, pages: u64) -> Result<String> {
+    // Who found all of a chunk in its parent has mapped it as a block. The grandchild's parent had written to the one,
+    // and nobody since the first of them to the other.
+    let blocks = BTreeMap::from([("0 depth 0", 0), ("1 depth 0", 2), ("2 depth 0", 2), ("1 depth 1", 1)]);
     machine.console.wait("fork: place 0")?;
-    let mut seen = BTreeSet::new();
     let guests = loop {
         let guests = machine.ask("guests")?;
         let guests: Vec<u64> =
             guests.as_array().into_iter().flatten().filter_map(|guest| guest["id"].as_u64()).collect();
-        if guests.len() == 4 {
+        if guests.len() == blocks.len() {
             break guests;
         }
-        ensure!(guests.len() < 4, "more relatives than were forked: {guests:?}");
+        ensure!(guests.len() < blocks.len(), "more relatives than were forked: {guests:?}");
     };
+    let (mut places, mut nonces, mut random) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for guest in &guests {
         machine.ask(&format!("wait {guest} \"ready\""))?;
         let line = machine.last_line(*guest, "ready")?;
-        ensure!(seen.insert(line.clone()), "two relatives tell the same: {line}");
+        let between = |from: &str, to: &str| {
+            let word = line.split_once(from).and_then(|(_, rest)| rest.split_once(to));
+            word.map(|(word, _)| word.to_owned()).with_context(|| format!("guest {guest} says {line}"))
+        };
+        let place = between("place ", " of ")?;
+        let mapped = number(&machine.ask(&format!("stats {guest}"))?, "/memory/block_mapped")?;
+        let expected = *blocks.get(place.as_str()).with_context(|| format!("guest {guest} says {line}"))?;
+        ensure!(
+            mapped == if pages == CHUNK { expected } else { 0 },
+            "place {place} has mapped {mapped} blocks"
+        );
+        places.insert(place);
+        nonces.insert(between("nonce ", " ")?);
+        random.insert(between("random ", " ")?);
     }
-    let places: BTreeSet<&str> =
-        seen.iter().filter_map(|line| line.split(" of ").next()?.split("place ").nth(1)).collect();
-    ensure!(places == BTreeSet::from(["0 depth 0", "1 depth 0", "1 depth 1", "2 depth 0"]), "{places:?}");
-    machine.ask("check")?;
-    let mut blocks = 0;
+    ensure!(places.len() == blocks.len(), "two relatives are in one place: {places:?}");
+    ensure!(random.len() == blocks.len(), "two relatives drew the same number: {random:?}");
+    ensure!(nonces.len() == 1, "the relatives have not one number from before the fork: {nonces:?}");
+    machine.check()?;
+    // All have written; each looks for the last time, and what it then says is read before it ends.
     for guest in &guests {
-        blocks += number(&machine.ask(&format!("stats {guest}"))?, "/memory/block_mapped")?;
+        machine.ask(&format!("send {guest} x"))?;
     }
-    // The two that found all of it in their parent.
-    ensure!(blocks == if pages == CHUNK { 2 } else { 0 }, "{blocks} blocks were mapped");
+    for guest in &guests {
+        ends_well(machine, &guest.to_string(), "fork")?;
+    }
+    machine.check()?;
     for guest in guests.iter().rev() {
         machine.ask(&format!("send {guest} x"))?;
-        machine.ask(&format!("wait {guest} gone")).or_else(|error| {
-            // It may have gone before we asked; the last takes the machine along.
-            if *guest == guests[0] { Ok(Value::Null) } else { gone(&error) }
-        })?;
+        // The last takes the machine along.
+        if *guest != guests[0] {
+            machine.until("guests", |now| {
+                rows(now).is_ok_and(|now| now.iter().all(|row| row["id"] != *guest))
+            })?;
+        }
     }
     machine.console.finish()?;
-    ensure!(machine.console.text().contains("guest fork: ok"), "the parent did not end well");
-    Ok(())
+    nonces.pop_first().context("no relatives")
 }
 
 /// A guest that looks at all its registers all the time forks itself; it is also cloned from outside, brought back to
@@ -127,16 +158,134 @@ fn registers(name: &str, cpu: &str) -> Result<()> {
     machine.shutdown()
 }
 
-fn gone(error: &anyhow::Error) -> Result<Value> {
-    if format!("{error:#}").contains("there is no guest") { Ok(Value::Null) } else { bail!("{error:#}") }
-}
-
 fn not_granted(name: &str) -> Result<()> {
     let file = tiny_guest(name, "fork")?;
     let mut session = start(name, &["--batch", "--timeout", "120", "--kernel", &file])?;
     session.finish()?;
     ensure!(session.text().contains("guest fork: ok"), "a fork that was not granted was not refused");
     Ok(())
+}
+
+/// Children that the bomb may have at once, with theirs.
+const GRANTED: usize = 24;
+/// How soon the monitor must have answered beside it. It has a turn as all others have.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Asks something that must not wait for long.
+fn promptly(machine: &mut Monitored, command: &str) -> Result<Value> {
+    let begun = Instant::now();
+    let answer = machine.ask(command)?;
+    ensure!(begun.elapsed() < PATIENCE, "the answer to \"{command}\" took {:?}", begun.elapsed());
+    Ok(answer)
+}
+
+/// The bomb and all that come from it: everybody but guest 1. Never more than it was granted.
+fn bombs(machine: &mut Monitored) -> Result<Vec<Value>> {
+    let guests = promptly(machine, "guests")?;
+    let bombs: Vec<Value> = rows(&guests)?.iter().filter(|row| row["id"] != 1).cloned().collect();
+    ensure!(bombs.len() <= 1 + GRANTED, "{} are alive, {GRANTED} were granted: {guests}", bombs.len());
+    Ok(bombs)
+}
+
+/// Waits until as many are alive as were granted.
+fn full(machine: &mut Monitored) -> Result<Vec<Value>> {
+    let all = |guests: &Value| rows(guests).is_ok_and(|rows| rows.len() >= 2 + GRANTED);
+    machine.until("guests", all)?;
+    bombs(machine)
+}
+
+/// A guest, all its children and all of theirs fork without end, beside one that compares what it wrote. They are refused,
+/// not ended; the neighbour and the monitor go on; and when the family has been killed nothing of it is left.
+fn bomb(name: &str) -> Result<()> {
+    let (thrash, fork) = (tiny_guest(name, "thrash")?, tiny_guest(name, "fork")?);
+    let with = format!("fork={fork}");
+    let words = ["--timeout", "300", "--host-memory", "512M", "--memory", "8M", "--kernel", &thrash];
+    let more = ["--append", "linger words=64 rounds=1500", "--with", &with];
+    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
+    // By then it has all its pages.
+    machine.ask("wait 1 \"thrash: round 1 is read\"")?;
+    let frames = |memory: &Value| -> Result<u64> {
+        let places = ["/frames/free", "/owners/guests_resident", "/owners/cached"];
+        places.into_iter().map(|place| number(memory, place)).sum()
+    };
+    let in_use = |objects: &Value| -> Result<usize> {
+        Ok(rows(objects)?.iter().filter(|row| row["cached"] == false).count())
+    };
+    let before = machine.settled()?;
+    let (objects, snapshots) = (in_use(&machine.ask("objects")?)?, machine.ask("snapshots")?);
+    let own = number(&machine.guest("guest")?, "/private_pages")?;
+
+    let bomb = format!("create name=bomb kernel=fork memory=8M grant-fork={GRANTED} append=\"bomb linger\"");
+    machine.ask(&bomb)?;
+    let begun = rounds(&mut machine)?;
+    // Each was refused again and again, and none of it ended by that.
+    let family = full(&mut machine)?;
+    loop {
+        let mut born = 0;
+        for row in &family {
+            let id = number(row, "/id")?;
+            machine.wait_long(&id.to_string(), " times")?;
+            let line = machine.last_line(id, " times")?;
+            let children =
+                line.strip_prefix("fork: ").and_then(|rest| rest.split(' ').next()?.parse::<usize>().ok());
+            born += children.with_context(|| format!("guest {id} says {line}"))?;
+        }
+        if born == GRANTED {
+            break;
+        }
+        // Somebody said so between two forks, and says it again.
+        ensure!(born < GRANTED, "{GRANTED} are alive, and {born} were forked");
+    }
+    // The place of one that is killed is taken at once, by one; but for the first, which nobody forked.
+    for nth in [1, GRANTED / 2, GRANTED] {
+        let victim = number(&full(&mut machine)?[nth], "/id")?;
+        promptly(&mut machine, &format!("kill {victim}"))?;
+    }
+    full(&mut machine)?;
+    for question in ["help", "objects", "stats", "memory", "snapshots", "log 1"] {
+        promptly(&mut machine, question)?;
+    }
+    machine.check()?;
+    // The neighbour has not come to its end, and comes nearer.
+    let so_far = rounds(&mut machine)?;
+    let ended = |log: &Value| text(log, "/log").is_ok_and(|log| log.contains("guest thrash:"));
+    let log = machine.until("log 1", |log| ended(log) || told(log) > so_far.max(begun + 1))?;
+    ensure!(!ended(&log), "the neighbour was done in {so_far} rounds, after {begun} before the bomb");
+
+    // Who stands still keeps its place, and forks nobody: so they are killed for good.
+    for row in full(&mut machine)? {
+        promptly(&mut machine, &format!("pause {}", row["id"]))?;
+    }
+    let family = bombs(&mut machine)?;
+    ensure!(family.iter().all(|row| row["state"] == "paused"), "somebody was born meanwhile: {family:?}");
+    for row in &family {
+        let log = promptly(&mut machine, &format!("log {}", row["id"]))?;
+        ensure!(!text(&log, "/log")?.contains("FAILED"), "{log}");
+        promptly(&mut machine, &format!("kill {}", row["id"]))?;
+    }
+    machine.check()?;
+    machine.wait_long("1", "guest thrash: ")?;
+    ends_well(&mut machine, "1", "thrash")?;
+    machine.until("memory", |now| frames(now).ok() == frames(&before).ok())?;
+    let after = machine.settled()?;
+    ensure!(after["owners"]["guests_resident"] == before["owners"]["guests_resident"], "{before}, {after}");
+    ensure!(number(&machine.guest("guest")?, "/private_pages")? == own, "the neighbour has other pages");
+    ensure!(rows(&machine.ask("guests")?)?.len() == 1, "somebody is left");
+    ensure!(in_use(&machine.ask("objects")?)? == objects, "objects are left");
+    ensure!(machine.ask("snapshots")? == snapshots, "snapshots are left");
+    machine.check()?;
+    machine.shutdown()
+}
+
+/// Rounds that guest 1 has compared, as its log has it.
+fn told(log: &Value) -> u64 {
+    let log = log["log"].as_str().unwrap_or_default();
+    let round = |line: &str| line.strip_prefix("thrash: round ")?.strip_suffix(" is read")?.parse().ok();
+    log.lines().rev().find_map(|line| round(line.trim_end())).unwrap_or(0)
+}
+
+fn rounds(machine: &mut Monitored) -> Result<u64> {
+    Ok(told(&machine.ask("log 1")?))
 }
 
 /// `fork-guest` in a shell: refused beyond what was granted; else every relative's shell goes on with its own line, and its

@@ -45,7 +45,7 @@ fn shadows(objects: &Value, of: &Value) -> Result<Vec<Value>> {
 }
 
 /// Waits for the last words of a tiny guest that lingers; they must be good ones.
-fn ends_well(machine: &mut Monitored, guest: &str, program: &str) -> Result<()> {
+pub(super) fn ends_well(machine: &mut Monitored, guest: &str, program: &str) -> Result<()> {
     let words = ["ok", "FAILED"].map(|end| format!("guest {program}: {end}"));
     let said = |log: &Value| text(log, "/log").is_ok_and(|log| words.iter().any(|end| log.contains(end)));
     let log = machine.until(&format!("log {guest}"), said)?;
