@@ -95,7 +95,7 @@ enum Phase {
 /// A balloon, as its driver sees it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Balloon {
-    transport: Transport,
+    transport: Transport<QUEUES>,
     /// Pages that we would like to be in it, and that the driver says are.
     target: u32,
     actual: u32,
@@ -126,7 +126,7 @@ impl Balloon {
     pub fn new() -> Self {
         let features = RING_INDIRECT | STATS_QUEUE | DEFLATE_ON_OOM | REPORTING;
         Self {
-            transport: Transport::new(DEVICE, features, QUEUES),
+            transport: Transport::new(DEVICE, features),
             target: 0,
             actual: 0,
             notified: [false; QUEUES],

@@ -141,7 +141,7 @@ pub enum Did<W> {
 /// A disk, as its driver sees it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Blk {
-    transport: Transport,
+    transport: Transport<1>,
     /// Bytes on it.
     bytes: u64,
     read_only: bool,
@@ -162,7 +162,7 @@ impl Blk {
         }
         let features = RING_INDIRECT | SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | more;
         Self {
-            transport: Transport::new(DEVICE, features, 1),
+            transport: Transport::new(DEVICE, features),
             bytes: sectors.saturating_mul(SECTOR),
             read_only,
             id: name,

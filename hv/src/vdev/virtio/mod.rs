@@ -110,9 +110,6 @@ pub const RING_INDIRECT: u64 = 1 << 28;
 /// Feature: virtio 1, which is all that we speak.
 pub const VERSION_1: u64 = 1 << 32;
 
-/// The most queues of a device.
-const MAX_QUEUES: usize = 4;
-
 /// What a register write asks of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
@@ -126,7 +123,7 @@ pub enum Asked {
 
 /// The registers of a device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Transport {
+pub struct Transport<const QUEUES: usize> {
     device: u32,
     offered: u64,
     wanted: u64,
@@ -137,12 +134,12 @@ pub struct Transport {
     interrupt: u32,
     /// Moves whenever the configuration does.
     generation: u32,
-    queues: ArrayVec<Queue, MAX_QUEUES>,
+    queues: ArrayVec<Queue, QUEUES>,
 }
 
-impl Transport {
-    /// A device of this kind, with these features and so many queues, out of reset.
-    pub fn new(device: u32, features: u64, queues: usize) -> Self {
+impl<const QUEUES: usize> Transport<QUEUES> {
+    /// A device of this kind, with these features, out of reset.
+    pub fn new(device: u32, features: u64) -> Self {
         Self {
             device,
             offered: features | VERSION_1,
@@ -153,7 +150,7 @@ impl Transport {
             status: 0,
             interrupt: 0,
             generation: 0,
-            queues: (0..queues.min(MAX_QUEUES)).map(|_| Queue::default()).collect(),
+            queues: (0..QUEUES).map(|_| Queue::default()).collect(),
         }
     }
 
@@ -282,7 +279,7 @@ impl Transport {
 
     fn set_status(&mut self, word: u32) -> Asked {
         if word == 0 {
-            let fresh = Self::new(self.device, self.offered, self.queues.len());
+            let fresh = Self::new(self.device, self.offered);
             *self = Self { generation: self.generation, ..fresh };
             return Asked::Forget(None);
         }

@@ -40,7 +40,7 @@ enum Phase {
 /// A source of entropy, as its driver sees it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Rng {
-    transport: Transport,
+    transport: Transport<{ REQUESTS + 1 }>,
     /// The driver has notified.
     notified: bool,
     waits: bool,
@@ -60,7 +60,7 @@ impl Rng {
     /// One out of reset.
     pub fn new() -> Self {
         Self {
-            transport: Transport::new(DEVICE, RING_INDIRECT, REQUESTS + 1),
+            transport: Transport::new(DEVICE, RING_INDIRECT),
             notified: false,
             waits: false,
             phase: Phase::Idle,
