@@ -220,18 +220,23 @@ pub(super) fn first_exits(forks: &Counter) -> Result<Figure> {
 
 /// The same for the smallest, followed instruction by instruction.
 pub(super) fn follow_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
-    let guest = build::guest(toolchain, "fork")?;
-    follow(&guest, hypervisor, &dir.join("followed"), |trace, dir| {
-        fork(&guest, SIZES[0], "often", dir, Some(trace)).map(drop)
-    })
+    follow_forks(toolchain, hypervisor, &dir.join("followed"), SIZES[0], "often")
 }
 
 /// The same of one that has all the tables that fit below one top-level entry, and a page in each.
 pub(super) fn follow_wide_clones(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) -> Result<Counter> {
+    follow_forks(toolchain, hypervisor, &dir.join("followed-wide"), 1024, "often sparse")
+}
+
+fn follow_forks(
+    toolchain: &Toolchain,
+    hypervisor: &Path,
+    dir: &Path,
+    mib: u64,
+    append: &str,
+) -> Result<Counter> {
     let guest = build::guest(toolchain, "fork")?;
-    follow(&guest, hypervisor, &dir.join("followed-wide"), |trace, dir| {
-        fork(&guest, 1024, "often sparse", dir, Some(trace)).map(drop)
-    })
+    follow(&guest, hypervisor, dir, |trace, dir| fork(&guest, mib, append, dir, Some(trace)).map(drop))
 }
 
 /// What a parent pays that outlives its child, followed instruction by instruction.

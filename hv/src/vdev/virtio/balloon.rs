@@ -259,20 +259,11 @@ impl Balloon {
             return Did::Nothing;
         }
         let done = if self.phase == Phase::Idle { self.begin(ram) } else { self.advance(ram).map(|()| true) };
-        match done {
-            Ok(true) => Did::Some,
-            Ok(false) => Did::Nothing,
-            Err(Fault::Wait(what)) => {
-                self.waits = true;
-                Did::Wait(what)
-            }
-            Err(Fault::Bad) => {
-                // The driver broke the rules.
-                self.transport.fail();
-                (self.phase, self.kept) = (Phase::Idle, None);
-                Did::Some
-            }
-        }
+        Did::of(done, &mut self.waits).unwrap_or_else(|| {
+            self.transport.fail();
+            (self.phase, self.kept) = (Phase::Idle, None);
+            Did::Some
+        })
     }
 
     /// Takes up a buffer, or gives the kept one back; false when there is nothing to do.

@@ -51,6 +51,22 @@ pub enum Did<W> {
     Wait(W),
 }
 
+impl<W> Did<W> {
+    /// What came of a piece of work that says whether there was any; `None` when the driver broke the rules. A device that has
+    /// to wait remembers that it does.
+    fn of(done: Result<bool, Fault<W>>, waits: &mut bool) -> Option<Self> {
+        match done {
+            Ok(true) => Some(Self::Some),
+            Ok(false) => Some(Self::Nothing),
+            Err(Fault::Wait(what)) => {
+                *waits = true;
+                Some(Self::Wait(what))
+            }
+            Err(Fault::Bad) => None,
+        }
+    }
+}
+
 /// What is made zero in one step: as much as the memory manager marks as one (interrupts wait meanwhile, I6).
 pub const PART: u64 = 256 << 10;
 

@@ -127,20 +127,11 @@ impl Rng {
         }
         let done =
             if self.phase == Phase::Idle { self.begin(source) } else { self.advance(source).map(|()| true) };
-        match done {
-            Ok(true) => Did::Some,
-            Ok(false) => Did::Nothing,
-            Err(Fault::Wait(what)) => {
-                self.waits = true;
-                Did::Wait(what)
-            }
-            Err(Fault::Bad) => {
-                // The driver broke the rules.
-                self.transport.fail();
-                self.phase = Phase::Idle;
-                Did::Some
-            }
-        }
+        Did::of(done, &mut self.waits).unwrap_or_else(|| {
+            self.transport.fail();
+            self.phase = Phase::Idle;
+            Did::Some
+        })
     }
 
     /// Takes up a buffer; false when there is none.
