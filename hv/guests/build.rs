@@ -1,5 +1,4 @@
-//! Links the guests with the project's linker script; on the host there is nothing to do. What runs under a guest's
-//! Linux, `fork-guest`, is linked as any program is.
+//! Links the guests with the project's linker script; on the host there is nothing to do.
 
 use std::{env, fs};
 
@@ -12,9 +11,8 @@ fn main() {
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "none") {
         for program in fs::read_dir(format!("{here}/src/bin")).into_iter().flatten().flatten() {
             let name = program.path().with_extension("");
-            match name.file_name().and_then(|name| name.to_str()) {
-                Some("fork-guest") | None => {}
-                Some(name) => println!("cargo:rustc-link-arg-bin={name}=--script={script}"),
+            if let Some(name) = name.file_name().and_then(|name| name.to_str()) {
+                println!("cargo:rustc-link-arg-bin={name}=--script={script}");
             }
         }
     }

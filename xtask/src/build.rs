@@ -22,7 +22,11 @@ pub(crate) fn guest(toolchain: &Toolchain, name: &str) -> Result<Vec<u8>> {
 
 /// Builds a program for a guest's Linux; its ELF file.
 pub(crate) fn linux_program(toolchain: &Toolchain, name: &str) -> Result<Vec<u8>> {
-    cargo(toolchain, &["--package", "hv-guests", "--bin", name], "building what runs under a guest's Linux")?;
+    cargo(
+        toolchain,
+        &["--package", "hv-guest-programs", "--bin", name],
+        "building what runs under a guest's Linux",
+    )?;
     let elf = crate::root().join("target/el2").join(TARGET).join("release").join(name);
     fs::read(&elf).with_context(|| format!("reading {}", elf.display()))
 }

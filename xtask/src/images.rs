@@ -133,8 +133,9 @@ pub(crate) fn initramfs(toolchain: &Toolchain) -> Result<PathBuf> {
     cpio.add("bin/busybox", 0o100_755, &busybox);
     cpio.add("bin/sh", 0o120_777, b"busybox");
     cpio.add("init", 0o100_755, include_bytes!("initramfs/init"));
-    cpio.add("bin/memtest", 0o100_755, include_bytes!("initramfs/memtest"));
-    cpio.add("bin/fork-guest", 0o100_755, &build::linux_program(toolchain, "fork-guest")?);
+    for program in ["fork-guest", "memtest"] {
+        cpio.add(&format!("bin/{program}"), 0o100_755, &build::linux_program(toolchain, program)?);
+    }
     write_whole(&image, &cpio.finish())?;
     Ok(image)
 }

@@ -17,6 +17,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("board", &["vmobject"]),
     ("hv", &["board", "stage2", "vmobject", "hv-abi"]),
     ("hv-guests", &["hv-abi"]),
+    ("hv-guest-programs", &["hv-abi"]),
     ("xtask", &["hv-abi"]),
 ];
 
@@ -48,6 +49,8 @@ pub(super) fn trials() -> Vec<Trial> {
                 "hv",
                 "--package",
                 "hv-guests",
+                "--package",
+                "hv-guest-programs",
                 "--quiet",
                 "--",
                 "-D",

@@ -16,29 +16,22 @@ fn main() {}
 
 #[cfg(target_os = "none")]
 mod linux {
-    use core::arch::{asm, global_asm};
-    use core::ffi::{CStr, c_char};
-    use core::fmt::{self, Write};
+    use core::arch::asm;
+    use core::fmt;
     use hv_abi::call::status;
     use hv_abi::forkpage::{
         FORK, GUEST, MAGIC, MAGIC_VALUE, OF, PLACE, RANDOM, STATUS, VERSION, VERSION_VALUE,
     };
     use hv_abi::machine::FORK_PAGE;
-
-    // The stack pointer is at argc, with argv behind it.
-    global_asm!(".global _start", "_start: mov x29, #0", "mov x30, #0", "mov x0, sp", "b main");
+    use hv_guest_programs::{Stack, call, exit, open};
 
     /// Numbers of arm64's system calls.
     mod number {
         pub(super) const IOCTL: usize = 29;
         pub(super) const FLOCK: usize = 32;
-        pub(super) const OPENAT: usize = 56;
-        pub(super) const WRITE: usize = 64;
-        pub(super) const EXIT: usize = 93;
         pub(super) const MMAP: usize = 222;
     }
 
-    const AT_FDCWD: usize = (-100isize).cast_unsigned();
     const O_RDWR: usize = 2;
     /// arm64: makes a mapping of `/dev/mem` that of a device.
     const O_SYNC: usize = 0o4_010_000;
@@ -50,62 +43,13 @@ mod linux {
     /// Has its generator take a new key from the pool.
     const RNDRESEEDCRNG: usize = 0x5207;
 
-    fn call(number: usize, arguments: [usize; 6]) -> Result<usize, isize> {
-        let [a, b, c, d, e, f] = arguments;
-        let answer: usize;
-        // SAFETY: the kernel reads and writes what the arguments point to, which callers vouch for: our own values.
-        unsafe {
-            asm!("svc #0", in("x8") number, inlateout("x0") a => answer, in("x1") b, in("x2") c, in("x3") d,
-                in("x4") e, in("x5") f, options(nostack));
-        }
-        let error = answer.cast_signed();
-        if (-4095..0).contains(&error) { Err(error) } else { Ok(answer) }
-    }
-
     #[expect(clippy::cast_possible_truncation, reason = "a usize has 64 bits here")]
     const fn word(value: u64) -> usize {
         value as usize
     }
 
-    fn exit(status: usize) -> ! {
-        loop {
-            let _ = call(number::EXIT, [status, 0, 0, 0, 0, 0]);
-        }
-    }
-
-    fn open(path: &CStr, flags: usize) -> Result<usize, isize> {
-        call(number::OPENAT, [AT_FDCWD, path.as_ptr() as usize, flags, 0, 0, 0])
-    }
-
-    /// A file descriptor that is printed to.
-    struct Out(usize);
-
-    impl Write for Out {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            let written = call(number::WRITE, [self.0, text.as_ptr() as usize, text.len(), 0, 0, 0]);
-            written.map(drop).map_err(|_| fmt::Error)
-        }
-    }
-
-    /// A line that is written at once, so that no other's comes in between.
-    struct Line {
-        text: [u8; 160],
-        used: usize,
-    }
-
-    impl Write for Line {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            let room = self.text.get_mut(self.used..self.used + text.len()).ok_or(fmt::Error)?;
-            room.copy_from_slice(text.as_bytes());
-            self.used += text.len();
-            Ok(())
-        }
-    }
-
     fn say(to: usize, words: fmt::Arguments<'_>) {
-        let mut line = Line { text: [0; 160], used: 0 };
-        let _ = writeln!(line, "fork-guest: {words}");
-        let _ = Out(to).write_str(core::str::from_utf8(&line.text[..line.used]).unwrap_or("fork-guest: ?\n"));
+        hv_guest_programs::say(to, format_args!("fork-guest: {words}"));
     }
 
     fn fail(words: fmt::Arguments<'_>) -> ! {
@@ -162,19 +106,13 @@ mod linux {
         call(number::IOCTL, [pool, RNDRESEEDCRNG, 0, 0, 0, 0]).map(drop)
     }
 
-    /// The number that the command line asks for.
-    fn count([arguments, _, word]: [usize; 3]) -> Option<u32> {
-        if arguments != 2 {
-            return None;
-        }
-        // SAFETY: the kernel made it, and each argument ends with a zero.
-        unsafe { CStr::from_ptr(word as *const c_char) }.to_str().ok()?.parse().ok()
-    }
-
-    /// Called by `_start` with argc, the program's name, and the first argument or zero.
     #[unsafe(no_mangle)]
-    extern "C" fn main(stack: &[usize; 3]) -> ! {
-        let Some(count) = count(*stack) else {
+    extern "C" fn main(stack: &Stack) -> ! {
+        let count = match stack.arguments() {
+            Some([Some(count), None]) => count.parse().ok(),
+            _ => None,
+        };
+        let Some(count) = count else {
             fail(format_args!("usage: fork-guest CHILDREN"));
         };
         let page = Page::open();
@@ -198,10 +136,5 @@ mod linux {
         }
         say(1, format_args!("place {place} of {}, guest {}", page.read(OF), page.read(GUEST)));
         exit(0)
-    }
-
-    #[panic_handler]
-    fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-        exit(101)
     }
 }
