@@ -233,10 +233,14 @@ impl Bench {
             }
             figures.push(figure);
         }
-        if self.profile && self.asks_for_metric(swap::SWAP_IN) {
+        if self.asks_for_metric(swap::SWAP_IN) {
             let counter = swap::follow_back(&toolchain, &hypervisor, &dir)?;
+            let symbols = Symbols::open(&hypervisor)?;
             for (operations, mode) in counter.figures().iter().zip(["single", "sequential"]) {
-                println!("{} mode={mode}\n{}", swap::SWAP_IN, operations.table(&Symbols::open(&hypervisor)?));
+                figures.push(swap::beyond_the_disk(operations, mode, &symbols));
+                if self.profile {
+                    println!("{} mode={mode}\n{}", swap::SWAP_IN, operations.table(&symbols));
+                }
             }
         }
         figures.extend(self.machines(&toolchain, &dir)?.into_iter().filter(|f| self.asks_for(f)));

@@ -21,6 +21,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Once;
 use vmobject::lock::Held;
 use vmobject::pager::{Down, Shutdown};
+use vmobject::store::Machine as _;
 
 /// How many typed bytes one interrupt takes in (invariant I6).
 const MAX_TYPED: usize = 64;
@@ -157,9 +158,10 @@ fn write_disks(held: &mut Held<'_, 0>) -> bool {
 /// Delivers what disks have finished.
 fn complete<const R: u8>(held: &mut Held<'_, R>) {
     const { assert!(R < rank::WAITERS) };
-    let count = mm::disks().poll(&mut |token, result| {
+    let vm = mm::vm();
+    let count = vm.machine().store().poll(&mut |token, result| {
         if !sched::jobs::arrived(token, result) {
-            mm::vm().complete(token, result, held);
+            vm.complete(token, result, held);
             sched::io_done(token, held);
         }
     });

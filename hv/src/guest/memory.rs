@@ -110,10 +110,14 @@ pub fn fetch(
 
 /// Serves the fault once more that the guest left with, which has had to wait.
 pub fn again(run: &mut Run<'_>, fault: Refault, held: &mut Held<'_, { rank::VCPU }>) -> Exit {
-    let error = match served(run, fault, held) {
-        Ok(exit) => return exit,
-        Err(error) => error,
-    };
+    match served(run, fault, held) {
+        Ok(exit) => exit,
+        Err(error) => refused_again(run, fault, error),
+    }
+}
+
+#[cold]
+fn refused_again(run: &mut Run<'_>, fault: Refault, error: FaultError) -> Exit {
     let (esr, far) = arch::switch::last_fault();
     let syndrome = Syndrome::decode(esr);
     if let Syndrome::Data(data) = syndrome {

@@ -9,7 +9,6 @@ use core::sync::atomic::Ordering;
 
 use crate::arch::{self, fpsimd, gich, switch, timer, tlb};
 use crate::guest::Guest;
-use crate::guest::exit::Refault;
 use crate::guest::rank;
 use crate::guest::vcpu::{Context, NOWHERE, Power, State, Vcpu, VcpuRef, count};
 use vmobject::lock::Held;
@@ -30,8 +29,6 @@ pub struct Cpu {
     pub fp_live: bool,
     /// The list registers must be written from the virtual interrupt controller before entry.
     pub flush: bool,
-    /// What the running vCPU has faulted for is there: the fault is served again before the guest runs. Only with `flush`.
-    pub again: Option<Refault>,
     /// When the running vCPU's turn ends.
     pub slice_end: u64,
     /// When the host's timer is to fire while it runs.
@@ -55,7 +52,6 @@ impl Cpu {
             loaded: None,
             fp_live: false,
             flush: false,
-            again: None,
             slice_end: 0,
             armed: u64::MAX,
             stood: 0,

@@ -49,6 +49,8 @@ static QUEUES: [RunQueue<VcpuRef>; MAX_CPUS] = [const { RunQueue::new() }; MAX_C
 static WAITERS: Waiters<VcpuRef> = Waiters::new();
 /// CPUs that sleep, by number: a vCPU that becomes ready elsewhere may be worth waking one.
 static ASLEEP: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
+/// The transfer that a CPU waits for with its vCPU still on it, or 0: no token is that.
+static STANDS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 /// Where the next vCPU is put first.
 static NEXT_HOME: AtomicUsize = AtomicUsize::new(0);
 /// Ticks that pageout has taken.
@@ -348,11 +350,17 @@ pub fn end_all(rest: &dyn Fn(&mut Held<'_, 0>), held: &mut Held<'_, 0>) {
     }
 }
 
-/// A transfer is finished: wakes who waited for it. After the memory manager was told.
+/// A transfer is finished: wakes who waited for it, and CPUs that stand still for it. After the memory manager was told.
 pub fn io_done<const R: u8>(token: IoToken, held: &mut Held<'_, R>) {
     const { assert!(R < rank::WAITERS) };
     while let Some(vcpu) = WAITERS.take_io(token, held) {
         wake(&vcpu, held);
+    }
+    // After the fence in `take_io`.
+    for (cpu, stands) in STANDS.iter().enumerate().take(percpu::count()) {
+        if stands.load(Ordering::Relaxed) == token.0 && cpu != percpu::cpu() {
+            irq::kick(cpu);
+        }
     }
     errands::io_done(token, held);
 }

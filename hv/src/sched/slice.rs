@@ -4,23 +4,24 @@
 //! one test each for kicks, the timer and the list registers, and goes back in; list registers are touched
 //! only when something changed for this vCPU, EL1 registers only when another vCPU comes.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{Ordering, fence};
 
 use crate::arch::context::Trap;
 use crate::arch::percpu::MAX_CPUS;
 use crate::arch::{irq, switch, timer};
 use crate::guest::devices::timer_is_high;
-use crate::guest::exit::{self, Asked, Ending, Exit, Run, Waiting};
+use crate::guest::exit::{self, Asked, Ending, Exit, Refault, Run, Waiting};
 use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, memory, rank};
 use crate::vdev::vtimer::{host_time, virtual_deadline};
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
 use vmobject::lock::{Held, Ranked};
+use vmobject::store::{IoToken, Machine as _};
 
 use super::load::{Cpu, ticks};
 use super::{
-    ASLEEP, Outside, SLICE_MS, WAITERS, call_daemon, contended, enqueue, errands, idle, is_anybody_ready,
-    start, wake,
+    ASLEEP, Outside, SLICE_MS, STANDS, WAITERS, call_daemon, contended, enqueue, errands, idle,
+    is_anybody_ready, start, wake,
 };
 
 /// The interrupt by which CPUs kick each other.
@@ -93,7 +94,7 @@ pub fn run(cpu: &mut Cpu, entry: &VcpuRef, outside: &dyn Outside, held: &mut Hel
             Cpu::start(vcpu, &mut context, &mut held);
             switch::load_el1(&context.el1);
         }
-        (cpu.flush, cpu.again) = (true, None);
+        cpu.flush = true;
         if entry.guest.work.waits() {
             entry.guest.work.wake();
         }
@@ -132,7 +133,6 @@ fn go(
     arm(cpu, entry, held);
     let mut run = Run { guest, vcpu, context, kicks: 0, timer_changed: false, fp_live: cpu.fp_live };
     loop {
-        let mut again = None;
         if cpu.flush {
             while guest.work.take() {
                 if let Some(leaves) = run_errands(cpu, entry, outside, held) {
@@ -144,43 +144,59 @@ fn go(
             if kicks != 0 {
                 super::wake_many(&entry.guest, kicks, held);
             }
-            again = cpu.again.take();
         }
-        let what = if let Some(fault) = again {
-            memory::again(&mut run, fault, held)
-        } else {
-            let trap = switch::enter(&mut run.context.regs);
-            let number = count(&vcpu.counts.exits);
-            vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
-            match trap {
-                Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
-                Trap::Irq | Trap::Fiq => {
-                    if let Some(leaves) = interrupted(cpu, entry, outside, held) {
-                        cpu.fp_live = run.fp_live;
-                        return leaves;
-                    }
-                    Exit::Resume
+        let trap = switch::enter(&mut run.context.regs);
+        let number = count(&vcpu.counts.exits);
+        vcpu.trace.note(number, trap.syndrome(), run.context.regs.pc);
+        let mut what = match trap {
+            Trap::Sync { esr, far, hpfar } => exit::sync(&mut run, esr, far, hpfar, held),
+            Trap::Irq | Trap::Fiq => {
+                if let Some(leaves) = interrupted(cpu, entry, outside, held) {
+                    cpu.fp_live = run.fp_live;
+                    return leaves;
                 }
-                Trap::SError { esr } => {
-                    log::error!("guest {}: SError, esr {esr:#x}, at {:#x}", guest.id, run.context.regs.pc);
-                    crate::arch::el2::set_virtual_serror(true);
-                    Exit::Resume
-                }
+                Exit::Resume
+            }
+            Trap::SError { esr } => {
+                log::error!("guest {}: SError, esr {esr:#x}, at {:#x}", guest.id, run.context.regs.pc);
+                crate::arch::el2::set_virtual_serror(true);
+                Exit::Resume
             }
         };
-        if run.kicks != 0 {
-            kick(cpu, entry, &mut run, held);
-        }
-        if run.timer_changed {
-            run.timer_changed = false;
-            arm(cpu, entry, held);
-        }
-        if what != Exit::Resume {
-            cpu.fp_live = run.fp_live;
-            if let Some(leaves) = decide(cpu, entry, what, outside, held) {
-                return leaves;
+        loop {
+            if run.kicks != 0 {
+                kick(cpu, entry, &mut run, held);
             }
+            if run.timer_changed {
+                run.timer_changed = false;
+                arm(cpu, entry, held);
+            }
+            if what == Exit::Resume {
+                break;
+            }
+            cpu.fp_live = run.fp_live;
+            what = match decide(cpu, entry, what, outside, held) {
+                Then::On => break,
+                Then::Again(fault) => memory::again(&mut run, fault, held),
+                Then::Leave(leaves) => return leaves,
+            };
         }
+    }
+}
+
+/// What comes of an exit that does not simply go on.
+enum Then {
+    /// It goes on after all.
+    On,
+    /// What its fault waited for has come: it is served again.
+    Again(Refault),
+    /// The vCPU leaves.
+    Leave(Leaves),
+}
+
+impl Then {
+    fn leave(leaves: Option<Leaves>) -> Self {
+        leaves.map_or(Self::On, Self::Leave)
     }
 }
 
@@ -221,7 +237,7 @@ fn kick(cpu: &mut Cpu, entry: &VcpuRef, run: &mut Run<'_>, held: &mut Held<'_, {
     }
 }
 
-/// What becomes of an exit that does not simply go on; `None` goes on after all.
+/// Decides what becomes of an exit that does not simply go on.
 #[cold]
 fn decide(
     cpu: &mut Cpu,
@@ -229,13 +245,13 @@ fn decide(
     what: Exit,
     outside: &dyn Outside,
     held: &mut Held<'_, { rank::VCPU }>,
-) -> Option<Leaves> {
+) -> Then {
     match what {
-        Exit::Resume => None,
-        Exit::Off => Some(Leaves::Off),
-        Exit::End(ending) => Some(Leaves::End(ending)),
-        Exit::Fork(count, asked) => Some(Leaves::Fork(count, asked)),
-        Exit::Idle => idle(cpu, entry, held),
+        Exit::Resume => Then::On,
+        Exit::Off => Then::Leave(Leaves::Off),
+        Exit::End(ending) => Then::Leave(Leaves::End(ending)),
+        Exit::Fork(count, asked) => Then::Leave(Leaves::Fork(count, asked)),
+        Exit::Idle => Then::leave(idle(cpu, entry, held)),
         Exit::Wait(waiting, fault) => {
             let vcpu = entry.vcpu();
             count(&vcpu.counts.waits);
@@ -243,21 +259,28 @@ fn decide(
                 Waiting::Io(_) => Cause::Transfer,
                 Waiting::Memory => Cause::Memory,
             });
+            if let Waiting::Io(token) = waiting
+                && has_nothing_else(cpu, entry, held)
+            {
+                if let Some(leaves) = stand_still(cpu, entry, token, outside, held) {
+                    return Then::Leave(leaves);
+                }
+                if !crate::mm::vm().in_flight(token) {
+                    vcpu.set_cause(Cause::Event);
+                    return Then::Again(fault);
+                }
+            }
             let added = WAITERS.add(waiting, entry, held);
             if let Waiting::Io(token) = waiting {
                 // Look once more now that a completion would find us: it may have come before.
-                let mut came = !crate::mm::vm().in_flight(token);
-                if !came && added && has_nothing_else(cpu, entry, held) {
-                    if let Some(leaves) = stand_still(cpu, entry, outside, held) {
-                        return Some(leaves);
-                    }
-                    came = !crate::mm::vm().in_flight(token);
-                }
-                // Or somebody has told us of something else meanwhile: the guest looks at that, and faults again.
-                if came || cpu.flush {
+                if !crate::mm::vm().in_flight(token) {
                     vcpu.set_cause(Cause::Event);
-                    (cpu.again, cpu.flush) = (came.then_some(fault), true);
-                    return None;
+                    return Then::Again(fault);
+                }
+                // Somebody has told us of something else meanwhile: the guest looks at that, and faults again.
+                if cpu.flush {
+                    vcpu.set_cause(Cause::Event);
+                    return Then::On;
                 }
             }
             let told = added && matches!(waiting, Waiting::Io(_));
@@ -266,7 +289,7 @@ fn decide(
             if leaves.is_none() {
                 vcpu.set_cause(Cause::Event);
             }
-            leaves
+            Then::leave(leaves)
         }
     }
 }
@@ -279,19 +302,23 @@ fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU
     !busy && !wanted && !vm.wants_pageout() && !vm.has_chores(held)
 }
 
-/// Waits for an interrupt, unless another vCPU is ready, without putting away the one that waits for a disk, and takes it: a
-/// page comes back sooner than that would take. Says whether the vCPU has to leave.
+/// Waits for an interrupt, unless another vCPU is ready, without putting away the one that waits for a transfer, and takes it:
+/// a page comes back sooner than that would take. Says whether it has to leave.
 fn stand_still(
     cpu: &mut Cpu,
     entry: &VcpuRef,
+    token: IoToken,
     outside: &dyn Outside,
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Option<Leaves> {
+    STANDS[cpu.id].store(token.0, Ordering::Relaxed);
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
-    // As in `idle`: whoever comes after this sees the flag.
-    if !is_anybody_ready(held) {
+    // As in `idle`: whoever comes after this sees both, and what came before it is seen here.
+    fence(Ordering::SeqCst);
+    let vm = crate::mm::vm();
+    if !is_anybody_ready(held) && vm.in_flight(token) {
         let begun = timer::now();
-        let watched = crate::mm::disks().is_watched();
+        let watched = vm.machine().store().is_watched();
         let watch = watched.then(|| begun.saturating_add(ticks(idle::WATCH_MS)));
         match cpu.sleepers.next().into_iter().chain(watch).min() {
             Some(deadline) => timer::arm_host(deadline),
@@ -301,6 +328,7 @@ fn stand_still(
         cpu.stood = cpu.stood.wrapping_add(timer::now().wrapping_sub(begun));
     }
     ASLEEP[cpu.id].store(false, Ordering::SeqCst);
+    STANDS[cpu.id].store(0, Ordering::Relaxed);
     timer::arm_host(cpu.armed);
     interrupted(cpu, entry, outside, held)
 }

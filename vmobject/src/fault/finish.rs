@@ -25,10 +25,11 @@ pub(super) enum Purpose<'b> {
 }
 
 impl Purpose<'_> {
-    /// Somebody waits for a page: it is not to go again before he has had it, however much memory there is now.
-    pub(super) fn needs<M: Machine>(&self, map: &Map<M>, frame: Pfn) {
+    /// Somebody waits for a page, in a `new` frame or not: it is not to go again before he has had it, however much memory
+    /// there is now.
+    pub(super) fn needs<M: Machine>(&self, map: &Map<M>, frame: Pfn, new: bool) {
         if let Self::Enter(Some(by)) = *self {
-            map.need(by, frame);
+            map.need(by, frame, new);
         }
     }
 
@@ -101,7 +102,7 @@ impl<M: Machine> Vm<M> {
         if (self.frames.is_short() || map.is_limited())
             && let Some(by) = by
         {
-            map.need(by, frame);
+            map.need(by, frame, false);
         }
         let (mut pmap, _held) = map.pmap.lock(held);
         if self.has_gained(since) {

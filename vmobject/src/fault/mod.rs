@@ -252,7 +252,7 @@ impl<M: Machine> Vm<M> {
             Step::Lost(lost) => Err(FaultError::Lost(lost)),
             Step::Shadow => Ok(then(self.resolve_copy(map, at, held).err().map(|_| WaitFor::Memory))),
             Step::PageIn(object, index) => self
-                .page_in((object, index), map.number(), |frame| purpose.needs(map, frame), held)
+                .page_in((object, index), map.number(), |frame| purpose.needs(map, frame, true), held)
                 .map(then)
                 .map_err(FaultError::Lost),
             Step::Trail(object, index) => Ok(match self.lay_trail(object, index, held) {
@@ -337,7 +337,7 @@ impl<M: Machine> Vm<M> {
         (top, slot): (&mut State, u32),
         held: &mut Held<'_, OBJECT>,
     ) -> Step {
-        let needs = |frame| purpose.needs(map, frame);
+        let needs = |frame| purpose.needs(map, frame, true);
         match self.swap_in(top, (place.index, slot), map.number(), needs, held) {
             Ok(Some(wait)) => Step::Wait(wait),
             Ok(None) => Step::Again,
@@ -539,7 +539,7 @@ impl<M: Machine> Vm<M> {
     fn await_page(&self, map: &Map<M>, purpose: &Purpose<'_>, frame: Pfn) -> Step {
         let page = self.frames.page(frame);
         page.map();
-        purpose.needs(map, frame);
+        purpose.needs(map, frame, false);
         Step::Wait(WaitFor::Io(page.transfer()))
     }
 

@@ -55,13 +55,13 @@ impl Needs {
         self.frames.iter().for_each(|known| known.store(NONE, Relaxed));
     }
 
-    fn add(&self, pc: u64, frame: Pfn) {
+    fn add(&self, pc: u64, frame: Pfn, new: bool) {
         if self.pc.load(Relaxed) != pc {
             self.pc.store(pc, Relaxed);
             self.forget();
             self.next.store(1, Relaxed);
             self.frames[0].store(frame.number(), Relaxed);
-        } else if self.last() != frame.number() && !self.has(frame) {
+        } else if new || (self.last() != frame.number() && !self.has(frame)) {
             let place = self.next.fetch_add(1, Relaxed) % NEED_PAGES;
             self.frames[place].store(frame.number(), Relaxed);
         }
@@ -69,11 +69,12 @@ impl Needs {
 }
 
 impl<M: Machine> Map<M> {
-    /// Remembers that an instruction needs a page. The owner is locked.
+    /// Remembers that an instruction needs a page, which may have been remembered before unless its frame is `new`. The
+    /// owner is locked.
     #[cold]
-    pub(crate) fn need(&self, by: Instruction, frame: Pfn) {
+    pub(crate) fn need(&self, by: Instruction, frame: Pfn, new: bool) {
         if let Some(needs) = self.needs.get().and_then(|all| all.get(by.vcpu)) {
-            needs.add(by.pc, frame);
+            needs.add(by.pc, frame, new);
         }
     }
 

@@ -15,7 +15,7 @@ const RECENT: usize = 4;
 const NEAR: u32 = 2 * CLUSTER_PAGES;
 /// log2 of the largest window.
 const LARGEST: u32 = CLUSTER_PAGES.trailing_zeros();
-/// No page.
+/// No page, and near none.
 const NOWHERE: u32 = u32::MAX;
 
 /// What an object remembers.
@@ -39,10 +39,10 @@ impl Ahead {
 
     /// Takes note of a wanted page; in how many pages, aligned, it is to come.
     pub(crate) fn window(&mut self, wanted: PageIndex) -> u32 {
-        let near = |&recent: &u32| recent != NOWHERE && recent.abs_diff(wanted.number()) <= NEAR;
+        let near = |&recent: &u32| recent.abs_diff(wanted.number()) <= NEAR;
         if self.recent.iter().any(near) {
             self.shift = (self.shift + 1).min(LARGEST);
-        } else if self.shift > 0 && self.recent.iter().any(|&recent| recent != NOWHERE) {
+        } else if self.shift > 0 && self.recent[0] != NOWHERE {
             self.shift -= 1;
         }
         self.recent[usize::from(self.next) % RECENT] = wanted.number();

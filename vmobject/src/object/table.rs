@@ -132,7 +132,7 @@ struct Registry {
 
 /// All objects.
 pub struct Objects {
-    blocks: Box<[Once<Box<[Object]>>]>,
+    blocks: Box<[Once<Box<[Object; OBJECT_BLOCK as usize]>>]>,
     /// See [`Self::changed`].
     version: AtomicU64,
     /// Frames that the objects in the cache may have together.
@@ -291,7 +291,7 @@ impl Objects {
                 asks: AtomicU32::new(NONE),
                 home: AtomicU32::new(n),
             }));
-            Ok::<_, VmError>(objects.into_boxed_slice())
+            objects.into_boxed_slice().try_into().map_err(|_| VmError::NoMemory)
         })?;
         registry.used = number + 1;
         registry.live += 1;

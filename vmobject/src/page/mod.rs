@@ -33,7 +33,7 @@ use crate::limits::{MAX_FRAME, MAX_RESERVE, MIN_RESERVE};
 use crate::lock::{Held, QUEUES, Ranked};
 use crate::pmap::Harvest;
 use crate::point;
-use crate::store::{Direction, IoToken};
+use crate::store::IoToken;
 use queues::Queues;
 use runs::Runs;
 
@@ -144,15 +144,11 @@ impl VmPage {
         IoToken(u64::from(self.prev.load(Relaxed)) << 32 | u64::from(self.next.load(Relaxed)))
     }
 
-    fn set_busy(&self, token: IoToken, way: Direction) {
+    fn set_busy(&self, token: IoToken, busy: u8) {
         debug_assert_eq!(self.queue(), Queue::None);
         let (low, high) = (token.0 & 0xffff_ffff, token.0 >> 32);
         self.next.store(u32::try_from(low).unwrap_or(NIL), Relaxed);
         self.prev.store(u32::try_from(high).unwrap_or(NIL), Relaxed);
-        let busy = match way {
-            Direction::In => BUSY | FILLING,
-            Direction::Out => BUSY,
-        };
         self.flags.fetch_or(busy, Relaxed);
     }
 
@@ -460,23 +456,37 @@ impl Frames {
         true
     }
 
-    /// Makes pages busy with a transfer that fills them or writes them out. They are on no queue; the caller has the
-    /// owner's lock. Under that of the queues, too: whoever unwires one puts it on a queue unless it is busy.
+    /// Makes pages busy with a transfer that writes them out, and takes them off their queues; the caller has the owner's
+    /// lock. Under that of the queues, too: whoever unwires one puts it on a queue unless it is busy.
     pub(crate) fn set_busy<const OUTER: u8>(
         &self,
         frames: &[Pfn],
         token: IoToken,
-        way: Direction,
         held: &mut Held<'_, OUTER>,
     ) {
         let (mut queues, _held) = self.queues.lock(held);
         for &frame in frames {
             queues.unlink(&self.pages, self.place32(frame));
-            self.page(frame).set_busy(token, way);
+            self.page(frame).set_busy(token, BUSY);
         }
     }
 
-    /// Ends what [`Self::set_busy`] began.
+    /// Makes pages busy with a transfer that fills them. They have just been allocated, for no queue, and the caller has
+    /// the owner's lock: nobody else knows them.
+    pub(crate) fn set_filling(&self, frames: &[Pfn], token: IoToken) {
+        frames.iter().for_each(|&frame| self.page(frame).set_busy(token, BUSY | FILLING));
+    }
+
+    /// A page is filled: it is not busy any more, and on a queue.
+    pub(crate) fn arrive<const OUTER: u8>(&self, frame: Pfn, queue: Queue, held: &mut Held<'_, OUTER>) {
+        let (mut queues, _held) = self.queues.lock(held);
+        let place = self.place32(frame);
+        let page = &self.pages[place as usize];
+        page.clear_busy();
+        queues.append(&self.pages, if page.is_wired() { Queue::None } else { queue }, place, page);
+    }
+
+    /// Ends what [`Self::set_busy`] or [`Self::set_filling`] began.
     pub(crate) fn clear_busy<const OUTER: u8>(&self, frames: &[Pfn], held: &mut Held<'_, OUTER>) {
         let (_queues, _held) = self.queues.lock(held);
         frames.iter().for_each(|&frame| self.page(frame).clear_busy());

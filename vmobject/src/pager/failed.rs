@@ -71,15 +71,23 @@ impl Transfers {
     }
 
     /// Whether something did not come in that a map's guest wanted, since the last call.
+    #[inline]
     pub(super) fn take_failed(
         &self,
         contents: Contents,
         by: u32,
         held: &mut Held<'_, OBJECT>,
     ) -> Option<Option<StoreError>> {
-        if self.unread.load(Relaxed) == 0 {
-            return None;
-        }
+        if self.unread.load(Relaxed) == 0 { None } else { self.take_unread(contents, by, held) }
+    }
+
+    #[cold]
+    fn take_unread(
+        &self,
+        contents: Contents,
+        by: u32,
+        held: &mut Held<'_, OBJECT>,
+    ) -> Option<Option<StoreError>> {
         let (mut table, _held) = self.table.lock(held);
         let taken = table.failures.take((contents, by));
         self.unread.store(table.failures.count(), Relaxed);

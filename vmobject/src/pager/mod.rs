@@ -99,10 +99,12 @@ impl Transfer {
     /// Becomes another one: without those places of `frames` that take no part, most of it where one page is in flight.
     #[inline]
     fn become_like(&mut self, other: &Self) {
-        let Self { object, way, first, wanted, pages, leaves, by, serial, .. } = *other;
-        *self = Self { object, way, first, wanted, pages, leaves, by, serial, frames: self.frames };
-        for (to, from) in self.frames.iter_mut().zip(other.frames()) {
-            *to = *from;
+        (self.object, self.way, self.leaves, self.by) = (other.object, other.way, other.leaves, other.by);
+        (self.first, self.wanted, self.pages, self.serial) =
+            (other.first, other.wanted, other.pages, other.serial);
+        match other.frames() {
+            &[only] => self.frames[0] = only, // the usual one, and a call for more
+            frames => self.frames[..frames.len()].copy_from_slice(frames),
         }
     }
 

@@ -37,13 +37,14 @@ impl<M: Machine> Vm<M> {
         if state.id() != id || state.life != Life::Live {
             return Ok(None);
         }
-        if state.slots.get(wanted) == Slot::Absent && self.expected(&state, wanted) == Expected::Zeros {
+        let was = state.slots.get(wanted);
+        if was == Slot::Absent && self.expected(&state, wanted) == Expected::Zeros {
             let marked = self.has_room_at(&state, wanted)
                 && self.objects.gain(&mut state, wanted, Slot::Zero, &mut held).is_ok();
             return Ok((!marked).then_some(WaitFor::Memory));
         }
         let Some(contents) = self.contents(&state, wanted, &mut held) else { return Ok(None) };
-        self.bring(&mut state, (wanted, by), contents, started, &mut held).map(Some)
+        self.bring(&mut state, (wanted, was, by), contents, started, &mut held).map(Some)
     }
 
     /// The same for a page that has a slot of swap.
@@ -56,14 +57,14 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Result<Option<WaitFor>, LostPage> {
         let Some(contents) = self.swap.place(slot, held) else { return Ok(None) };
-        self.bring(state, (wanted, by), contents, started, held).map(Some)
+        self.bring(state, (wanted, Slot::Swapped(slot), by), contents, started, held).map(Some)
     }
 
-    /// The same for a page with these contents.
+    /// The same for a page with these contents, and this in its object's index.
     fn bring(
         &self,
         state: &mut State,
-        (wanted, by): (PageIndex, u32),
+        (wanted, was, by): (PageIndex, Slot, u32),
         contents: Contents,
         started: impl FnOnce(Pfn),
         held: &mut Held<'_, OBJECT>,
@@ -75,8 +76,9 @@ impl<M: Machine> Vm<M> {
             Some(None) => true,
             None => false,
         };
-        let mut transfer = Transfer { way: Direction::In, by, ..Transfer::out(state.id(), wanted) };
-        if !self.gather(state, &mut transfer, home, alone, held) {
+        let mut transfer = Transfer::out(state.id(), wanted);
+        (transfer.way, transfer.by) = (Direction::In, by);
+        if !self.gather(state, &mut transfer, was, home, alone, held) {
             return Ok(WaitFor::Memory);
         }
         let start = Home { page: home.page - (wanted.number() - transfer.first.number()), ..home };
@@ -89,7 +91,7 @@ impl<M: Machine> Vm<M> {
             Err(error) => {
                 self.scatter(state, &transfer, held);
                 // What has a copy there only is not to be dropped for it.
-                if let (StoreError::Gone, Slot::Swapped(slot)) = (error, state.slots.get(wanted)) {
+                if let (StoreError::Gone, Slot::Swapped(slot)) = (error, was) {
                     self.swap.account(slot, Direction::In, 0, Err(error), held);
                 }
                 match error {
@@ -131,7 +133,10 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OBJECT>,
     ) -> Result<IoToken, StoreError> {
         let Ok(token) = self.transfers.begin(transfer, held) else { return Err(StoreError::Busy) };
-        self.frames.set_busy(transfer.frames(), token, transfer.way, held);
+        match transfer.way {
+            Direction::In => self.frames.set_filling(transfer.frames(), token),
+            Direction::Out => self.frames.set_busy(transfer.frames(), token, held),
+        }
         let (way, first) = (transfer.way, u64::from(home.page));
         match self.machine.store().start(home.store, way, first, transfer.frames(), token) {
             Ok(()) => {
@@ -152,11 +157,11 @@ impl<M: Machine> Vm<M> {
         &self,
         state: &mut State,
         transfer: &mut Transfer,
+        was: Slot,
         home: Home,
         alone: bool,
         held: &mut Held<'_, OBJECT>,
     ) -> bool {
-        let was = state.slots.get(transfer.wanted);
         let window = match (alone, was) {
             (true, _) => 1,
             (false, Slot::Swapped(_)) => state.ahead.window(transfer.wanted),
@@ -302,17 +307,16 @@ impl<M: Machine> Vm<M> {
             return 0;
         }
         assert_eq!(state.id(), transfer.object, "an object with transfers is not freed (O4)");
-        self.frames.clear_busy(transfer.frames(), &mut held);
         state.ends(transfer.way, transfer.leaving());
-        let first = transfer.frames().first();
-        let slot = first.and_then(|&frame| self.frames.page(frame).clean_slot());
-        if let Some(slot) = slot
-            && (transfer.way, result) != (Direction::In, Ok(()))
-        {
-            self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
+        if (transfer.way, result) != (Direction::In, Ok(())) {
+            self.frames.clear_busy(transfer.frames(), &mut held);
+            let first = transfer.frames().first();
+            if let Some(slot) = first.and_then(|&frame| self.frames.page(frame).clean_slot()) {
+                self.swap.account(slot, transfer.way, transfer.pages, result, &mut held);
+            }
         }
         let freed = match (transfer.way, result) {
-            (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, slot, &mut held),
+            (Direction::In, Ok(())) => self.is_in(&mut state, &transfer, &mut held),
             (Direction::In, Err(error)) => {
                 self.scatter(&mut state, &transfer, &mut held);
                 let error = (transfer.pages == 1).then_some(error);
@@ -353,30 +357,24 @@ impl<M: Machine> Vm<M> {
         }
     }
 
-    /// The bytes are there, from swap if there is a `first` slot. Those that are not what was written go back, and fail
+    /// The bytes are there, and the frames busy until that is seen. Those that are not what was written go back, and fail
     /// whoever wanted them.
-    fn is_in(
-        &self,
-        state: &mut State,
-        transfer: &Transfer,
-        first: Option<u32>,
-        held: &mut Held<'_, OBJECT>,
-    ) -> u32 {
-        let (mark, tight) = match first {
-            Some(slot) => self.swap.came(slot, transfer.pages, held),
-            None => Default::default(),
-        };
-        let mut freed = 0;
+    fn is_in(&self, state: &mut State, transfer: &Transfer, held: &mut Held<'_, OBJECT>) -> u32 {
+        let (mut freed, mut tight) = (0, false);
         for (page, frame) in transfer.iter() {
-            let slot = self.frames.page(frame).clean_slot();
+            let resident = self.frames.page(frame);
+            let slot = resident.clean_slot();
             let genuine = match slot {
-                Some(slot) => {
-                    let mark = if Some(slot) == first { mark } else { self.swap.mark(slot, held) };
+                Some(slot) if page == transfer.first => {
+                    let (mark, few) = self.swap.came(slot, transfer.pages, held);
+                    tight = few;
                     self.has_arrived(slot, mark, frame)
                 }
+                Some(slot) => self.has_arrived(slot, self.swap.mark(slot, held), frame),
                 None => self.is_as_stored(state, page, frame),
             };
             if !genuine {
+                self.frames.clear_busy(&[frame], held);
                 self.send_back(state, page, frame, held);
                 self.stats.count(Event::PageInCorrupt);
                 if let Some(slot) = slot {
@@ -395,9 +393,9 @@ impl<M: Machine> Vm<M> {
             }
             self.stats.count(Event::PageRead);
             if page == transfer.wanted {
-                self.frames.page(frame).touch();
+                resident.touch();
             }
-            self.frames.enqueue(frame, Queue::Active, held);
+            self.frames.arrive(frame, Queue::Active, held);
         }
         freed
     }

@@ -2,17 +2,19 @@
 //! disk's rate is used; how much more memory guests can have than there is.
 //!
 //! Instructions are counted under `-icount` with one host CPU. While a guest waits for the disk and nobody has a
-//! time to wait for, that clock stands still: what is counted is beyond the device's own. Rates are of wall time, on a disk
+//! time to wait for, that clock stands still: the device's own time is not counted. What its driver takes is counted, and
+//! told apart where the run is followed instruction by instruction. Rates are of wall time, on a disk
 //! that QEMU slows down to far less than either side could do, and against what QEMU's own tool reads and writes there.
 
 use super::Figure;
 use super::machine::{figure, follow};
-use super::trace::Counter;
+use super::trace::{Counter, Operations};
 use crate::build;
 use crate::monitored::{Monitored, number, rows};
 use crate::progress::step;
 use crate::qemu::{self, Trace};
 use crate::run::Run;
+use crate::symbols::Symbols;
 use crate::toolchain::Toolchain;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -57,6 +59,16 @@ pub(super) fn follow_back(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) 
         let image = image(toolchain, dir, "bench")?;
         read_back(&image, "swap pages=512", Some(trace), dir).map(drop)
     })
+}
+
+/// What of a followed page-in is not of the disk's driver, which whoever reads a page from that disk needs.
+pub(super) fn beyond_the_disk(operations: &Operations, mode: &str, symbols: &Symbols) -> Figure {
+    const DRIVER: [&str; 2] = ["board/src/virtio/", "hv/src/mm/store.rs"];
+    let value = operations.beyond(&DRIVER, symbols);
+    let params = [("mode", mode), ("part", "beyond_disk")];
+    let params = params.map(|(key, value)| (key.to_owned(), json!(value))).into();
+    let (metric, unit, n) = (SWAP_IN.to_owned(), "insn".to_owned(), operations.count());
+    Figure { metric, value, unit, params, min: value, max: value, n }
 }
 
 /// Has a guest's pages paged out, and the guest read them: what it told.

@@ -233,6 +233,18 @@ impl Operations {
         self.count == 0
     }
 
+    /// How many there were.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Instructions of one operation that are of no file whose name starts so.
+    pub(crate) fn beyond(&self, files: &[&str], symbols: &Symbols) -> u64 {
+        let of_others = |at: u64| !files.iter().any(|file| symbols.owner(at).starts_with(file));
+        let all = self.instructions.iter().filter(|(at, _)| of_others(**at)).map(|(_, count)| count);
+        all.sum::<u64>() / self.count.max(1)
+    }
+
     /// A table: instructions of one operation, and whose they are.
     pub(crate) fn table(&self, symbols: &Symbols) -> String {
         /// Rows that are worth a line.
