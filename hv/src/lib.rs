@@ -3,7 +3,7 @@
 //! Read in this order, which is also who may use whom: a module uses only those before it. Calls go down,
 //! wants come back up as values.
 //!
-//! * [`bounded`] - lists that are read back with a bound.
+//! * [`bounded`] - lists and arrays that are read back with a bound.
 //! * [`arch`] - every assembly line and every EL2 register; on the host the same names over memory.
 //! * [`mm`] - what joins `vmobject` and `stage2` to the machine: frames' bytes, tables, the heap.
 //! * [`vdev`] - the devices that a guest sees, as pure logic: values in, values out.

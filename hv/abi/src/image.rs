@@ -17,7 +17,7 @@ pub const PAGE: usize = 4096;
 /// How a header begins.
 pub const MAGIC: [u8; 8] = *b"HVGUEST\0";
 /// The format that this build reads and writes: to be raised whenever a header or the state of a guest changes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Headers, and halves.
 pub const SLOTS: usize = 2;
 /// Bytes of a header's description at most: JSON, for people.

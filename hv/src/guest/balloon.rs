@@ -37,7 +37,7 @@ pub(super) fn step(guest: &Guest, devices: &mut Devices, held: &mut Held<'_, { r
 /// Says how many pages are wanted in a guest's balloon: the vCPUs to wake.
 pub fn set_target(guest: &Guest, pages: u32, held: &mut Held<'_, 0>) -> u64 {
     let (mut devices, _held) = guest.devices.lock(held);
-    let Devices { balloon, vgic, .. } = &mut *devices;
+    let Devices { balloon, vgic, .. } = &mut **devices;
     balloon.set_target(pages);
     signal(balloon, vgic).0
 }
@@ -48,7 +48,7 @@ pub fn look(guest: &Guest, held: &mut Held<'_, 0>) -> Balloon {
     let balloon = {
         let (mut devices, _held) = guest.devices.lock(held);
         devices.balloon.ask();
-        devices.balloon.clone()
+        devices.balloon
     };
     guest.work.want();
     balloon

@@ -42,7 +42,7 @@ pub struct Parts {
     /// Its vCPUs.
     pub vcpus: Box<[Vcpu]>,
     /// Its devices.
-    pub devices: Devices,
+    pub devices: Box<Devices>,
     /// Its random numbers.
     pub random: Generator,
     /// Its console output.
@@ -282,7 +282,7 @@ fn prepare(
         // It was made just now, so it is off.
         let _ = first.power_on(plan.entry.bits(), plan.x0, held);
     }
-    let mut devices = Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds());
+    let mut devices = Box::new(Devices::new(config.vcpus, gich::nr_lrs(), timer::freq(), seconds()));
     devices.disks = disks;
     let Kept { log, birth } =
         kept.unwrap_or_else(|| Kept { log: Arc::default(), birth: Birth::first(config.grant_fork) });

@@ -159,8 +159,8 @@ pub struct Guest {
     pub map: Arc<Map>,
     /// Its vCPUs; never more or fewer.
     pub vcpus: Box<[Vcpu]>,
-    /// Its devices.
-    pub devices: Ranked<{ rank::DEVICES }, Devices>,
+    /// Its devices: apart, so that they are made in their place, and a reset exchanges them.
+    pub devices: Ranked<{ rank::DEVICES }, Box<Devices>>,
     /// Whether its virtio devices have something to do.
     pub work: work::Work,
     /// Its name in the TLB, as far as it is still valid.
@@ -213,7 +213,7 @@ impl Guest {
     pub fn heap_bytes(&self, held: &mut Held<'_, 0>) -> usize {
         let mut entries = 0;
         crate::mm::vm().for_each_entry(&self.map, held, |_| entries += 1);
-        let devices = self.devices.lock(held).0.heap_bytes();
+        let devices = size_of::<Devices>() + self.devices.lock(held).0.heap_bytes();
         let map = size_of::<Map>() + entries * size_of::<vmobject::map::Entry>();
         size_of::<Self>() + self.vcpus.len() * size_of::<Vcpu>() + devices + map + self.log.heap_bytes(held)
     }

@@ -163,7 +163,7 @@ pub fn take(
         contexts.extend_from_slice(core::slice::from_ref(&*vcpu.context.lock(held).0));
         powers.push(*vcpu.power.lock(held).0);
     }
-    let mut devices = Box::new(guest.devices.lock(held).0.clone());
+    let mut devices = guest.devices.lock(held).0.clone();
     devices.disks.iter_mut().for_each(disks::Disk::detach);
     let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let memory = match keep {
@@ -275,8 +275,8 @@ pub fn delete(snapshot: Box<Snapshot>, held: &mut Held<'_, 0>) {
 impl Snapshot {
     /// The devices of whoever goes on from here now: the generation id has changed, the clock has gone on,
     /// and a buffer that was being filled with random bytes is filled anew.
-    fn devices_now(&self) -> Devices {
-        let mut devices = Devices::clone(&self.moment.devices);
+    fn devices_now(&self) -> Box<Devices> {
+        let mut devices = self.moment.devices.clone();
         genid::announce(&mut devices);
         devices.rng.renew();
         devices.rtc.skip(timer::now().saturating_sub(self.taken));

@@ -38,7 +38,7 @@ const INT_ALL: u16 = 0x7ff;
 const ID: [u8; 8] = [0x11, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 /// A UART.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Vpl011 {
     fifo: [u8; FIFO],
     first: usize,

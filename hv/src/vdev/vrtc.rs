@@ -20,7 +20,7 @@ const ICR: u64 = 0x1c;
 const ID: [u8; 8] = [0x31, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 
 /// A clock.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Vrtc {
     /// Counts per second; not zero.
     frequency: u64,

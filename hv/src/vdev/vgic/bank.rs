@@ -16,7 +16,7 @@ pub(super) const BITS: usize = 32;
 /// # Invariants
 /// B1. A bit of a `queued_` word is set only when it is set in `listed`.
 /// B2. For a listed interrupt, `active` is clear: the list register has it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Bank {
     /// Group 1 rather than group 0.
     pub(super) group: u32,

@@ -40,7 +40,7 @@ const VMCR_VENG: u64 = 3;
 const VMCR_VPMR_SHIFT: u32 = 24;
 
 /// A vCPU's list registers, as they are in the hardware while it is loaded.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Lists {
     /// The last value written or read.
     image: [u64; MAX_LRS],

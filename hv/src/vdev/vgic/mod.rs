@@ -81,7 +81,7 @@ enum Which {
 }
 
 /// A word of SPIs.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Shared {
     /// The number of its first interrupt.
     first: u32,
@@ -95,7 +95,7 @@ struct Shared {
 }
 
 /// A vCPU's part.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Local {
     bank: Bank,
     lists: Lists,
@@ -111,7 +111,7 @@ struct Local {
 
 /// An interrupt controller. A clone of it is a clone of the guest's interrupts, once every vCPU's list
 /// registers are [`unlist`](Self::unlist)ed.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Vgic {
     /// GICD_CTLR's group enables.
     groups: u32,
@@ -121,6 +121,14 @@ pub struct Vgic {
     lrs: usize,
     /// vCPUs whose list registers a register read depended on.
     stale: u64,
+}
+
+impl Clone for Vgic {
+    /// By hand, as `guest`'s devices are: the vCPUs' part first, and the rest is copied once.
+    fn clone(&self) -> Self {
+        let vcpus = self.vcpus.clone();
+        Self { vcpus, ..*self }
+    }
 }
 
 impl Vgic {

@@ -93,7 +93,7 @@ enum Phase {
 }
 
 /// A balloon, as its driver sees it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Balloon {
     transport: Transport<QUEUES>,
     /// Pages that we would like to be in it, and that the driver says are.

@@ -27,7 +27,6 @@ pub mod rng;
 mod rng_tests;
 
 use super::low;
-use arrayvec::ArrayVec;
 use queue::Queue;
 use serde::{Deserialize, Serialize};
 
@@ -138,7 +137,7 @@ pub enum Asked {
 }
 
 /// The registers of a device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Transport<const QUEUES: usize> {
     device: u32,
     offered: u64,
@@ -150,7 +149,8 @@ pub struct Transport<const QUEUES: usize> {
     interrupt: u32,
     /// Moves whenever the configuration does.
     generation: u32,
-    queues: ArrayVec<Queue, QUEUES>,
+    #[serde(with = "crate::bounded::array")]
+    queues: [Queue; QUEUES],
 }
 
 impl<const QUEUES: usize> Transport<QUEUES> {
@@ -166,13 +166,13 @@ impl<const QUEUES: usize> Transport<QUEUES> {
             status: 0,
             interrupt: 0,
             generation: 0,
-            queues: (0..QUEUES).map(|_| Queue::default()).collect(),
+            queues: [Queue::default(); QUEUES],
         }
     }
 
     /// True when it is such a device, with nothing in it that could not be: for one that was stored.
     fn is_like(&self, other: &Self) -> bool {
-        (self.device, self.offered, self.queues.len()) == (other.device, other.offered, other.queues.len())
+        (self.device, self.offered) == (other.device, other.offered)
             && self.queues.iter().all(Queue::is_sound)
     }
 

@@ -23,7 +23,7 @@ const DESCRIPTOR: u64 = 16;
 const NO_INTERRUPT: u16 = 1;
 
 /// A queue: where the driver says it is, and how far we are.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Queue {
     pub(super) size: u16,
     pub(super) table: u64,

@@ -38,7 +38,7 @@ enum Phase {
 }
 
 /// A source of entropy, as its driver sees it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Rng {
     transport: Transport<{ REQUESTS + 1 }>,
     /// The driver has notified.
