@@ -126,10 +126,24 @@ impl From<CreateError> for SnapshotError {
     }
 }
 
-/// Where the random numbers of a snapshot's guests come from. Drawn before the guest stands still: it takes a while,
-/// and nothing depends on when.
-pub fn draw(guest: &Guest, held: &mut Held<'_, 0>) -> Generator {
-    guest.random.lock(held).0.child()
+/// What of a snapshot does not depend on when it is taken: had before the guest stands still, for it takes a while.
+pub struct Draft {
+    config: GuestConfig,
+    /// Where its guests' random numbers come from.
+    pub random: Generator,
+    /// Room for what [`take`] finds in the vCPUs.
+    contexts: Vec<Context>,
+    powers: Vec<Power>,
+}
+
+/// Begins a snapshot of a guest, which goes on meanwhile.
+pub fn draft(guest: &Guest, held: &mut Held<'_, 0>) -> Result<Draft, SnapshotError> {
+    room()?;
+    let (mut contexts, mut powers) = (Vec::new(), Vec::new());
+    contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
+    Ok(Draft { config, random: guest.random.lock(held).0.child(), contexts, powers })
 }
 
 /// How a guest's memory is kept.
@@ -146,18 +160,16 @@ fn room() -> Result<(), VmError> {
     if mm::has_room() { Ok(()) } else { Err(VmError::NoMemory) }
 }
 
-/// Keeps what a guest is now, with what [`draw`] gave. None of its vCPUs runs or has registers in a CPU.
+/// Keeps what a guest is now, in its [`draft`]. None of its vCPUs runs or has registers in a CPU.
 pub fn take(
     guest: &Guest,
-    random: Generator,
+    draft: Draft,
     keep: Keep,
     held: &mut Held<'_, 0>,
 ) -> Result<Box<Snapshot>, SnapshotError> {
     debug_assert!(guest.is_unloaded());
     room()?;
-    let (mut contexts, mut powers) = (Vec::new(), Vec::new());
-    contexts.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
-    powers.try_reserve_exact(guest.vcpus.len()).map_err(|_| VmError::NoMemory)?;
+    let Draft { config, random, mut contexts, mut powers } = draft;
     for vcpu in &guest.vcpus {
         // Straight into its place: it is a kilobyte.
         contexts.extend_from_slice(core::slice::from_ref(&*vcpu.context.lock(held).0));
@@ -165,7 +177,6 @@ pub fn take(
     }
     let mut devices = guest.devices.lock(held).0.clone();
     devices.disks.iter_mut().for_each(disks::Disk::detach);
-    let config = GuestConfig { disks: disks::detached(&guest.config.disks), ..guest.config.clone() };
     let memory = match keep {
         Keep::Shadowed => mm::vm().snapshot(&guest.map, held)?,
         Keep::Pushed => mm::vm().freeze(&guest.map, held)?,

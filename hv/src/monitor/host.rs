@@ -204,14 +204,14 @@ impl Host for Guests<'_, '_> {
 
     fn snapshot(&mut self, id: u32, name: Option<&str>) -> Result<String, String> {
         let guest = self.guest(id)?;
-        let random = snapshot::draw(&guest, self.held);
+        let draft = snapshot::draft(&guest, self.held).map_err(|error| error.to_string())?;
         self.rest();
         if let Some(name) = name.filter(|name| stored::exists(name, self.held)) {
             return Err(format!("a disk for stored guests is called '{name}'; 'save' stores there"));
         }
         let keep = Keep::Shadowed;
         self.rest();
-        let (moment, _) = self.still(&guest, |_, held| snapshot::take(&guest, random, keep, held))?;
+        let (moment, _) = self.still(&guest, |_, held| snapshot::take(&guest, draft, keep, held))?;
         self.rest();
         snapshot::keep(moment, Origin::Guest(guest.id), name, self.held).map_err(|error| error.to_string())
     }

@@ -92,10 +92,10 @@ pub fn fork(
         return Err(ForkError::Room(room));
     }
     help(cpu, outside, held);
-    let random = snapshot::draw(source, held);
+    let draft = snapshot::draft(source, held)?;
     take_interrupts(cpu, outside, held);
     let start = timer::now();
-    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(source, random, Keep::Shadowed, held);
+    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(source, draft, Keep::Shadowed, held);
     let (moment, pause) = while_still(source, cpu, outside, held, take)?;
     let moment = moment?;
     // The source goes on elsewhere already; here interrupts are all that may come in between.

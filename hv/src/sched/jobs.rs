@@ -27,7 +27,7 @@ use super::load::{Cpu, ticks};
 use super::still::while_still;
 use super::{Outside, call_daemon, call_daemon_here, slice, take_interrupts};
 use crate::arch::timer;
-use crate::guest::snapshot::{self, Keep, Snapshot};
+use crate::guest::snapshot::{self, Keep, Snapshot, SnapshotError};
 use crate::guest::stored::state::{Region, place};
 use crate::guest::stored::{self, Begun};
 use crate::guest::{Guest, GuestId, rank};
@@ -224,13 +224,14 @@ pub fn save(
     if JOBS.lock(held).0.iter().filter(|job| job.running.is_some()).count() >= MAX_RUNNING {
         return Err(format!("{MAX_RUNNING} jobs run already"));
     }
-    let mut random = snapshot::draw(guest, held);
-    let key = random.words()[0];
+    let not_kept = |error: SnapshotError| format!("guest {}: {error}", guest.id);
+    let mut draft = snapshot::draft(guest, held).map_err(not_kept)?;
+    let key = draft.random.words()[0];
     take_interrupts(cpu, outside, held);
-    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(guest, random, Keep::Pushed, held);
+    let take = |_: &Cpu, held: &mut Held<'_, 0>| snapshot::take(guest, draft, Keep::Pushed, held);
     let (moment, pause) = while_still(guest, cpu, outside, held, take)
         .map_err(|restless| format!("guest {}: {restless}", guest.id))?;
-    let moment = moment.map_err(|error| format!("guest {}: {error}", guest.id))?;
+    let moment = moment.map_err(not_kept)?;
     take_interrupts(cpu, outside, held);
     let Begun { writer, store, regions } = match stored::begin(image, &moment, key, held) {
         Ok(begun) => begun,
