@@ -255,9 +255,9 @@ pub fn wake_many<const R: u8>(guest: &Arc<Guest>, mut kicks: u64, held: &mut Hel
     while kicks != 0 {
         let index = kicks.trailing_zeros() as usize;
         kicks &= kicks - 1;
-        if let Some(entry) = VcpuRef::new(guest, index) {
-            wake(&entry, held);
-        }
+        // Who wakes all names more than there are.
+        let Some(entry) = VcpuRef::new(guest, index) else { return };
+        wake(&entry, held);
     }
 }
 
