@@ -17,6 +17,7 @@ mod loaded;
 mod machine;
 mod modules;
 mod monitor;
+mod state;
 mod stored;
 mod swap;
 mod swap_places;
@@ -98,6 +99,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(filesystem::trials());
         trials.extend(monitor::trials());
         trials.extend(control::trials());
+        trials.extend(state::trials());
         trials.extend(stored::trials());
         trials.extend(cuts::trials());
         trials.extend(swap::trials());

@@ -1,216 +1,235 @@
-//! Fills every register that a hypervisor must switch with a pattern, and looks at it for a while: when
-//! several of these run on one CPU with different seeds, each must see its own only.
+//! Gives everything that a guest can write and find again a value of its own, and looks at it all for a while: when several of
+//! these run on one CPU with different seeds, each must see its own only; and whoever is cloned, reset or stored meanwhile
+//! must find what its parent had.
 //!
-//! Options: `ms=500`, `seed=1`; with `fork` it forks a child in the middle, which must find them all, too.
+//! Each vCPU has its own values ([`registers`], [`vectors`], [`general`], its part of [`interrupts`]), the first one those of
+//! the [`devices`] and of the shared interrupts, too. Most of the time all vCPUs are in [`general`], with no general register
+//! free for anything else. In the end what was pending comes, what was active ends, and what was armed fires.
+//!
+//! Options: `ms=500`, `seed=1`, whose lowest bit also chooses between two values where there are only two; with `typed` it
+//! begins once the console's FIFO is full; with `fork` it forks a child in the middle, while its other vCPUs are about to start.
+
+mod devices;
+mod general;
+mod interrupts;
+mod registers;
+mod vectors;
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hv_abi::call::{status, vendor};
+use hv_abi::machine::{MAX_VCPUS, RAM_BASE, VMGENID};
 
-use crate::mmu;
+use crate::memory::{peek, poke};
 use crate::power::hvc;
-use crate::runtime::{Machine, Random};
-use crate::timer::{milliseconds, now};
+use crate::runtime::{Machine, Random, start_vcpu};
+use crate::timer::{frequency, milliseconds, now, wait_until};
+use crate::{gic, mmu, power};
+use devices::Devices;
+use general::General;
+use interrupts::Interrupts;
+use vectors::Vectors;
 
-/// The vector registers, FPCR and FPSR.
-#[repr(C, align(16))]
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Vectors {
-    q: [[u64; 2]; 32],
-    control: u64,
-    status: u64,
-}
-
-macro_rules! registers {
-    ($($name:literal & $mask:expr),* $(,)?) => {
-        const NAMES: &[&str] = &[$($name),*];
-        /// Writes each, as far as random bits are allowed there.
-        fn fill(random: &mut Random) {
-            $(write_register!($name, random.draw() & $mask);)*
-        }
-        /// Reads each.
-        fn read() -> [u64; NAMES.len()] {
-            [$(read_register!($name)),*]
-        }
-    };
-}
-
-const ALL: u64 = !0;
-/// An address in the upper half, or the lower.
-const ADDRESS: u64 = 0x0000_ffff_ffff_fffc;
-
-// Nothing that this guest runs on: not its tables, stack or vectors; and nothing switched on.
-registers! {
-    "tpidr_el0" & ALL,
-    "tpidrro_el0" & ALL,
-    "tpidr_el1" & ALL,
-    "contextidr_el1" & 0xffff_ffff,
-    "sp_el0" & ALL,
-    "ttbr1_el1" & 0x0000_0fff_ffff_f000,
-    "elr_el1" & ADDRESS,
-    "spsr_el1" & 0xf000_0000,
-    "esr_el1" & 0x03ff_ffff,
-    "far_el1" & ADDRESS,
-    "par_el1" & 0xffff_f000,
-    "amair_el1" & ALL,
-    "afsr0_el1" & 0xffff_ffff,
-    "afsr1_el1" & 0xffff_ffff,
-    "csselr_el1" & 1,
-    "cntkctl_el1" & 0x3,
-    "cntv_cval_el0" & ALL,
-    "cntp_cval_el0" & ALL,
-    "mdscr_el1" & (1 << 12),
-    "mdccint_el1" & 0,
-    "dbgbvr0_el1" & ADDRESS,
-    "dbgbvr1_el1" & ADDRESS,
-    "dbgwvr0_el1" & ADDRESS,
-    "dbgwvr1_el1" & ADDRESS,
-    "dbgbcr0_el1" & 0x1e0,
-    "dbgwcr0_el1" & 0x1fe0,
-    "icc_pmr_el1" & 0xf8,
-    "icc_bpr1_el1" & 7,
-    "icc_igrpen0_el1" & 1,
-    "icc_igrpen1_el1" & 1,
-}
-
-/// The keys of pointer authentication, where there is such a thing.
-mod keys {
-    use super::Random;
-    registers! {
-        "s3_0_c2_c1_0" & !0, "s3_0_c2_c1_1" & !0, "s3_0_c2_c1_2" & !0, "s3_0_c2_c1_3" & !0,
-        "s3_0_c2_c2_0" & !0, "s3_0_c2_c2_1" & !0, "s3_0_c2_c2_2" & !0, "s3_0_c2_c2_3" & !0,
-        "s3_0_c2_c3_0" & !0, "s3_0_c2_c3_1" & !0,
-    }
-    /// True when the CPU has them.
-    pub(super) fn exist() -> bool {
-        // APA, API; APA3.
-        read_register!("s3_0_c0_c6_1") & 0xff0 != 0 || read_register!("s3_0_c0_c6_2") & 0xf000 != 0
-    }
-    /// Writes and reads them all.
-    pub(super) fn start(random: &mut Random) -> [u64; NAMES.len()] {
-        fill(random);
-        read()
-    }
-    /// Compares.
-    pub(super) fn check(want: &[u64; NAMES.len()], round: u64) {
-        for ((name, want), got) in NAMES.iter().zip(want).zip(read()) {
-            assert_eq!(got, *want, "{name} in round {round}");
-        }
-    }
-}
-
+/// Above the image: what each vCPU has found, its general registers, and what it watches.
+const AREA: u64 = RAM_BASE + 0x30_0000;
+const AREA_STRIDE: u64 = 0x1_0000;
 /// The round in which a guest forks that is to.
-const FORKED: u64 = 100;
+const FORKED: u64 = 10;
+/// Milliseconds that another vCPU may take.
+const LIMIT: u64 = 60_000;
+
+static SEED: AtomicU64 = AtomicU64::new(0);
+static DONE: AtomicBool = AtomicBool::new(false);
+/// How often each vCPU has begun, and in whom: what place its guest had then.
+static BEGUN: [AtomicU64; MAX_VCPUS] = [const { AtomicU64::new(0) }; MAX_VCPUS];
+static PLACE: [AtomicU64; MAX_VCPUS] = [const { AtomicU64::new(0) }; MAX_VCPUS];
+
+/// What was found the first time, in the order in which it is looked at. Later nothing else may be found.
+struct Ledger {
+    at: u64,
+    next: u64,
+    round: u64,
+}
+
+impl Ledger {
+    /// Takes down a value, or compares it.
+    fn see(&mut self, name: &str, number: u64, value: u64) {
+        let (place, round) = (self.at + self.next * 8, self.round);
+        self.next += 1;
+        if round == 0 {
+            poke(place, value);
+        } else {
+            let had = peek(place);
+            assert!(value == had, "{name} ({number}) in round {round} is {value:#x}, was {had:#x}");
+        }
+    }
+
+    /// No two that have more than sixteen bits are equal, from the first to what is next.
+    fn are_distinct(&self) {
+        for one in 0..self.next {
+            let value = peek(self.at + one * 8);
+            let other = (0..one).find(|other| value > 0xffff && peek(self.at + other * 8) == value);
+            assert!(other.is_none(), "values {one} and {other:?} are both {value:#x}");
+        }
+    }
+}
+
+/// What one vCPU has beside its vectors and stack.
+struct Life {
+    ledger: Ledger,
+    cpacr: u64,
+    vectors: Vectors,
+    general: General,
+    interrupts: Interrupts,
+    area: u64,
+    odd: bool,
+}
+
+impl Life {
+    /// Puts everything of a vCPU in place.
+    fn begin(index: usize) -> Self {
+        let seed = SEED.load(Ordering::Relaxed);
+        let (area, odd) = (AREA + AREA_STRIDE * index as u64, seed % 2 == 1);
+        let mut random = Random::new(seed << 8 | index as u64);
+        let cpacr = 1 << 20 | random.draw() & 2 << 20;
+        write_register!("cpacr_el1", cpacr);
+        let vectors = Vectors::fill(&mut random);
+        let interrupts = Interrupts::begin(index == 0, odd, &mut random);
+        registers::fill(&mut random, odd, area + 0x8000);
+        let general = General::new(area + 0x4000, &mut random);
+        let ledger = Ledger { at: area, next: 0, round: 0 };
+        let mut life = Self { ledger, cpacr, vectors, general, interrupts, area, odd };
+        registers::see(&mut life.ledger);
+        life.ledger.are_distinct();
+        life.look(None);
+        life
+    }
+
+    /// Looks at everything.
+    fn look(&mut self, devices: Option<&Devices>) {
+        self.ledger.next = 0;
+        self.vectors.check(&self.ledger);
+        registers::see(&mut self.ledger);
+        self.interrupts.see(&mut self.ledger);
+        if let Some(devices) = devices {
+            devices.see(&mut self.ledger);
+        }
+        if self.ledger.round % 16 == 5 {
+            // The floating-point unit is given up and taken again.
+            write_register!("cpacr_el1", 0);
+            write_register!("cpacr_el1", self.cpacr);
+        }
+    }
+
+    /// A while with all general registers in use; then looks.
+    fn hold(&mut self, devices: Option<&Devices>) {
+        self.ledger.round += 1;
+        self.general.hold(self.ledger.round);
+        self.look(devices);
+    }
+
+    /// What only shows when it happens.
+    fn end(self) {
+        registers::end(self.odd, self.area + 0x8000);
+        self.interrupts.end();
+    }
+}
+
+/// The generation id, and how often it has changed.
+struct Generation {
+    id: [u64; 2],
+    changes: u64,
+}
+
+impl Generation {
+    fn read() -> [u64; 2] {
+        [peek(VMGENID.base), peek(VMGENID.base + 8)]
+    }
+
+    /// Its interrupt is pending exactly when it is another since the last look, and then taken away.
+    fn look(&mut self) {
+        let id = Self::read();
+        let (changed, told) = (id != self.id, gic::is_pending(interrupts::GENERATION));
+        assert!(
+            changed == told,
+            "the generation id has changed: {changed}, its interrupt is pending: {told}"
+        );
+        if changed {
+            gic::unpend(interrupts::GENERATION);
+            self.id = id;
+            self.changes += 1;
+        }
+    }
+}
 
 /// Looks until time is up.
 pub fn run(machine: &Machine) {
     mmu::enable();
-    let mut random = Random::new(machine.option("seed", 1));
-    write_register!("cpacr_el1", 3 << 20);
-    let mut vectors = Vectors { q: [[0; 2]; 32], control: 0, status: 0 };
-    for q in &mut vectors.q {
-        *q = [random.draw(), random.draw()];
+    gic::init_distributor();
+    SEED.store(machine.option("seed", 1), Ordering::Relaxed);
+    let ours = machine.is_ours();
+    let mut devices =
+        Devices::begin(ours, machine.flag("typed"), &mut Random::new(machine.option("seed", 1) << 8 | 0xff));
+    if machine.flag("typed") {
+        println!("fpstate: holds");
     }
-    // Rounding mode and flush to zero; the cumulative flags.
-    vectors.control = random.draw() & 0x01c0_0000;
-    vectors.status = random.draw() & 0x0800_001f;
-    load(&vectors);
-    fill(&mut random);
-    let want = read();
-    let with_keys = keys::exist();
-    let keys = with_keys.then(|| keys::start(&mut random));
-    let end = now() + milliseconds(machine.option("ms", 500));
-    let mut round = 0;
-    let mut seen = vectors;
-    let mut place = 0;
-    while now() < end {
-        round += 1;
-        if round == FORKED && machine.flag("fork") {
-            // All is in place, in the registers of a CPU. Nothing is printed while it is.
-            let [answer, which, ..] = hvc(vendor::FORK.into(), [1, 0, 0]);
-            assert_eq!(answer.cast_signed(), status::SUCCESS, "the fork");
-            place = which;
-        }
-        for q in &mut seen.q {
-            *q = [0; 2];
-        }
-        store(&mut seen);
-        assert!(seen == vectors, "the vector registers in round {round}");
-        for ((name, want), got) in NAMES.iter().zip(want).zip(read()) {
-            assert_eq!(got, want, "{name} in round {round}");
-        }
-        if let Some(keys) = &keys {
-            keys::check(keys, round);
-        }
-        if round % 16 == 0 {
-            // The floating-point unit is given up and taken again.
-            write_register!("cpacr_el1", 0);
-            write_register!("cpacr_el1", 3 << 20);
-        }
+    let mut life = Life::begin(0);
+    // With the devices this time: nothing is printed from here on.
+    life.look(Some(&devices));
+    let fork = machine.flag("fork");
+    if !fork {
+        start(machine.vcpus);
     }
-    println!("{round} rounds, place {place}");
+    let mut generation = ours.then(|| Generation { id: Generation::read(), changes: 0 });
+    let (mut place, mut gap, mut last) = (0, 0, now());
+    let end = last + milliseconds(machine.option("ms", 500));
+    while last < end {
+        life.hold(Some(&devices));
+        if let Some(generation) = &mut generation {
+            generation.look();
+        }
+        if life.ledger.round == FORKED && fork {
+            start(machine.vcpus);
+            place = life.general.fork();
+        }
+        let time = now();
+        assert!(time >= last, "the counter goes back, from {last:#x} to {time:#x}");
+        gap = gap.max(time - last);
+        last = time;
+    }
+    DONE.store(true, Ordering::Release);
+    for index in 1..machine.vcpus {
+        assert!(wait_until(LIMIT, || power::is_off(index)), "vcpu {index} does not come to its end");
+        assert_eq!(BEGUN[index].load(Ordering::Acquire), 1, "times that vcpu {index} has begun");
+    }
+    // Those that a child found switched on, and that had not run: none in a parent, which cannot tell.
+    let begun = |index: &usize| place != 0 && PLACE[*index].load(Ordering::Acquire) == place;
+    let pending = (1..machine.vcpus).filter(begun).count();
+    let round = life.ledger.round;
+    life.end();
+    let random = devices.end();
+    let (id, changes) = generation.map_or(([0; 2], 0), |generation| (generation.id, generation.changes));
+    println!(
+        "fpstate: {round} rounds, place {place} pending {pending} changes {changes} gap {} ms id {:#x} random {random:#x}.",
+        gap * 1000 / frequency(),
+        id[0]
+    );
 }
 
-fn load(from: &Vectors) {
-    // SAFETY: reads `from`; the compiler uses none of these registers on this target.
-    unsafe {
-        core::arch::asm!(
-            ".arch_extension fp",
-            ".arch_extension simd",
-            "ldp q0, q1, [{at}], #32",
-            "ldp q2, q3, [{at}], #32",
-            "ldp q4, q5, [{at}], #32",
-            "ldp q6, q7, [{at}], #32",
-            "ldp q8, q9, [{at}], #32",
-            "ldp q10, q11, [{at}], #32",
-            "ldp q12, q13, [{at}], #32",
-            "ldp q14, q15, [{at}], #32",
-            "ldp q16, q17, [{at}], #32",
-            "ldp q18, q19, [{at}], #32",
-            "ldp q20, q21, [{at}], #32",
-            "ldp q22, q23, [{at}], #32",
-            "ldp q24, q25, [{at}], #32",
-            "ldp q26, q27, [{at}], #32",
-            "ldp q28, q29, [{at}], #32",
-            "ldp q30, q31, [{at}], #32",
-            "ldp {a}, {b}, [{at}]",
-            "msr fpcr, {a}",
-            "msr fpsr, {b}",
-            at = inout(reg) from => _,
-            a = out(reg) _,
-            b = out(reg) _,
-            options(nostack)
-        );
+/// Starts the other vCPUs.
+fn start(vcpus: usize) {
+    for index in 1..vcpus {
+        assert_eq!(start_vcpu(index, secondary, true), status::SUCCESS, "starting vcpu {index}");
     }
 }
 
-fn store(to: &mut Vectors) {
-    // SAFETY: writes `to`.
-    unsafe {
-        core::arch::asm!(
-            ".arch_extension fp",
-            ".arch_extension simd",
-            "stp q0, q1, [{at}], #32",
-            "stp q2, q3, [{at}], #32",
-            "stp q4, q5, [{at}], #32",
-            "stp q6, q7, [{at}], #32",
-            "stp q8, q9, [{at}], #32",
-            "stp q10, q11, [{at}], #32",
-            "stp q12, q13, [{at}], #32",
-            "stp q14, q15, [{at}], #32",
-            "stp q16, q17, [{at}], #32",
-            "stp q18, q19, [{at}], #32",
-            "stp q20, q21, [{at}], #32",
-            "stp q22, q23, [{at}], #32",
-            "stp q24, q25, [{at}], #32",
-            "stp q26, q27, [{at}], #32",
-            "stp q28, q29, [{at}], #32",
-            "stp q30, q31, [{at}], #32",
-            "mrs {a}, fpcr",
-            "mrs {b}, fpsr",
-            "stp {a}, {b}, [{at}]",
-            at = inout(reg) to => _,
-            a = out(reg) _,
-            b = out(reg) _,
-            options(nostack)
-        );
+fn secondary(index: usize) {
+    let [answer, _, place, _] = hvc(vendor::IDENTITY.into(), [0; 3]);
+    PLACE[index].store(if answer == 0 { place } else { 0 }, Ordering::Release);
+    BEGUN[index].fetch_add(1, Ordering::AcqRel);
+    let mut life = Life::begin(index);
+    while !DONE.load(Ordering::Acquire) {
+        life.hold(None);
     }
+    life.end();
 }

@@ -20,7 +20,7 @@ const SGI_FRAME: u64 = 0x1_0000;
 const WAKER: u64 = 0x14;
 
 /// The SGI frame of this vCPU's redistributor.
-fn private() -> u64 {
+pub fn private() -> u64 {
     GICR_BASE + GICR_STRIDE * cpu() as u64 + SGI_FRAME
 }
 

@@ -4,7 +4,7 @@ use hv_abi::machine::{MAX_VCPUS, index_of};
 
 /// Reads a system register.
 macro_rules! read_register {
-    ($name:literal) => {{
+    ($name:expr) => {{
         let value: u64;
         // SAFETY: reading a system register changes no memory.
         unsafe { core::arch::asm!(concat!("mrs {}, ", $name), out(reg) value, options(nostack)) };
@@ -14,7 +14,7 @@ macro_rules! read_register {
 
 /// Writes a system register, and makes the write take effect.
 macro_rules! write_register {
-    ($name:literal, $value:expr) => {{
+    ($name:expr, $value:expr) => {{
         let value: u64 = $value;
         // SAFETY: the caller knows what the register does; memory is taken to change.
         unsafe { core::arch::asm!(concat!("msr ", $name, ", {}"), "isb", in(reg) value, options(nostack)) }

@@ -50,6 +50,8 @@ secondary_start:
     .section .text.vectors, "ax"
     .balign 2048
 vectors:
+    .rept   2       // the second for whoever wants VBAR_EL1 to differ from another guest's
+    .balign 2048
     vector  0       // from EL1 with SP_EL0, which nobody uses: sync, IRQ, FIQ, SError
     vector  1
     vector  2
@@ -66,6 +68,7 @@ vectors:
     vector  13
     vector  14
     vector  15
+    .endr
 
 trap_common:
     str     x1, [sp, #280]

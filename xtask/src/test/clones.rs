@@ -22,10 +22,6 @@ pub(super) fn trials() -> Vec<Trial> {
             format!("relatives_of_a_fork_see_what_they_should_page_by_page_on_{}", cpu.replace('-', "_"));
         boot(name, move |name| relatives(name, cpu, CHUNK - 1))
     }));
-    trials.extend(["cortex-a53", "max"].map(|cpu| {
-        let name = format!("a_clone_and_a_reset_guest_have_every_register_on_{}", cpu.replace('-', "_"));
-        boot(name, move |name| registers(name, cpu))
-    }));
     trials.push(boot("a_guest_forks_itself_only_if_granted", not_granted));
     trials.push(boot("a_fork_bomb_harms_neither_neighbour_nor_monitor_and_nothing_is_left_of_it", bomb));
     trials.push(boot(
@@ -126,36 +122,6 @@ fn family(machine: &mut Monitored, pages: u64) -> Result<String> {
     }
     machine.console.finish()?;
     nonces.pop_first().context("no relatives")
-}
-
-/// A guest that looks at all its registers all the time forks itself; it is also cloned from outside, brought back to
-/// a snapshot, and made again from it after it is dead. Nobody ever finds another value.
-fn registers(name: &str, cpu: &str) -> Result<()> {
-    let file = tiny_guest(name, "fpstate")?;
-    let words = ["--timeout", "240", "--memory", "16M", "--cpu", cpu, "--grant-fork", "1", "--kernel", &file];
-    let more = ["--append", "fork linger ms=3000"];
-    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
-    let forked = |guests: &Value| rows(guests).is_ok_and(|rows| rows.len() == 2);
-    machine.until("guests", forked)?;
-    machine.ask("snapshot 1 middle")?;
-    let mut all = vec![1, 2];
-    all.extend(machine.fork(1, 2)?);
-    all.push(machine.ask("create --from middle")?["created"].as_u64().context("no guest")?);
-    let ended = |machine: &mut Monitored, guest: u64| -> Result<()> {
-        machine.ask(&format!("wait {guest} \"guest fpstate: \""))?;
-        let line = machine.last_line(guest, "guest fpstate: ")?;
-        ensure!(line.trim() == "guest fpstate: ok", "guest {guest} says {line}");
-        Ok(())
-    };
-    all.iter().try_for_each(|&guest| ended(&mut machine, guest))?;
-    // Back in the middle, it looks at them all again.
-    machine.ask("reset 1 middle")?;
-    ended(&mut machine, 1)?;
-    all.iter().try_for_each(|guest| machine.ask(&format!("kill {guest}")).map(drop))?;
-    let late = machine.ask("create --from middle")?["created"].as_u64().context("no guest")?;
-    ended(&mut machine, late)?;
-    machine.check()?;
-    machine.shutdown()
 }
 
 fn not_granted(name: &str) -> Result<()> {

@@ -26,11 +26,6 @@ pub(super) fn trials() -> Vec<Trial> {
             boot(name.replace('.', "_"), move |name| under_load(name, kernel, cpu))
         })
         .collect();
-    trials.extend(["cortex-a53", "max"].map(|cpu| {
-        let name =
-            format!("a_guest_that_goes_on_in_another_run_has_every_register_on_{}", cpu.replace('-', "_"));
-        boot(name, move |name| registers(name, cpu))
-    }));
     trials.push(boot("two_machines_go_on_from_one_export", two_machines));
     trials.push(boot("what_cannot_be_stored_or_resumed_is_refused_by_name", refusals));
     trials.push(boot("a_damaged_page_of_a_stored_guest_is_told_with_its_image_and_its_place", damaged_pages));
@@ -120,28 +115,6 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
 /// Pages that were pushed to copies so far.
 fn pushes(machine: &mut Monitored) -> Result<u64> {
     number(&machine.ask("stats")?, "/memory/pushed")
-}
-
-/// A guest that looks at all its registers all the time finds no other value in another run.
-fn registers(name: &str, cpu: &str) -> Result<()> {
-    let (file, guest) = (fresh(name)?, tiny_guest(name, "fpstate")?);
-    let image = format!("{},new", file.display());
-    let words = ["--timeout", "120", "--memory", "16M", "--cpu", cpu];
-    let more = ["--kernel", &guest, "--append", "linger ms=4000", "--image", &image];
-    let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
-    machine.ask("save 1 golden --wait")?;
-    let log = machine.ask("log 1")?;
-    ensure!(!text(&log, "/log")?.contains("guest fpstate: "), "it had ended before it was stored");
-    machine.ask("wait 1 \"guest fpstate: ok\"")?;
-    machine.shutdown()?;
-    let image = file.display().to_string();
-    let words = ["--timeout", "120", "--cpu", cpu, "--image", &image];
-    let mut machine = another(name, "later", &[&words[..], &STAYS].concat())?;
-    machine.ask("wait 1 \"guest fpstate: \"")?;
-    let line = machine.last_line(1, "guest fpstate: ")?;
-    ensure!(line.trim() == "guest fpstate: ok", "it says {line}");
-    machine.check()?;
-    machine.shutdown()
 }
 
 /// Serves a file to whoever asks, read-only, until it is dropped.

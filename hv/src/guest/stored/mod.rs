@@ -6,6 +6,8 @@
 //! [`Snapshot`] first, so everything that can be done with a snapshot can be done with it.
 //! Called by `boot`, `monitor` and `sched`'s jobs.
 
+#[cfg(test)]
+pub(crate) mod numbered;
 pub mod state;
 
 use alloc::boxed::Box;

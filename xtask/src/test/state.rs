@@ -1,0 +1,164 @@
+//! The state test: a guest that has a value of its own in everything that a guest can write finds it all again after a clone,
+//! after a reset and in another run; and what must differ between twins does, each time.
+
+use super::machine::{STAYS, boot, monitored, tiny_guest};
+use super::stored::{another, fresh};
+use crate::monitored::{Monitored, number, rows, text};
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+pub(super) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for cpu in ["cortex-a53", "max"] {
+        let on = cpu.replace('-', "_");
+        let name = format!("a_clone_and_a_reset_guest_have_every_register_on_{on}");
+        trials.push(boot(name, move |name| cloned(name, cpu)));
+        let name = format!("a_guest_that_goes_on_in_another_run_has_every_register_on_{on}");
+        trials.push(boot(name, move |name| stored(name, cpu)));
+    }
+    trials
+}
+
+/// What is typed into the guest, and stays in its console: as its module `fpstate::devices` has it.
+const TYPED: &str = "abcdefghijklmnopqrstuvwxyz";
+/// The guest itself: two vCPUs on one CPU, so that the values of whoever else is there are in every register before its
+/// own, and so that a vCPU which was switched on waits for its turn.
+const WORDS: [&str; 8] = ["--timeout", "300", "--memory", "16M", "--host-cpus", "1", "--vcpus", "2"];
+/// Who has other values in all of it.
+const STRANGER: &str = "seed=2 linger ms=20000";
+
+/// What one life says of itself in the end.
+#[derive(Debug)]
+struct Told {
+    /// In whom it is, and how many of its vCPUs were switched on at the fork, and began after it.
+    place: u64,
+    pending: u64,
+    /// How often the generation id has changed, each time with its interrupt.
+    changes: u64,
+    /// The longest time between two looks at the counter.
+    gap: Duration,
+    id: String,
+    random: String,
+}
+
+/// Waits until a guest has come to its end, and well: what it says.
+fn told(machine: &mut Monitored, guest: u64) -> Result<Told> {
+    machine.wait_long(&guest.to_string(), "guest fpstate: ")?;
+    let line = machine.last_line(guest, "guest fpstate: ")?;
+    ensure!(line.trim() == "guest fpstate: ok", "guest {guest} says {line}");
+    let line = machine.last_line(guest, " rounds, place ")?;
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let after = |name: &str| {
+        let place = words.iter().position(|word| *word == name);
+        let word = place.and_then(|place| words.get(place + 1));
+        word.with_context(|| format!("no {name} in what guest {guest} says: {line}"))
+    };
+    Ok(Told {
+        place: after("place")?.parse()?,
+        pending: after("pending")?.parse()?,
+        changes: after("changes")?.parse()?,
+        gap: Duration::from_millis(after("gap")?.parse()?),
+        id: (*after("id")?).to_owned(),
+        random: (*after("random")?).to_owned(),
+    })
+}
+
+/// All lives that were heard of.
+#[derive(Default)]
+struct Lives(Vec<Told>);
+
+impl Lives {
+    /// Hears one whose generation id has changed so often. `age` is for how long what it goes on from had been kept: its
+    /// counter has not gone on meanwhile. Its id and its random numbers are nobody else's.
+    fn hear(&mut self, machine: &mut Monitored, guest: u64, changes: u64, age: Duration) -> Result<&Told> {
+        let told = told(machine, guest)?;
+        ensure!(told.changes == changes, "guest {guest}, whose id was to change {changes} times: {told:?}");
+        ensure!(
+            told.gap < age / 2 || age.is_zero(),
+            "guest {guest} after {age:?}: its counter jumps: {told:?}"
+        );
+        for other in &self.0 {
+            ensure!(told.id != other.id && told.random != other.random, "twins: {told:?} and {other:?}");
+        }
+        self.0.push(told);
+        self.0.last().context("nobody was heard")
+    }
+}
+
+/// Types into guest `guest`, which then holds all that it has.
+fn holds(machine: &mut Monitored, guest: u64) -> Result<()> {
+    machine.wait_long(&guest.to_string(), "fpstate: may be typed to")?;
+    machine.ask(&format!("send {guest} \"{TYPED}\""))?;
+    machine.wait_long(&guest.to_string(), "fpstate: holds").map(drop)
+}
+
+/// It forks itself while its second vCPU is switched on and has not run; it is also cloned from outside, brought back to a
+/// snapshot, and made again from it after it is dead. Nobody ever finds another value, beside a stranger who has others.
+fn cloned(name: &str, cpu: &str) -> Result<()> {
+    let file = tiny_guest(name, "fpstate")?;
+    let more =
+        ["--cpu", cpu, "--grant-fork", "1", "--kernel", &file, "--append", "fork typed linger ms=4000"];
+    let mut machine = monitored(name, &[&WORDS[..], &more, &STAYS].concat())?;
+    let stranger = format!("create name=stranger append=\"{STRANGER}\"");
+    let stranger = machine.ask(&stranger)?["created"].as_u64().context("no stranger")?;
+    holds(&mut machine, 1)?;
+    let guests = machine.until("guests", |guests| rows(guests).is_ok_and(|rows| rows.len() == 3))?;
+    let ids: Vec<u64> = rows(&guests)?.iter().map(|row| number(row, "/id")).collect::<Result<_>>()?;
+    let child = *ids.iter().find(|id| ![1, stranger].contains(id)).context("no child")?;
+    machine.ask("snapshot 1 middle")?;
+    let taken = Instant::now();
+    let mut twins = machine.fork(1, 2)?;
+    twins.push(machine.ask("create --from middle")?["created"].as_u64().context("no guest")?);
+    let (mut lives, soon) = (Lives::default(), Duration::ZERO);
+    lives.hear(&mut machine, 1, 0, soon)?;
+    let told = lives.hear(&mut machine, child, 1, soon)?;
+    ensure!((told.place, told.pending) == (1, 1), "its second vCPU was to start after the fork: {told:?}");
+    twins.iter().try_for_each(|&guest| lives.hear(&mut machine, guest, 1, soon).map(drop))?;
+    // Back in the middle, it looks at it all again.
+    let age = taken.elapsed();
+    machine.ask("reset 1 middle")?;
+    lives.hear(&mut machine, 1, 1, age)?;
+    for guest in twins.iter().chain(&[1, child]) {
+        machine.ask(&format!("kill {guest}"))?;
+    }
+    let age = taken.elapsed();
+    let late = machine.ask("create --from middle")?["created"].as_u64().context("no guest")?;
+    lives.hear(&mut machine, late, 1, age)?;
+    lives.hear(&mut machine, stranger, 0, soon)?;
+    machine.check()?;
+    machine.shutdown()
+}
+
+/// It is stored, and goes on twice in another run, where a stranger was first.
+fn stored(name: &str, cpu: &str) -> Result<()> {
+    let (file, guest) = (fresh(name)?, tiny_guest(name, "fpstate")?);
+    let image = format!("{},new", file.display());
+    let more = ["--cpu", cpu, "--kernel", &guest, "--image", &image, "--append", "typed linger ms=4000"];
+    let mut machine = monitored(name, &[&WORDS[..], &more, &STAYS].concat())?;
+    holds(&mut machine, 1)?;
+    let taken = Instant::now();
+    let job = number(&machine.ask("save 1 golden")?, "/job")?;
+    let log = machine.ask("log 1")?;
+    ensure!(!text(&log, "/log")?.contains("guest fpstate: "), "it had ended before it was stored");
+    let done = |jobs: &Value| {
+        rows(jobs).is_ok_and(|rows| rows.iter().any(|row| row["id"] == job && row["state"] == "done"))
+    };
+    machine.until("jobs", done)?;
+    let mut lives = Lives::default();
+    lives.hear(&mut machine, 1, 0, Duration::ZERO)?;
+    machine.shutdown()?;
+    let image = format!("{},attach", file.display());
+    let more = ["--cpu", cpu, "--kernel", &guest, "--image", &image, "--append", STRANGER];
+    let mut machine = another(name, "later", &[&WORDS[..], &more, &STAYS].concat())?;
+    let age = taken.elapsed();
+    let mut guests = Vec::new();
+    for _ in 0..2 {
+        guests.push(machine.ask("create --from golden")?["created"].as_u64().context("no guest")?);
+    }
+    guests.iter().try_for_each(|&guest| lives.hear(&mut machine, guest, 1, age).map(drop))?;
+    lives.hear(&mut machine, 1, 0, Duration::ZERO)?;
+    machine.check()?;
+    machine.shutdown()
+}
