@@ -11,12 +11,12 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv_abi::call::{status, vendor};
-use hv_abi::machine::{RAM_BASE, VMGENID};
+use hv_abi::machine::{INTID_VMGENID, RAM_BASE, VMGENID};
 
 use crate::memory::{peek, poke};
 use crate::power::hvc;
 use crate::runtime::Machine;
-use crate::{console, mmu, timer};
+use crate::{console, gic, mmu, timer};
 
 const PAGE: u64 = 4096;
 /// Where the pages are: above the image.
@@ -59,19 +59,18 @@ pub fn run(machine: &Machine) {
     let mut quiet = Chunk { start: QUIET, pages, story: [0; 4] };
     busy.write(0, 0);
     quiet.write(100, 0);
-    let id = generation();
-    let me = fork(2);
-    assert!(me.place == 0 || id != generation(), "a child has the parent's generation id");
+    gic::init_distributor();
+    gic::init_cpu();
+    gic::enable(INTID_VMGENID);
+    let me = fork_and_tell(2);
     busy.check();
     busy.write(1 + me.place, 1);
     busy.check();
     // Pages that nobody but one relative writes: the others must not see it.
     let depth = if me.place == 1 {
-        let id = generation();
-        let grandchild = fork(1);
+        let grandchild = fork_and_tell(1);
         busy.check();
         busy.write(10 + grandchild.place, 2);
-        assert!(grandchild.place == 0 || id != generation(), "a grandchild has the child's generation id");
         grandchild.place
     } else {
         0
@@ -100,7 +99,7 @@ fn often(machine: &Machine) {
     }
     for round in 0..16 {
         let start = timer::now();
-        if fork(1).place == 1 {
+        if fork(1, ask).place == 1 {
             return;
         }
         println!("fork: round {round} {} ticks", timer::now() - start);
@@ -173,14 +172,31 @@ fn ask(count: u64) -> Result<Place, i64> {
     mark!(BEGIN);
     let [answer, place, of, _] = hvc(vendor::FORK.into(), [count, 0, 0]);
     mark!(END);
+    said(answer, place, of)
+}
+
+fn said(answer: u64, place: u64, of: u64) -> Result<Place, i64> {
     match answer.cast_signed() {
         status::SUCCESS => Ok(Place { place, of }),
         error => Err(error),
     }
 }
 
+/// The same, and whether an interrupt waits before the first instruction that follows. They are masked.
+fn ask_and_look(count: u64) -> (Result<Place, i64>, bool) {
+    const IRQ: u64 = 1 << 7;
+    let (mut x0, mut x1): (u64, u64) = (vendor::FORK.into(), count);
+    let (of, waits): (u64, u64);
+    // SAFETY: SMCCC lets a call change X0 to X17, and memory.
+    unsafe {
+        core::arch::asm!("hvc #0", "mrs x3, isr_el1", inout("x0") x0, inout("x1") x1, inout("x2") 0_u64 => of,
+            inout("x3") 0_u64 => waits, clobber_abi("C"), options(nostack));
+    };
+    (said(x0, x1, of), waits & IRQ != 0)
+}
+
 /// Forks; a family may not do so too often, so it asks until it may.
-fn fork(count: u64) -> Place {
+fn fork(count: u64, mut ask: impl FnMut(u64) -> Result<Place, i64>) -> Place {
     loop {
         match ask(count) {
             Ok(place) => {
@@ -197,6 +213,21 @@ fn fork(count: u64) -> Place {
             Err(error) => panic!("the fork answers {error}"),
         }
     }
+}
+
+/// The same: a child is told that it is another before it does anything, and its parent is not.
+fn fork_and_tell(count: u64) -> Place {
+    let (id, mut told) = (generation(), false);
+    let place = fork(count, |count| {
+        let (answer, waits) = ask_and_look(count);
+        told = waits;
+        answer
+    });
+    let (child, pending) = (place.place != 0, gic::is_pending(INTID_VMGENID));
+    assert!(told == child && pending == child, "{place:?}: an interrupt waited: {told}, and does: {pending}");
+    assert!((id != generation()) == child, "{place:?} has the wrong generation id");
+    gic::unpend(INTID_VMGENID);
+    place
 }
 
 fn identity() -> (u64, u64) {
