@@ -168,7 +168,7 @@ pub fn run(machine: &Machine) {
     gic::init_distributor();
     SEED.store(machine.option("seed", 1), Ordering::Relaxed);
     let ours = machine.is_ours();
-    let mut devices =
+    let devices =
         Devices::begin(ours, machine.flag("typed"), &mut Random::new(machine.option("seed", 1) << 8 | 0xff));
     if machine.flag("typed") {
         println!("fpstate: holds");
@@ -198,9 +198,9 @@ pub fn run(machine: &Machine) {
         last = time;
     }
     DONE.store(true, Ordering::Release);
-    for index in 1..machine.vcpus {
+    for (index, begun) in BEGUN.iter().enumerate().take(machine.vcpus).skip(1) {
         assert!(wait_until(LIMIT, || power::is_off(index)), "vcpu {index} does not come to its end");
-        assert_eq!(BEGUN[index].load(Ordering::Acquire), 1, "times that vcpu {index} has begun");
+        assert_eq!(begun.load(Ordering::Acquire), 1, "times that vcpu {index} has begun");
     }
     // Those that a child found switched on, and that had not run: none in a parent, which cannot tell.
     let begun = |index: &usize| place != 0 && PLACE[*index].load(Ordering::Acquire) == place;

@@ -12,6 +12,7 @@ use crate::guest::family::Birth;
 use crate::guest::genid;
 use crate::guest::mmio::Target;
 use crate::guest::snapshot::{self, Moment, Snapshot};
+use crate::guest::stored::numbered;
 use crate::guest::trng::Generator;
 use crate::guest::vcpu::Vcpu;
 use crate::loader::manifest::{Boot, GuestConfig};
@@ -59,13 +60,17 @@ fn guest(held: &mut Held<'_, 0>) -> Arc<Guest> {
         disks: Vec::new(),
         stored: false,
     };
+    let devices = Box::new(Devices::new(1, 4, 62_500_000, 0));
+    let (contexts, powers) = (alloc::vec![Vcpu::new(0).context.get_mut().clone()], alloc::vec![Power::On]);
+    guest_of(Moment { config, contexts, powers, devices, time: 0 }, held)
+}
+
+/// A guest without RAM that was this once.
+fn guest_of(moment: Moment, held: &mut Held<'_, 0>) -> Arc<Guest> {
     let map = mm::new_map(held).unwrap();
     genid::install(&map, held).unwrap();
     let memory = mm::vm().snapshot(&map, held).unwrap();
     mm::vm().destroy_map(map, held);
-    let devices = Box::new(Devices::new(1, 4, 62_500_000, 0));
-    let (contexts, powers) = (alloc::vec![Vcpu::new(0).context.get_mut().clone()], alloc::vec![Power::On]);
-    let moment = Moment { config, contexts, powers, devices, time: 0 };
     let snapshot = Snapshot::new(moment, memory, Generator::new(&[1], 1));
     let (id, name, birth) = (table::next_id(), "guest".to_string(), Birth::first(0));
     let guest = snapshot::make(&snapshot, id, name, birth, &|_| {}, held).unwrap();
@@ -295,4 +300,54 @@ fn who_is_killed_while_it_begins_again_does_not() {
     assert_eq!((found, table::after(old.id, held).is_none()), (Some(old.id), true));
     table::remove(old.id, held);
     [old, new, late].iter().for_each(|guest| create::destroy(guest, held));
+}
+
+/// What a guest has is what a snapshot kept, but for what tells it of a new generation; and a counter goes on where that
+/// stood.
+fn is_as_kept(guest: &Guest, kept: &Moment, pass: u32, held: &mut Held<'_, 0>) {
+    for (index, vcpu) in guest.vcpus.iter().enumerate() {
+        let found = numbered::differences(&*vcpu.context.lock(held).0, &kept.contexts[index]);
+        assert_eq!(found, [""; 0], "vCPU {index} in pass {pass}");
+        assert_eq!(*vcpu.power.lock(held).0, kept.powers[index], "vCPU {index} in pass {pass}");
+    }
+    let mut devices = Devices::clone(&kept.devices);
+    genid::announce(&mut devices);
+    devices.rng.renew();
+    devices.rtc = guest.devices.lock(held).0.rtc;
+    let found = numbered::differences(&*guest.devices.lock(held).0, &devices);
+    assert_eq!(found, [""; 0], "devices in pass {pass}");
+    let clock = numbered::differences(&devices.rtc, &kept.devices.rtc);
+    assert!(
+        matches!(&clock[..], [place] if place.starts_with(".skipped:")),
+        "the clock in pass {pass}: {clock:?}"
+    );
+    assert_eq!(guest.time(), kept.time, "the counter goes on where it stood");
+}
+
+#[test]
+fn a_clone_and_a_reset_guest_have_in_each_place_what_the_snapshot_kept() {
+    let _one = machine_of_two();
+    let held = &mut Held::root();
+    for pass in 0..numbered::PASSES {
+        let mut moment = numbered::moment(pass);
+        // It has no memory that they could be in.
+        moment.config.disks.clear();
+        let source = guest_of(moment, held);
+        let draft = snapshot::draft(&source, held).unwrap();
+        let kept = snapshot::take(&source, draft, snapshot::Keep::Shadowed, held).unwrap();
+        let (id, birth) = (table::next_id(), Birth::first(0));
+        crate::arch::timer::set(crate::arch::timer::now() + 1000);
+        let child = snapshot::make(&kept, id, "child".to_string(), birth, &|_| {}, held).unwrap();
+        is_as_kept(&child, &kept.moment, pass, held);
+        // It has become another in all of it.
+        for vcpu in &child.vcpus {
+            *vcpu.context.lock(held).0 = Vcpu::new(0).context.get_mut().clone();
+            *vcpu.power.lock(held).0 = Power::Off;
+        }
+        **child.devices.lock(held).0 = Devices::new(1, 4, 1, 0);
+        crate::arch::timer::set(crate::arch::timer::now() + 1000);
+        snapshot::restore(&child, &kept, &|_| {}, held).unwrap();
+        is_as_kept(&child, &kept.moment, pass, held);
+        snapshot::delete(kept, held);
+    }
 }

@@ -5,8 +5,10 @@ use super::machine::{STAYS, boot, monitored, tiny_guest};
 use super::stored::{another, fresh};
 use crate::monitored::{Monitored, number, rows, text};
 use anyhow::{Context, Result, ensure};
+use hv_abi::machine::VMGENID;
 use libtest_mimic::Trial;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -18,6 +20,7 @@ pub(super) fn trials() -> Vec<Trial> {
         let name = format!("a_guest_that_goes_on_in_another_run_has_every_register_on_{on}");
         trials.push(boot(name, move |name| stored(name, cpu)));
     }
+    trials.push(boot("a_linux_6_12_hears_of_each_new_generation_and_draws_other_numbers_every_time", linux));
     trials
 }
 
@@ -94,6 +97,14 @@ fn holds(machine: &mut Monitored, guest: u64) -> Result<()> {
     machine.wait_long(&guest.to_string(), "fpstate: holds").map(drop)
 }
 
+/// Waits for a job to be done.
+fn is_done(machine: &mut Monitored, job: u64) -> Result<()> {
+    let done = |jobs: &Value| {
+        rows(jobs).is_ok_and(|rows| rows.iter().any(|row| row["id"] == job && row["state"] == "done"))
+    };
+    machine.until("jobs", done).map(drop)
+}
+
 /// It forks itself while its second vCPU is switched on and has not run; it is also cloned from outside, brought back to a
 /// snapshot, and made again from it after it is dead. Nobody ever finds another value, beside a stranger who has others.
 fn cloned(name: &str, cpu: &str) -> Result<()> {
@@ -142,10 +153,7 @@ fn stored(name: &str, cpu: &str) -> Result<()> {
     let job = number(&machine.ask("save 1 golden")?, "/job")?;
     let log = machine.ask("log 1")?;
     ensure!(!text(&log, "/log")?.contains("guest fpstate: "), "it had ended before it was stored");
-    let done = |jobs: &Value| {
-        rows(jobs).is_ok_and(|rows| rows.iter().any(|row| row["id"] == job && row["state"] == "done"))
-    };
-    machine.until("jobs", done)?;
+    is_done(&mut machine, job)?;
     let mut lives = Lives::default();
     lives.hear(&mut machine, 1, 0, Duration::ZERO)?;
     machine.shutdown()?;
@@ -161,4 +169,57 @@ fn stored(name: &str, cpu: &str) -> Result<()> {
     lives.hear(&mut machine, 1, 0, Duration::ZERO)?;
     machine.check()?;
     machine.shutdown()
+}
+
+/// What a Linux says: interrupts of its driver for the generation id, reseedings of its generator by them, what that driver
+/// is bound to; and the bytes that it then reads from its source of entropy and from its generator.
+fn ask_linux(machine: &mut Monitored, guest: u64, times: u64) -> Result<Vec<String>> {
+    let line = "set -- $(grep vmgenid /proc/interrupts); \
+         echo irqs $2 reseeded $(dmesg | grep -c machine.fork) bound $(ls /sys/bus/platform/drivers/vmgenid | grep rng) \
+         numbers $(head -c 256 /dev/hwrng | tail -c 16 | od -An -tx8) $(head -c 8 /dev/urandom | od -An -tx8) end-$((3+4))";
+    machine.talk(guest, line, "end-7")?;
+    let said = machine.last_line(guest, "end-7")?;
+    let (driver, numbers) = said.split_once(" numbers ").with_context(|| format!("it says {said}"))?;
+    let wanted = format!("irqs {times} reseeded {times} bound {:x}.rng", VMGENID.base);
+    ensure!(driver.ends_with(&wanted), "guest {guest} says \"{driver}\", not \"{wanted}\"");
+    let numbers = numbers.split_whitespace().filter(|word| *word != "end-7");
+    let numbers: Vec<String> = numbers.map(str::to_owned).collect();
+    ensure!(numbers.len() == 3, "guest {guest} draws {numbers:?}");
+    Ok(numbers)
+}
+
+/// A Linux with a driver for the generation id: each life of it hears of it once, reseeds, and draws numbers of its own, after
+/// a clone, after each of two resets to one snapshot, and in another run.
+fn linux(name: &str) -> Result<()> {
+    let file = fresh(name)?;
+    let image = format!("{},new", file.display());
+    let words = ["--timeout", "500", "--memory", "128M", "--image", &image];
+    let mut machine = monitored(name, &[&words[..], &STAYS].concat())?;
+    machine.wait_long("1", "guest ready")?;
+    let mut drawn = ask_linux(&mut machine, 1, 0)?;
+    machine.ask("snapshot 1 middle")?;
+    let job = number(&machine.ask("save 1 golden")?, "/job")?;
+    let child = machine.fork(1, 1)?[0];
+    drawn.extend(ask_linux(&mut machine, child, 1)?);
+    for _ in 0..2 {
+        machine.ask("reset 1 middle")?;
+        drawn.extend(ask_linux(&mut machine, 1, 1)?);
+    }
+    let made = machine.ask("create --from middle")?["created"].as_u64().context("no guest")?;
+    drawn.extend(ask_linux(&mut machine, made, 1)?);
+    is_done(&mut machine, job)?;
+    machine.check()?;
+    machine.shutdown()?;
+    let image = file.display().to_string();
+    let words = ["--timeout", "300", "--image", &image];
+    let mut machine = another(name, "later", &[&words[..], &STAYS].concat())?;
+    let made = machine.ask("create --from golden")?["created"].as_u64().context("no guest")?;
+    for guest in [1, made] {
+        drawn.extend(ask_linux(&mut machine, guest, 1)?);
+    }
+    machine.check()?;
+    machine.shutdown()?;
+    let all: BTreeSet<&String> = drawn.iter().collect();
+    ensure!(all.len() == drawn.len(), "two lives drew the same: {drawn:?}");
+    Ok(())
 }
