@@ -42,7 +42,14 @@ pub fn read() -> u8 {
     read32(UARTDR).to_le_bytes()[0]
 }
 
-/// The same, asleep meanwhile. The console's interrupt is let through, and masked.
+/// Takes all that was typed so far.
+pub fn forget() {
+    while read32(UARTFR) & RECEIVE_EMPTY == 0 {
+        read32(UARTDR);
+    }
+}
+
+/// The same as [`read`], asleep meanwhile. The console's interrupt is let through, and masked.
 pub fn asleep_until_typed() -> u8 {
     write32(UARTLCR_H, FIFOS | EIGHT_BITS);
     write32(UARTIMSC, RECEIVE_INTERRUPTS);

@@ -128,6 +128,8 @@ pub fn fail(name: &str, info: &core::panic::PanicInfo<'_>) -> ! {
 
 fn failed(name: &str, why: fmt::Arguments<'_>) -> ! {
     println!("guest {name}: FAILED {why}");
+    // What was typed before is not the answer to that.
+    console::forget();
     end()
 }
 

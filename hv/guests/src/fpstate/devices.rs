@@ -66,10 +66,8 @@ impl Devices {
         write32(RTC_LOAD, seconds);
         write32(RTC_MATCH, seconds.wrapping_add(0x1000_0000));
         write32(RTC_MASK, draw(1, 0));
-        if typed {
-            println!("fpstate: may be typed to");
-            while read32(FR) & FULL == 0 {}
-        }
+        println!("fpstate: may be typed to");
+        while typed && read32(FR) & FULL == 0 {}
         Self { entropy, typed }
     }
 
