@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use hv_abi::manifest::CONTROL_LIMIT;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -37,16 +37,16 @@ pub(crate) fn ask_all(socket: &Path, commands: &[impl AsRef<str>], patience: Dur
     let mut stream = UnixStream::connect(socket).with_context(|| {
         format!("connecting to {}; is `cargo xtask run` running, with this --socket?", socket.display())
     })?;
-    stream.set_read_timeout(Some(patience))?;
+    let deadline = Instant::now() + patience;
     // The monitor takes more lines when it has answered some: somebody has to read meanwhile.
-    let mut out = stream.try_clone()?;
+    let (mut out, clock) = (stream.try_clone()?, stream.try_clone()?);
     let writer = std::thread::spawn(move || out.write_all(questions.as_bytes()));
     let mut answers = vec![None; commands.len()];
     let mut lines = BufReader::new(&mut stream);
     while answers.iter().any(Option::is_none) {
-        let mut line = String::new();
-        let read = lines.read_line(&mut line).context("the hypervisor did not answer in time")?;
-        ensure!(read > 0, "the hypervisor ended before it answered");
+        let Some(line) = next_line(&mut lines, &clock, deadline)? else {
+            bail!("the hypervisor ended before it answered");
+        };
         let Ok(answer) = serde_json::from_str::<Value>(&line) else { continue };
         let ours = answer.pointer("/id/0").and_then(Value::as_str) == Some(&mark);
         let number = answer.pointer("/id/1").and_then(Value::as_u64).filter(|_| ours);
@@ -57,6 +57,31 @@ pub(crate) fn ask_all(socket: &Path, commands: &[impl AsRef<str>], patience: Dur
     }
     writer.join().map_err(|_| anyhow!("asking failed"))?.context("asking")?;
     Ok(answers.into_iter().flatten().collect())
+}
+
+/// The next line of the port, by then at the latest, however many pieces of whatever come meanwhile; `None` at the end.
+fn next_line(lines: &mut impl BufRead, clock: &UnixStream, deadline: Instant) -> Result<Option<String>> {
+    const LATE: &str = "the hypervisor did not answer in time";
+    let mut line = Vec::new();
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), LATE);
+        clock.set_read_timeout(Some(left))?;
+        let piece = match lines.fill_buf() {
+            Err(why) if why.kind() == ErrorKind::Interrupted => continue,
+            piece => piece.context(LATE)?,
+        };
+        if piece.is_empty() {
+            return Ok(None);
+        }
+        let end = piece.iter().position(|byte| *byte == b'\n');
+        let taken = end.map_or(piece.len(), |end| end + 1);
+        line.extend_from_slice(&piece[..taken]);
+        lines.consume(taken);
+        if end.is_some() {
+            return Ok(Some(String::from_utf8_lossy(&line).into_owned()));
+        }
+    }
 }
 
 /// An answer for a person.
@@ -105,6 +130,30 @@ mod tests {
         assert_eq!(line(&["send", "1", ""]), r#"send 1 """#);
         assert_eq!(line(&["wait", "1", r#""guest ready""#]), r#"wait 1 "guest ready""#);
         assert_eq!(line(&[r#"send 1 "a b""#]), r#"send 1 "a b""#);
+    }
+
+    #[test]
+    fn a_port_that_always_says_something_else_is_given_up_in_time() {
+        let path = std::env::temp_dir().join(format!("xtask-ctl-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let port = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        // Lines that answer nothing, then pieces of one that does not end.
+        for words in [&b"{\"id\": 1}\n"[..], b"{"] {
+            let asked = Instant::now();
+            std::thread::scope(|scope| {
+                let talker = scope.spawn(|| {
+                    let (mut client, _) = port.accept().unwrap();
+                    while client.write_all(words).is_ok() && asked.elapsed() < Duration::from_secs(20) {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                    asked.elapsed()
+                });
+                let why = ask(&path, "guests", Duration::from_millis(300)).unwrap_err();
+                assert!(why.to_string().contains("in time"), "{why:#}");
+                assert!(talker.join().unwrap() < Duration::from_secs(10));
+            });
+        }
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]
