@@ -81,7 +81,7 @@ pub(crate) struct Run {
     pub(crate) grant_fork: u32,
     /// A disk with a stored guest, which goes on; or for the monitor only (attach), or made for `save` (new); may be
     /// repeated
-    #[arg(long = "image", value_name = "FILE[,ro|attach|new] or nbd:EXPORT", value_parser = stored::image)]
+    #[arg(long = "image", value_name = "FILE[,ro|attach|new] or nbd:EXPORT or rbd:POOL/IMAGE", value_parser = stored::image)]
     pub(crate) images: Vec<stored::ImageDisk>,
     /// Where everything that is written to the first of them is logged, for tests
     #[arg(long, hide = true, requires = "images")]

@@ -24,10 +24,10 @@ pub(crate) enum Use {
     Make,
 }
 
-/// `--image FILE[,ro|attach|new]` or `--image nbd:EXPORT`.
+/// `--image FILE[,ro|attach|new]`, `--image nbd:EXPORT` or `--image rbd:POOL/IMAGE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ImageDisk {
-    /// The file, or the export as QEMU names it.
+    /// The file, or the export or Ceph image as QEMU names it.
     pub(crate) file: PathBuf,
     /// What the monitor calls it.
     pub(crate) name: String,
@@ -54,7 +54,8 @@ impl ImageDisk {
     }
 }
 
-/// Reads `FILE[,ro|attach|new]` or `nbd:HOST:PORT[:exportname=NAME]` or `nbd:unix:PATH`.
+/// Reads `FILE[,ro|attach|new]`, or what QEMU reads a block device from over a network, which is read-only here:
+/// `nbd:HOST:PORT[:exportname=NAME]`, `nbd:unix:PATH`, or `rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:OPTION=VALUE...]`.
 pub(crate) fn image(text: &str) -> Result<ImageDisk, String> {
     if let Some(rest) = text.strip_prefix("nbd:") {
         if !rest.split_once(':').is_some_and(|(a, b)| !a.is_empty() && !b.is_empty()) {
@@ -62,6 +63,21 @@ pub(crate) fn image(text: &str) -> Result<ImageDisk, String> {
         }
         let stem = rest.rsplit_once("exportname=").map_or(rest, |(_, name)| name);
         return Ok(ImageDisk { file: text.into(), name: name_of(Path::new(stem)), how: Use::ResumeOnly });
+    }
+    if let Some(rest) = text.strip_prefix("rbd:") {
+        let words = "an image of Ceph's is written rbd:POOL/IMAGE, with @SNAPSHOT behind it if it is one, and then :OPTION=VALUE as QEMU takes them";
+        // QEMU has a backslash before a character that would end a part.
+        let (place, options) = split_unescaped(rest, ':');
+        if !options.is_none_or(|options| options.contains('=')) {
+            return Err(words.to_owned());
+        }
+        let (place, snapshot) = split_unescaped(place, '@');
+        let parts: Vec<&str> = place.split('/').collect();
+        let (2..=3, Some(image)) = (parts.len(), parts.last()) else { return Err(words.to_owned()) };
+        if parts.iter().any(|part| part.is_empty()) || snapshot == Some("") {
+            return Err(words.to_owned());
+        }
+        return Ok(ImageDisk { file: text.into(), name: plain(image), how: Use::ResumeOnly });
     }
     let (file, how) = match text.rsplit_once(',') {
         Some((file, "ro")) => (file, Use::ResumeOnly),
@@ -86,9 +102,25 @@ pub(crate) fn image(text: &str) -> Result<ImageDisk, String> {
     }
 }
 
+/// What is before a character and behind it, where no backslash is before that.
+fn split_unescaped(text: &str, at: char) -> (&str, Option<&str>) {
+    let mut escaped = false;
+    for (place, c) in text.char_indices() {
+        if c == at && !escaped {
+            return (&text[..place], Some(&text[place + c.len_utf8()..]));
+        }
+        escaped = c == '\\' && !escaped;
+    }
+    (text, None)
+}
+
 /// The last part of a path without its extension, as far as a name may be long.
 fn name_of(path: &Path) -> String {
-    let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    plain(&path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default())
+}
+
+/// A name that the monitor takes.
+fn plain(stem: &str) -> String {
     let mut name: String =
         stem.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect();
     while name.len() > NAME_LIMIT {
@@ -213,11 +245,28 @@ mod tests {
         assert_eq!(how("/nowhere/golden.img,new"), Ok(("golden".to_owned(), Use::Make)));
         assert_eq!(how("nbd:localhost:10809:exportname=golden"), Ok(("golden".to_owned(), Use::ResumeOnly)));
         assert_eq!(how("nbd:unix:/run/golden.sock"), Ok(("golden".to_owned(), Use::ResumeOnly)));
+        for (text, name) in [
+            ("rbd:guests/golden", "golden"),
+            ("rbd:guests/team/golden.v2@ready", "golden.v2"),
+            (r"rbd:guests/golden\:2:id=admin:conf=/etc/ceph/ceph.conf", "golden--2"),
+        ] {
+            assert_eq!(how(text), Ok((name.to_owned(), Use::ResumeOnly)));
+            assert_eq!(image(text).unwrap().file, Path::new(text), "QEMU is given another text");
+        }
+        assert!(how("rbd:golden").unwrap_err().contains("rbd:POOL/IMAGE"));
         assert!(how("/nowhere").unwrap_err().contains("/nowhere,new"));
         for wrong in [
             "nbd:",
             "nbd:localhost",
             "nbd::1",
+            "rbd:",
+            "rbd:guests",
+            "rbd:guests/",
+            "rbd:/golden",
+            "rbd:guests//golden",
+            "rbd:guests/golden@",
+            "rbd:a/b/c/d",
+            "rbd:guests/golden:admin",
             "/nowhere,attach",
             "/nowhere,soon",
             &format!("{here},new"),
