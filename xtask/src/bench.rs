@@ -5,6 +5,7 @@
 //! then both CPUs' work is the figure. Where the instructions of a figure go is `trace`'s. Read `run` first, then
 //! the two types.
 
+pub(crate) mod aims;
 mod collapse;
 mod depth;
 mod machine;
@@ -17,6 +18,7 @@ use crate::run::Run;
 use crate::symbols::Symbols;
 use crate::toolchain::Toolchain;
 use crate::{build, progress};
+use aims::{aims, held};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -40,7 +42,7 @@ pub(crate) struct Bench {
     /// Write the figures here, as a JSON list
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Fail where a figure is worse than the baseline
+    /// Fail where a figure is worse than the baseline, or misses an aim that is not known to be missed
     #[arg(long)]
     check: bool,
     /// Make these figures the baseline
@@ -262,8 +264,24 @@ impl Bench {
         if self.check {
             let due: Vec<Figure> = old.into_iter().filter(|f| self.asks_for(f)).collect();
             let worse = compare(&figures, &due);
+            let held = held(&aims()?, &figures, |metric| self.asks_for_metric(metric));
+            for (what, lines) in [
+                ("aims that are missed, as xtask/bench/aims.json says", &held.known),
+                ("aims that are met: take \"missed\" out of xtask/bench/aims.json", &held.met),
+            ] {
+                if !lines.is_empty() {
+                    println!("\n{what}:\n  {}", lines.join("\n  "));
+                }
+            }
+            let mut bad = Vec::new();
             if !worse.is_empty() {
-                bail!("against {}:\n  {}", baseline().display(), worse.join("\n  "));
+                bad.push(format!("against {}:\n  {}", baseline().display(), worse.join("\n  ")));
+            }
+            if !held.newly.is_empty() {
+                bad.push(format!("against xtask/bench/aims.json:\n  {}", held.newly.join("\n  ")));
+            }
+            if !bad.is_empty() {
+                bail!("{}", bad.join("\n"));
             }
         }
         Ok(())

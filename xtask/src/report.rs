@@ -7,72 +7,20 @@
 mod page;
 mod plot;
 
+use crate::bench::aims::{Aim, aims};
 use crate::bench::{self, Figure};
 use crate::demo::found::{self, Found, Holding};
 use anyhow::{Context, Result, ensure};
 use page::{grouped, section, table, text, times};
 use plot::{Line, Pair};
-use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What a figure should be, and what it is elsewhere on the same emulated machine.
-#[derive(Clone, Debug, Deserialize)]
-struct Aim {
-    metric: String,
-    /// Of all figures of that name, those under these circumstances.
-    #[serde(default)]
-    params: BTreeMap<String, Value>,
-    /// In words.
-    what: String,
-    /// The most that is wanted, or the least.
-    aim: Option<u64>,
-    /// The more the better.
-    #[serde(default)]
-    least: bool,
-    /// KVM's.
-    kvm: Option<u64>,
-    /// The least that any hypervisor could do.
-    floor: Option<u64>,
-    /// It is one of those that stand at the top.
-    #[serde(default)]
-    head: bool,
-}
-
-impl Aim {
-    /// Each of the figures that it is of.
-    fn all<'f>(&'f self, figures: &'f [Figure]) -> impl Iterator<Item = &'f Figure> {
-        let fits =
-            |figure: &Figure| self.params.iter().all(|(key, value)| figure.params.get(key) == Some(value));
-        figures.iter().filter(move |figure| figure.metric == self.metric && fits(figure))
-    }
-
-    /// The worst of these.
-    fn found<'f>(&'f self, figures: &'f [Figure]) -> Option<&'f Figure> {
-        self.all(figures).max_by_key(|figure| if self.least { u64::MAX - figure.value } else { figure.value })
-    }
-
-    /// True when a figure misses what is wanted.
-    fn missed(&self, value: u64) -> bool {
-        self.aim.is_some_and(|aim| if self.least { value < aim } else { value > aim })
-    }
-
-    /// What is wanted.
-    fn wanted(&self, unit: &str) -> Option<String> {
-        let sign = if self.least { '≥' } else { '≤' };
-        self.aim.map(|aim| format!("{sign} {}", with_unit(aim, unit)))
-    }
-}
-
 /// KVM's `fork()` of a live virtual machine with so many MiB, touched in full: instructions.
 const LIVE_FORKS: [(f64, f64); 4] = [(64.0, 14.5e6), (128.0, 24.1e6), (256.0, 48.4e6), (512.0, 95.8e6)];
-
-fn aims() -> Result<Vec<Aim>> {
-    serde_json::from_str(include_str!("../bench/aims.json")).context("xtask/bench/aims.json")
-}
 
 /// Writes the page.
 pub(crate) fn run() -> Result<()> {
@@ -268,6 +216,12 @@ fn depths(figures: &[Figure]) -> Result<String> {
     Ok(section("A long history", lead, &plots))
 }
 
+/// What is wanted.
+fn most_wanted(aim: &Aim, unit: &str) -> Option<String> {
+    let sign = if aim.least { '≥' } else { '≤' };
+    aim.aim.map(|aim| format!("{sign} {}", with_unit(aim, unit)))
+}
+
 /// The figures that have an aim or a peer.
 fn wanted(aims: &[Aim], figures: &[Figure]) -> String {
     let none = || "<span class=\"none\">–</span>".to_owned();
@@ -277,7 +231,7 @@ fn wanted(aims: &[Aim], figures: &[Figure]) -> String {
             let Some(figure) = aim.found(figures) else {
                 let missing = "<span class=\"none\">not measured</span>".to_owned();
                 let plain = |value: Option<u64>| value.map_or_else(none, grouped);
-                let most = aim.wanted("").unwrap_or_else(none);
+                let most = most_wanted(aim, "").unwrap_or_else(none);
                 return vec![text(&aim.what), missing, most, plain(aim.floor), plain(aim.kvm), none()];
             };
             let told = |value: u64| with_unit(value, &figure.unit);
@@ -290,7 +244,7 @@ fn wanted(aims: &[Aim], figures: &[Figure]) -> String {
             vec![
                 text(&aim.what),
                 here,
-                aim.wanted(&figure.unit).unwrap_or_else(none),
+                most_wanted(aim, &figure.unit).unwrap_or_else(none),
                 aim.floor.map_or_else(none, told),
                 aim.kvm.map_or_else(none, told),
                 aim.kvm.map_or_else(none, |kvm| times(kvm, figure.value)),
@@ -422,19 +376,5 @@ mod tests {
         let page = assembled(&measured(), &[], "").unwrap();
         parsed(&page);
         assert!(page.contains("cargo xtask demo clone forks"));
-    }
-
-    #[test]
-    fn an_aim_is_held_against_the_worst_of_what_it_is_of() {
-        let figures = measured();
-        let aims = aims().unwrap();
-        let of = |metric: &str| aims.iter().find(|aim| aim.metric == metric).unwrap();
-        let registers = of("exit.mmio");
-        assert!(registers.all(&figures).count() > 1);
-        assert!(
-            registers.all(&figures).all(|figure| figure.value <= registers.found(&figures).unwrap().value)
-        );
-        let trip = of("irq.sgi").found(&figures).unwrap();
-        assert_eq!(trip.params["to"], "other");
     }
 }
