@@ -1,13 +1,19 @@
 //! Power cuts while a guest is stored: QEMU's log of what was written, replayed up to any point with any part of what was
 //! not durable lost; and QEMU killed.
+//!
+//! The guest is `generations`, which can tell of each of its pages whether it is what it should be after as many
+//! generations as it says, and writes while it is stored. So whoever goes on from what is left of a disk says by that which
+//! image it was, and that there is nothing of another in it. On the host every page of every cut is compared with its sum.
 
 use super::machine::{STAYS, boot, logs, monitored, tiny_guest};
 use super::stored::{another, fresh};
-use crate::monitored::{Monitored, number};
+use crate::monitored::{Monitored, number, rows};
 use crate::stored;
 use anyhow::{Context, Result, bail, ensure};
 use hv_abi::image::PAGE;
+use hv_abi::manifest::STORED_LIMIT;
 use libtest_mimic::Trial;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -18,8 +24,8 @@ use std::time::Duration;
 const CUTS: usize = 200;
 /// Times that QEMU is killed.
 const KILLS: u64 = 5;
-/// Points from which a machine goes on in earnest.
-const RESUMED: usize = 3;
+/// Of so many points one goes on in earnest.
+const RESUMED: usize = 10;
 const SECTOR: usize = 512;
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -121,15 +127,47 @@ fn after(requests: &[Request], cut: usize, dice: &mut Dice) -> Result<(Sectors, 
     Ok((disk, had))
 }
 
+/// A guest that has lived through so many generations and no more finds each of its pages as they left it.
+fn has_lived(machine: &mut Monitored, guest: u64, generations: u64) -> Result<()> {
+    machine.talk(guest, "c", "all well")?;
+    let line = machine.last_line(guest, "all well")?;
+    ensure!(line.starts_with(&format!("generations: {generations} lived, ")), "not {generations}: {line}");
+    Ok(())
+}
+
+/// Has guest 1 live through one more generation.
+fn live(machine: &mut Monitored, generation: u64) -> Result<()> {
+    machine.talk(1, "w", &format!("generation {generation} lived"))
+}
+
+/// Waits until no job is under way; each must have gone well.
+fn stored_well(machine: &mut Monitored) -> Result<()> {
+    let over = |jobs: &Value| rows(jobs).is_ok_and(|rows| rows.iter().all(|row| row["state"] != "running"));
+    let jobs = machine.until("jobs", over)?;
+    ensure!(rows(&jobs)?.iter().all(|row| row["state"] == "done"), "{jobs}");
+    Ok(())
+}
+
+/// Generations that the guest has lived through when it is stored for the so-manieth time: it lives through one before, and
+/// one while it is stored.
+fn lived(stored: u64) -> u64 {
+    2 * stored - 1
+}
+
 fn cut(name: &str) -> Result<()> {
-    let (file, guest) = (fresh(name)?, tiny_guest(name, "hello")?);
+    let (file, guest) = (fresh(name)?, tiny_guest(name, "generations")?);
     let log = logs(name).join("writes.log");
     let (image, log_name) = (format!("{},new", file.display()), log.display().to_string());
-    let words = ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
+    let words =
+        ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "pages=512 writes=48"];
     let more = ["--image", &image, "--image-log", &log_name];
     let mut machine = monitored(name, &[&words[..], &more, &STAYS].concat())?;
+    machine.ask("wait 1 ready")?;
     for generation in 1..=4 {
-        machine.ask("save 1 golden --wait")?;
+        live(&mut machine, lived(generation))?;
+        machine.ask("save 1 golden --rate 4M")?;
+        live(&mut machine, lived(generation) + 1)?;
+        stored_well(&mut machine)?;
         ensure!(number(&machine.ask("images")?, "/0/generation")? == generation, "another generation");
     }
     machine.shutdown()?;
@@ -138,30 +176,40 @@ fn cut(name: &str) -> Result<()> {
     ensure!(flushes >= 16, "{flushes} flushes, where four guests were stored");
     let mut dice = Dice(7);
     let (mut seen, mut lives) = (BTreeMap::<_, usize>::new(), Vec::new());
-    for _ in 0..CUTS {
+    for turn in 0..CUTS {
         let place = dice.roll(requests.len() + 1);
         let (disk, had) = after(&requests, place, &mut dice)?;
         let found = generation(&disk).with_context(|| format!("cut behind request {place}"))?;
         let next = Some(had.unwrap_or(0) + 1);
         ensure!(found == had || found == next, "{found:?} after a cut behind request {place}, had {had:?}");
         *seen.entry(found).or_default() += 1;
-        if found.is_some() {
-            lives.push((disk, found));
+        if let (0, Some(found)) = (turn % RESUMED, found) {
+            lives.push((place, disk, found));
         }
     }
     ensure!(seen.len() >= 4, "too few generations were seen: {seen:?}");
-    for turn in 0..RESUMED {
-        let (disk, expected) = lives.swap_remove(dice.roll(lives.len()));
-        let path = logs(name).join("cut.img");
-        let out = File::create(&path)?;
-        out.set_len(fs::metadata(&file)?.len())?;
-        disk.iter().try_for_each(|(sector, bytes)| out.write_all_at(bytes, sector * SECTOR as u64))?;
-        let image = path.display().to_string();
-        let words = ["--timeout", "60", "--image", &image];
+    ensure!(lives.len() * RESUMED * 2 > CUTS, "too few go on: {}", lives.len());
+    let hello = tiny_guest(name, "hello")?;
+    let bytes = fs::metadata(&file)?.len();
+    for some in lives.chunks(STORED_LIMIT) {
+        let mut words = vec!["--timeout", "120", "--memory", "4M", "--kernel", &hello, "--append", "linger"];
+        let mut images = Vec::new();
+        for (number, (_, disk, _)) in some.iter().enumerate() {
+            let path = logs(name).join(format!("cut{number}.img"));
+            let out = File::create(&path)?;
+            out.set_len(bytes)?;
+            disk.iter().try_for_each(|(sector, bytes)| out.write_all_at(bytes, sector * SECTOR as u64))?;
+            images.push(format!("{},attach", path.display()));
+        }
+        words.extend(images.iter().flat_map(|image| ["--image", image]));
         let mut machine = another(name, "later", &[&words[..], &STAYS].concat())?;
-        let images = machine.ask("images")?;
-        ensure!(images[0]["generation"].as_u64() == expected, "turn {turn}: {images}, not {expected:?}");
-        ensure!(machine.guest("guest")?["state"] == "running", "turn {turn}: it does not run");
+        let told = machine.ask("images")?;
+        for (nth, (place, _, generation)) in some.iter().enumerate() {
+            let why = || format!("cut behind request {place}, generation {generation}");
+            ensure!(told[nth]["generation"] == *generation, "{}: {told}", why());
+            let made = machine.ask(&format!("create --from cut{nth} name=cut{nth}")).with_context(why)?;
+            has_lived(&mut machine, number(&made, "/created")?, lived(*generation)).with_context(why)?;
+        }
         machine.check()?;
         machine.shutdown()?;
     }
@@ -170,11 +218,17 @@ fn cut(name: &str) -> Result<()> {
 
 /// What is stored again and again at a slow rate, by machines that are killed in the middle.
 fn killed(name: &str) -> Result<()> {
-    let (file, guest) = (fresh(name)?, tiny_guest(name, "touch")?);
+    let (file, guest) = (fresh(name)?, tiny_guest(name, "generations")?);
     let image = format!("{},new", file.display());
-    let words = ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "linger"];
+    let words =
+        ["--timeout", "120", "--memory", "16M", "--kernel", &guest, "--append", "pages=2048 writes=512"];
     let mut machine = monitored(name, &[&words[..], &["--image", &image], &STAYS].concat())?;
-    machine.ask("wait 1 \"guest touch: ok\"")?;
+    machine.ask("wait 1 ready")?;
+    // So many that storing it takes longer than it is given.
+    let mut stored_when = 4;
+    for generation in 1..=stored_when {
+        live(&mut machine, generation)?;
+    }
     machine.ask("save 1 golden --wait")?;
     machine.shutdown()?;
     let image = file.display().to_string();
@@ -184,6 +238,8 @@ fn killed(name: &str) -> Result<()> {
         let before = stored::whole(&file)?.header;
         let mut machine: Monitored = another(name, "later", &words)?;
         ensure!(number(&machine.ask("images")?, "/0/generation")? == before.generation, "turn {turn}");
+        has_lived(&mut machine, 1, stored_when).with_context(|| format!("turn {turn}"))?;
+        live(&mut machine, stored_when + 1)?;
         // Slow enough to be in the middle, wherever that is.
         machine.ask("save 1 golden --rate 2M")?;
         std::thread::sleep(Duration::from_millis(100 + 150 * turn));
@@ -192,13 +248,13 @@ fn killed(name: &str) -> Result<()> {
         let after = stored::whole(&file).with_context(|| format!("turn {turn}"))?.header;
         match after.generation - before.generation {
             0 => cut_short += 1,
-            1 => {}
+            1 => stored_when += 1,
             more => bail!("{more} generations in turn {turn}"),
         }
     }
     ensure!(cut_short > 0, "nothing was cut short: the guest is stored too fast for this test");
     let mut machine = another(name, "later", &words)?;
-    ensure!(machine.guest("guest")?["state"] == "running", "it does not run");
+    has_lived(&mut machine, 1, stored_when)?;
     machine.check()?;
     machine.shutdown()
 }
