@@ -153,7 +153,7 @@ impl Drop for Export {
 }
 
 /// A Linux guest is stored once; two machines at a time go on from one export of it, each alone, and draw other
-/// numbers.
+/// numbers. Each has read what it needed for an answer and no more; a second guest from the image finds the first one's pages.
 fn two_machines(name: &str) -> Result<()> {
     crate::qemu::provide_tools()?;
     let file = fresh(name)?;
@@ -167,6 +167,7 @@ fn two_machines(name: &str) -> Result<()> {
     )?;
     machine.ask("save 1 golden --wait")?;
     machine.shutdown()?;
+    let stored = stored::whole(&file)?.header.stored;
     let before = fs::metadata(&file)?.modified()?;
     let socket = std::env::temp_dir().join(format!("hv-export-{}", std::process::id()));
     let export = Export::start(&file, socket)?;
@@ -178,13 +179,23 @@ fn two_machines(name: &str) -> Result<()> {
     }
     let mut drawn = Vec::new();
     for (number, machine) in machines.iter_mut().enumerate() {
-        machine.talk(1, &format!("X=${{X}}{number}; md5sum -c /sum"), "/data: OK")?;
+        machine.talk(1, &format!("X=${{X}}{number}; echo a-$((4+5))"), "a-9")?;
+        let read = pages_read(machine)?;
+        ensure!(read > 0 && read * 2 < stored, "{read} pages were read for an answer, of {stored}");
+        machine.talk(1, "md5sum -c /sum", "/data: OK")?;
         machine.talk(1, "echo r-$((3+4)) $(head -c 8 /dev/urandom | od -An -tx1)", "r-7")?;
         machine.talk(1, "echo e-$((3+5))", "e-8")?;
         drawn.push(machine.last_line(1, "r-7")?);
-        let stored = machine.ask("images")?[0]["name"].as_str().unwrap_or_default().to_owned();
-        let refused = machine.refused(&format!("save 1 {stored}"))?;
+        let stored_as = machine.ask("images")?[0]["name"].as_str().unwrap_or_default().to_owned();
+        let refused = machine.refused(&format!("save 1 {stored_as}"))?;
         ensure!(refused.contains("takes no writes"), "{refused}");
+        let before = pages_read(machine)?;
+        let twin = self::number(&machine.ask(&format!("create --from {stored_as}"))?, "/created")?;
+        machine.talk(twin, "md5sum -c /sum; echo t-$((6+7))-$X", "t-13-golden")?;
+        let log = machine.ask(&format!("log {twin}"))?;
+        ensure!(text(&log, "/log")?.contains("/data: OK"), "the second guest reads something else: {log}");
+        let more = pages_read(machine)? - before;
+        ensure!(more * 4 < before, "the first guest read {before} pages, the second {more} more");
     }
     ensure!(drawn[0] != drawn[1], "both machines drew {drawn:?}");
     for (number, machine) in machines.iter_mut().enumerate() {
@@ -195,6 +206,11 @@ fn two_machines(name: &str) -> Result<()> {
     drop(export);
     ensure!(fs::metadata(&file)?.modified()? == before, "somebody wrote to the image");
     Ok(())
+}
+
+/// Pages that came from the disks so far.
+fn pages_read(machine: &mut Monitored) -> Result<u64> {
+    number(&machine.ask("swap")?, "/transfers/in")
 }
 
 /// Disks that hold something else, are too small, are damaged; a guest of another CPU; one that is given up.
