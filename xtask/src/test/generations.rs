@@ -105,7 +105,8 @@ fn live(machine: &mut Monitored, most: u64) -> Result<()> {
     Ok(())
 }
 
-/// A snapshot of each generation: the newest and one from the middle see what they should; then they go in random order.
+/// A snapshot of each generation: the newest and one from the middle see what they should; then they go in random order, and
+/// now and then one that is left is looked at.
 fn all_at_once(name: &str) -> Result<()> {
     // One CPU: on a machine that is busy, another may come too late to stand still for one of so many snapshots.
     let mut machine = guest(name, &["--host-cpus", "1"])?;
@@ -131,13 +132,25 @@ fn all_at_once(name: &str) -> Result<()> {
 
     // An odd step through a power of two above is an order of its own.
     let order = (0..4096).map(|step| (step * 1657 + 1) % 4096).filter(|n| (1..=GENERATIONS).contains(n));
-    let order: Vec<String> = order.map(|generation| format!("delete g{generation}")).collect();
-    for (part, left) in order.chunks(256).zip((0..order.len()).rev().step_by(256)) {
-        machine.ask_all(part)?;
-        let short = |memory: &Value| {
-            number(memory, "/objects").is_ok_and(|n| n <= left.saturating_sub(255) as u64 + OTHERS)
-        };
+    let order: Vec<u64> = order.collect();
+    let mut left = order.as_slice();
+    while let Some((part, rest)) =
+        left.split_at_checked(left.len().min(256)).filter(|(part, _)| !part.is_empty())
+    {
+        machine
+            .ask_all(&part.iter().map(|generation| format!("delete g{generation}")).collect::<Vec<_>>())?;
+        let short =
+            |memory: &Value| number(memory, "/objects").is_ok_and(|n| n <= rest.len() as u64 + OTHERS);
         machine.until("memory", short)?;
+        // What one of those that are left sees lies in what has moved again and again.
+        if let Some(&survivor) = rest.get(rest.len() / 2) {
+            let made = number(&machine.ask(&format!("create --from g{survivor}"))?, "/created")?;
+            is_well(&mut machine, made)?;
+            let line = machine.last_line(made, "all well")?;
+            ensure!(line.contains(&format!(": {} lived,", survivor - 1)), "from g{survivor}: {line}");
+            machine.ask(&format!("kill {made}"))?;
+        }
+        left = rest;
     }
     is_well(&mut machine, 1)?;
     let memory = machine.settled()?;
