@@ -57,6 +57,8 @@ pub(crate) struct Drive {
     pub(crate) log: Option<PathBuf>,
     /// It does one such thing, and the next not for an hour.
     pub(crate) stalls: Option<Stall>,
+    /// How many bytes of it are read in a second at most.
+    pub(crate) rate: Option<u64>,
 }
 
 /// What a disk stops doing.
@@ -189,20 +191,21 @@ pub(crate) fn command(machine: &Machine, hypervisor: &Path, disk: &Path) -> Comm
     ];
     for (id, drive) in all.into_iter().flatten() {
         let file = name(&drive.file);
+        let brake = drive.rate.map_or_else(String::new, |rate| format!(",throttling.bps-read={rate}"));
         let what = match &drive.log {
             Some(log) => format!(
                 "driver=blklogwrites,file.driver=file,file.filename={file},log.driver=file,log.filename={},\
                  log-super-update-interval=1",
                 name(log)
             ),
-            None if drive.read_only => format!("format=raw,readonly=on,file={file}"),
+            None if drive.read_only => format!("format=raw,readonly=on{brake},file={file}"),
             None => match drive.stalls {
                 Some(Stall::Write) => format!("format=raw,throttling.bps-write=1,file={file}"),
                 // Its table can be read before.
                 Some(Stall::Read) => {
                     format!("format=raw,throttling.bps-read=1,throttling.bps-read-max=1048576,file={file}")
                 }
-                None => format!("format=raw,file={file}"),
+                None => format!("format=raw{brake},file={file}"),
             },
         };
         command

@@ -73,6 +73,9 @@ pub(crate) struct Run {
     /// How many MiB a second the disk with the swap room does, for tests
     #[arg(long, hide = true, value_parser = value_parser!(u64).range(1..=1 << 20))]
     pub(crate) swap_rate: Option<u64>,
+    /// How many bytes of the guests' disks are read in a second, for tests
+    #[arg(long, hide = true, requires = "disks", value_parser = value_parser!(u64).range(1..=1 << 40))]
+    pub(crate) disk_rate: Option<u64>,
     /// How much memory guests may be promised: what is there, so many times that, or any
     #[arg(long, value_name = "strict|RATIO|none", value_parser = options::overcommit)]
     pub(crate) overcommit: Option<options::Overcommit>,
@@ -261,6 +264,7 @@ impl Run {
                     read_only: disk.writes != Writes::Persist,
                     log: None,
                     stalls: None,
+                    rate: self.disk_rate,
                 })
                 .collect(),
             swap: self
@@ -272,6 +276,7 @@ impl Run {
                         read_only: false,
                         log: None,
                         stalls: self.swap_stall,
+                        rate: None,
                     }),
                     SwapOn::Own(_) => None,
                 })
@@ -285,6 +290,7 @@ impl Run {
                     read_only: image.how == stored::Use::ResumeOnly,
                     log: self.image_log.clone().filter(|_| number == 0),
                     stalls: self.images_stall.then_some(Stall::Write),
+                    rate: None,
                 })
                 .collect(),
             errors: self

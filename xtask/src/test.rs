@@ -13,6 +13,7 @@ mod filesystem;
 mod generations;
 mod guests;
 mod heap;
+mod inflight;
 mod loaded;
 mod machine;
 mod modules;
@@ -97,6 +98,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(loaded::trials());
         trials.extend(disks::trials());
         trials.extend(filesystem::trials());
+        trials.extend(inflight::trials());
         trials.extend(monitor::trials());
         trials.extend(control::trials());
         trials.extend(state::trials());

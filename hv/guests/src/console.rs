@@ -34,12 +34,19 @@ impl Write for Console {
     }
 }
 
+/// A typed byte, if there is one.
+pub fn typed() -> Option<u8> {
+    (read32(UARTFR) & RECEIVE_EMPTY == 0).then(|| read32(UARTDR).to_le_bytes()[0])
+}
+
 /// Waits for a typed byte.
 pub fn read() -> u8 {
-    while read32(UARTFR) & RECEIVE_EMPTY != 0 {
+    loop {
+        if let Some(byte) = typed() {
+            return byte;
+        }
         instruction!("yield");
     }
-    read32(UARTDR).to_le_bytes()[0]
 }
 
 /// Takes all that was typed so far.

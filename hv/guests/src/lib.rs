@@ -63,6 +63,8 @@ pub mod gicfuzz;
 #[cfg(target_os = "none")]
 pub mod hello;
 #[cfg(target_os = "none")]
+pub mod inflight;
+#[cfg(target_os = "none")]
 pub mod irq;
 #[cfg(target_os = "none")]
 pub mod rings;

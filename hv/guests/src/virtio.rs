@@ -116,10 +116,15 @@ impl Queue {
         self.transport.notify(self.number);
     }
 
+    /// How many came back.
+    pub fn answered(&self) -> u16 {
+        read16(self.at + USED + 2)
+    }
+
     /// Waits until all buffers came back, or the device has given up; false then.
     pub fn is_served(&self) -> bool {
         for _ in 0..1_000_000_000_u64 {
-            if read16(self.at + USED + 2) == self.next {
+            if self.answered() == self.next {
                 return true;
             }
             if self.transport.get(STATUS) & NEEDS_RESET != 0 {
