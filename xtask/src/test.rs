@@ -14,6 +14,7 @@ mod generations;
 mod guests;
 mod heap;
 mod inflight;
+mod jobs;
 mod loaded;
 mod machine;
 mod modules;
@@ -104,6 +105,7 @@ pub(crate) fn run(options: &Test) -> ExitCode {
         trials.extend(state::trials());
         trials.extend(stored::trials());
         trials.extend(cuts::trials());
+        trials.extend(jobs::trials());
         trials.extend(swap::trials());
         trials.extend(swap_places::trials());
         trials.extend(balloon::trials());
