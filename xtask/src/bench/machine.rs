@@ -68,7 +68,41 @@ pub(super) fn clones(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
         figures.push(figure("clone.pause@ram", "insn", &params, &mut pauses)?);
         figures.push(figure("clone.call@ram", "insn", &params, &mut calls)?);
     }
-    Ok(figures)
+    Ok([figures, linux_clones(&dir.join("clones-of-linux"))?].concat())
+}
+
+/// The same for a Linux with a disk, which forks itself from a shell.
+fn linux_clones(dir: &Path) -> Result<Vec<Figure>> {
+    const FORKS: usize = 8;
+    fs::create_dir_all(dir)?;
+    let disk = dir.join("disk.img");
+    fs::write(&disk, vec![0; 1 << 20])?;
+    let disk = format!("{},private", disk.display());
+    let words = ["--icount", "--cpu", "neoverse-n1", "--host-cpus", "1", "--timeout", "900", "--disk", &disk];
+    let grant = FORKS.to_string();
+    let options = Run::from_words(&[&words[..], &["--host-memory", "1G", "--grant-fork", &grant]].concat())?;
+    let mut machine = Monitored::start(options, dir)?;
+    step("booting a Linux with a disk", || machine.console.wait("guest ready"))?;
+    step("forking it", || {
+        machine.talk(
+            1,
+            "dd if=/dev/urandom of=/dev/vda bs=4096 count=64 conv=fsync; echo has-$((1+1))",
+            "has-2",
+        )?;
+        for fork in 1..=FORKS {
+            machine.talk(
+                1,
+                &format!("fork-guest 1; echo forked-$(({fork}+100))"),
+                &format!("forked-{}", fork + 100),
+            )?;
+        }
+        machine.shutdown()
+    })?;
+    let log = fs::read_to_string(dir.join("hv.log")).context("the hypervisor's log")?;
+    let (mut pauses, mut calls): (Vec<u64>, Vec<u64>) = log.lines().filter_map(told).unzip();
+    ensure!(pauses.len() == FORKS, "{} forks are told of in {}", pauses.len(), dir.join("hv.log").display());
+    let pause = figure("clone.pause@linux", "insn", &[("disks", 1)], &mut pauses)?;
+    Ok(vec![pause, figure("clone.call@linux", "insn", &[("disks", 1)], &mut calls)?])
 }
 
 /// What one clone call, for several children, writes of tables and invalidates; the guest stands still, so that nothing
