@@ -160,6 +160,17 @@ impl Monitored {
         Ok(line.with_context(|| format!("guest {guest} did not say \"{text}\""))?.to_owned())
     }
 
+    /// Waits until a guest's log has a line that begins so, to its end: that line.
+    pub(crate) fn whole_line(&mut self, guest: &str, start: &str) -> Result<String> {
+        self.wait_long(guest, start)?;
+        let whole = |log: &str| {
+            let lines = log.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            lines.map(str::trim_end).rfind(|line| line.starts_with(start)).map(str::to_owned)
+        };
+        let log = self.until(&format!("log {guest}"), |log| log["log"].as_str().and_then(whole).is_some())?;
+        log["log"].as_str().and_then(whole).with_context(|| format!("guest {guest} did not say \"{start}\""))
+    }
+
     /// Audits the machine.
     pub(crate) fn check(&mut self) -> Result<Value> {
         let audit = self.ask("check")?;

@@ -60,7 +60,7 @@ impl<T: PartialEq> Sleepers<T> {
     }
 }
 
-/// vCPUs, or requests of disks, that wait for a transfer or for memory, of all CPUs.
+/// vCPUs, or requests of disks, that wait for a transfer or for memory, of all CPUs; not those with which a CPU stands still.
 pub struct Waiters<T> {
     list: Ranked<{ rank::WAITERS }, Vec<(Waiting, T)>>,
     /// How many are on the list: mostly nobody is, and what has come is told to several such lists.

@@ -86,7 +86,7 @@ pub struct VmPage {
     prev: AtomicU32,  // (q); (o) while busy: the transfer's generation
     clean: AtomicU32, // (o) swap slot with the same contents, plus one
     queue: AtomicU8,  // (q)
-    flags: AtomicU8,  // busy and filling (o) and (q); unmapped, refused (o); dirty and accessed (a)
+    flags: AtomicU8, // busy (o) and (q), set (o) alone with filling; unmapped, refused (o); dirty and accessed (a)
     wired: AtomicU16, // (q)
 }
 

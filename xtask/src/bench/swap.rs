@@ -61,7 +61,8 @@ pub(super) fn follow_back(toolchain: &Toolchain, hypervisor: &Path, dir: &Path) 
     })
 }
 
-/// What of a followed page-in is not of the disk's driver, which whoever reads a page from that disk needs.
+/// What of a followed page-in is not of the disk's driver nor of the store above it, which find the disk, describe the
+/// segments and collect what is done: whoever reads a page from that disk needs that.
 pub(super) fn beyond_the_disk(operations: &Operations, mode: &str, symbols: &Symbols) -> Figure {
     const DRIVER: [&str; 2] = ["board/src/virtio/", "hv/src/mm/store.rs"];
     let value = operations.beyond(&DRIVER, symbols);

@@ -38,7 +38,7 @@ fn used(objects: &Value) -> Vec<(&Value, &Value)> {
     used
 }
 
-/// A guest of which 9 MiB are no zeros is stored, twice within its rate; a third time it is given up in the middle, while
+/// A guest of which 9 MiB are no zeros is stored, the second time within its rate; a third time it is given up in the middle, while
 /// the guest writes.
 fn paced_and_given_up(name: &str) -> Result<()> {
     const RATE_MIB: u64 = 2;

@@ -48,9 +48,8 @@ struct Told {
 
 /// Waits until a guest has come to its end, and well: what it says.
 fn told(machine: &mut Monitored, guest: u64) -> Result<Told> {
-    machine.wait_long(&guest.to_string(), "guest fpstate: ")?;
-    let line = machine.last_line(guest, "guest fpstate: ")?;
-    ensure!(line.trim() == "guest fpstate: ok", "guest {guest} says {line}");
+    let line = machine.whole_line(&guest.to_string(), "guest fpstate: ")?;
+    ensure!(line == "guest fpstate: ok", "guest {guest} says {line}");
     let line = machine.last_line(guest, " rounds, place ")?;
     let words: Vec<&str> = line.split_whitespace().collect();
     let after = |name: &str| {

@@ -248,10 +248,8 @@ fn linux(name: &str, of: &Tested) -> Result<()> {
     }
     for guest in &guests {
         let end = format!("memtest: {set} MiB, {rounds} rounds, ");
-        machine.wait_long(guest, &end)?;
-        let log = machine.ask(&format!("log {guest}"))?;
-        let log = text(&log, "/log")?;
-        ensure!(log.contains(&format!("{end}ok")), "{guest} says\n{log}");
+        let line = machine.whole_line(guest, &end)?;
+        ensure!(line == format!("{end}ok"), "{guest} says {line}");
     }
     machine.check()?;
     let swap = at_rest(&mut machine)?;

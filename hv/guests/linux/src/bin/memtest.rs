@@ -2,8 +2,9 @@
 //! unless told.
 //!
 //! The memory is anonymous and in equal parts, one for each CPU, which all work at once. Every word of every round has a
-//! value of its own, made from a number that nobody else has: a page in another's place, of another round or of another
-//! guest is noticed as a bit that turned is. Every second round is written from the end down. The last line says
+//! value of its own, made from a number that is drawn for the round: a page in another's place, of another round or of
+//! another guest is noticed as a bit that turned is (but one that a relative had who was forked in this round has these numbers
+//! as well). Every second round is written from the end down. The last line says
 //! `memtest: MIB MiB, ROUNDS rounds, ok`; the first word that is wrong, where it is, and the status is 1.
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![cfg_attr(
@@ -79,8 +80,9 @@ mod linux {
 
     /// Fills a part and reads it, so many times.
     fn test(bytes: usize, rounds: usize) {
-        let (words, seed) = (memory(bytes), seed());
+        let words = memory(bytes);
         for round in 1..=rounds {
+            let seed = seed();
             let value = |index: usize| (index as u64 ^ seed).wrapping_mul(SPREAD ^ (round as u64) << 1);
             let fill = |(index, word): (usize, &mut u64)| *word = value(index);
             if round % 2 == 1 {
