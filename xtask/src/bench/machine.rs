@@ -110,22 +110,18 @@ fn linux_clones(dir: &Path) -> Result<Vec<Figure>> {
 pub(super) fn edits(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
     const CHILDREN: usize = 4;
     const CALLS: usize = 5;
-    // What the guest that writes all the time can have.
-    const SIZES: [u64; 3] = [64, 256, 512];
-    let image = dir.join("thrash.bin");
-    fs::write(&image, build::guest(toolchain, "thrash")?)?;
-    let image = image.display().to_string();
+    const SIZES: [u64; 3] = [64, 512, 4096];
+    let image = write_guest(toolchain, "dirty", &dir.join("edits"))?;
     let mut figures = Vec::new();
     for mib in SIZES {
-        let memory = format!("{mib}M");
-        let words =
-            ["--timeout", "600", "--host-memory", "2G", "--append", "rounds=1000000", "--kernel", &image];
-        let words = [&words[..], &["--memory", &memory]].concat();
+        let (host, memory) = (format!("{}M", 1024 + mib * 3 / 2), format!("{mib}M"));
+        let words = ["--timeout", "600", "--host-memory", &host, "--memory", &memory, "--kernel", &image];
         let mut machine = Monitored::start(Run::from_words(&words)?, &dir.join("edits"))?;
-        let touched = |guests: &Value| {
-            number(guests, "/0/private_pages").is_ok_and(|pages| pages * PAGE >= (mib << 20) * 9 / 10)
-        };
-        step(&format!("a guest touches {mib} MiB"), || machine.until("guests", touched))?;
+        step(&format!("a guest touches {mib} MiB"), || machine.console.wait("all pages are written"))?;
+        // 1,024 pages that are spread over all of it, from where it begins to write.
+        let apart = mib / 4;
+        let again = format!("k{}", char::from(b"abcdefghijk"[apart.ilog2() as usize]));
+        let written = format!("{} pages are written", ((mib - 2) * 256).div_ceil(apart).min(1024));
         let (mut invalidates, mut stores) = (Vec::new(), Vec::new());
         for _ in 0..CALLS {
             machine.ask("pause 1")?;
@@ -141,9 +137,9 @@ pub(super) fn edits(toolchain: &Toolchain, dir: &Path) -> Result<Vec<Figure>> {
             for child in children {
                 machine.ask(&format!("kill {child}"))?;
             }
-            // It writes again, so that there is something to park the next time.
+            // It writes again everywhere, so that there is as much to park the next time.
             machine.ask("resume 1")?;
-            std::thread::sleep(Duration::from_millis(300));
+            machine.talk(1, &again, &written)?;
         }
         machine.shutdown()?;
         let params = [("ram_mib", mib), ("children", CHILDREN as u64)];
