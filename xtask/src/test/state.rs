@@ -29,6 +29,8 @@ const TYPED: &str = "abcdefghijklmnopqrstuvwxyz";
 /// The guest itself: two vCPUs on one CPU, so that the values of whoever else is there are in every register before its
 /// own, and so that a vCPU which was switched on waits for its turn.
 const WORDS: [&str; 8] = ["--timeout", "300", "--memory", "16M", "--host-cpus", "1", "--vcpus", "2"];
+/// How a guest begins to say what it has found instead.
+const FAILED: &str = "guest fpstate: FAILED";
 /// Who has other values in all of it.
 const STRANGER: &str = "seed=2 linger ms=20000";
 
@@ -93,7 +95,13 @@ impl Lives {
 fn holds(machine: &mut Monitored, guest: u64) -> Result<()> {
     machine.wait_long(&guest.to_string(), "fpstate: may be typed to")?;
     machine.ask(&format!("send {guest} \"{TYPED}\""))?;
-    machine.wait_long(&guest.to_string(), "fpstate: holds").map(drop)
+    // Or has found something else, and then it never will.
+    let holds = |log: &Value| {
+        text(log, "/log").is_ok_and(|log| log.contains("fpstate: holds") || log.contains(FAILED))
+    };
+    let log = machine.until(&format!("log {guest}"), holds)?;
+    ensure!(!text(&log, "/log")?.contains(FAILED), "guest {guest}: {}", machine.last_line(guest, FAILED)?);
+    Ok(())
 }
 
 /// Waits for a job to be done.
