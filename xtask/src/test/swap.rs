@@ -12,7 +12,7 @@ pub(super) fn trials() -> Vec<Trial> {
     vec![
         boot("a_failing_swap_disk_costs_pages_and_never_a_wrong_byte", failing),
         boot("a_swap_disk_that_falls_silent_is_given_up_and_whoever_waited_for_it_goes_on", silent),
-        boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", clones),
+        boot("clones_on_a_host_too_small_for_them_write_a_shared_page_once", |name| clones(name, 4, 2)),
         boot("linux_guests_on_a_third_of_their_memory_find_every_byte", |name| linux(name, &SMALL)),
         boot("linux_guests_that_swap_do_without_hardware_dirty_state", |name| {
             linux(name, &Tested { cpu: "cortex-a53", ..SMALL })
@@ -27,6 +27,9 @@ pub(super) fn matrix() -> Vec<Trial> {
     let full = Tested { guests: 4, memory: 512, host: 640, swap: 3072, set: 420, rounds: 3, ..SMALL };
     let many = Tested { cpu: "cortex-a53", cpus: 4, vcpus: 4, ..full };
     vec![
+        boot("matrix_64_clones_with_130_times_the_memory_of_their_host_write_a_shared_page_once", |name| {
+            clones(name, 64, 1)
+        }),
         boot("matrix_four_linux_guests_of_512_mib_on_a_host_of_640_find_every_byte", move |name| {
             linux(name, &full)
         }),
@@ -183,22 +186,22 @@ fn nothing_left(machine: &mut Monitored) -> Result<()> {
     Ok(())
 }
 
-/// Clones of a Linux guest, whose memory is ten times the host's, look in turn at what they share, and
-/// at something of their own.
-fn clones(name: &str) -> Result<()> {
-    const CLONES: usize = 4;
+/// So many clones of a Linux guest, which with it have at least ten times the host's memory, look in turn at what they share,
+/// and at something of their own, so often.
+fn clones(name: &str, count: usize, times: usize) -> Result<()> {
     /// Pages of the file that all share.
     const SHARED: u64 = 80 << 8;
     let words =
-        ["--timeout", "300", "--host-memory", "128M", "--memory", "256M", "--swap", "1G", "--host-cpus", "1"];
+        ["--timeout", "300", "--host-memory", "128M", "--memory", "256M", "--swap", "2G", "--host-cpus", "1"];
     let mut machine = monitored(name, &[&words[..], &["--overcommit", "none"], &STAYS].concat())?;
     machine.ask("wait guest \"guest ready: guest\"")?;
     let fill =
         "dd if=/dev/urandom of=/tmp/data bs=1048576 count=80 && md5sum /tmp/data >/sum; echo go-$((1+1))";
     machine.talk(1, fill, "go-2")?;
-    let children = machine.fork(1, CLONES)?;
+    let children = machine.fork(1, count)?;
     let mut first = None;
-    for (turn, child) in children.iter().chain(&children).enumerate() {
+    let turns = count * times;
+    for (turn, child) in children.iter().cycle().take(turns).enumerate() {
         machine.talk(
             *child,
             &format!("md5sum -c /sum; echo turn-$(({turn}+100))"),
@@ -217,7 +220,7 @@ fn clones(name: &str) -> Result<()> {
     machine.check()?;
     let swap = at_rest(&mut machine)?;
     let later = number(&swap, "/pages/written")? - first.context("nobody did anything")?;
-    let turns = 2 * CLONES as u64 - 1;
+    let turns = turns as u64 - 1;
     // What the clones wrote of their own may go out; what they share is there.
     ensure!(later < turns * SHARED / 4, "{later} pages were written in {turns} turns over {SHARED}: {swap}");
     let (evicted, written) = (number(&swap, "/pages/evicted")?, number(&swap, "/pages/written")?);
