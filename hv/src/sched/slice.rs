@@ -13,8 +13,10 @@ use crate::guest::devices::timer_is_high;
 use crate::guest::exit::{self, Asked, Ending, Exit, Refault, Run, Waiting};
 use crate::guest::vcpu::{Cause, Context, Power, State, VcpuRef, count};
 use crate::guest::{Life, memory, rank};
+use crate::mm::machine::Metal;
 use crate::vdev::vtimer::{host_time, virtual_deadline};
 use hv_abi::machine::{INTID_HYP_TIMER, INTID_MAINTENANCE, INTID_VIRTUAL_TIMER};
+use vmobject::Vm;
 use vmobject::lock::{Held, Ranked};
 use vmobject::store::{IoToken, Machine as _};
 
@@ -259,13 +261,14 @@ fn decide(
                 Waiting::Io(_) => Cause::Transfer,
                 Waiting::Memory => Cause::Memory,
             });
+            let vm = crate::mm::vm();
             if let Waiting::Io(token) = waiting
-                && has_nothing_else(cpu, entry, held)
+                && has_nothing_else(cpu, entry, vm, held)
             {
-                if let Some(leaves) = stand_still(cpu, entry, token, outside, held) {
+                if let Some(leaves) = stand_still(cpu, entry, (vm, token), outside, held) {
                     return Then::Leave(leaves);
                 }
-                if !crate::mm::vm().in_flight(token) {
+                if !vm.in_flight(token) {
                     vcpu.set_cause(Cause::Event);
                     return Then::Again(fault);
                 }
@@ -273,7 +276,7 @@ fn decide(
             let added = WAITERS.add(waiting, entry, held);
             if let Waiting::Io(token) = waiting {
                 // Look once more now that a completion would find us: it may have come before.
-                if !crate::mm::vm().in_flight(token) {
+                if !vm.in_flight(token) {
                     vcpu.set_cause(Cause::Event);
                     return Then::Again(fault);
                 }
@@ -295,8 +298,7 @@ fn decide(
 }
 
 /// True when a CPU would sleep if its vCPU left it, unless another one is ready.
-fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU }>) -> bool {
-    let vm = crate::mm::vm();
+fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, vm: &Vm<Metal>, held: &mut Held<'_, { rank::VCPU }>) -> bool {
     let busy = super::CHORES.load(Ordering::SeqCst) || super::jobs::are_running();
     let wanted = cpu.flush || entry.guest.work.is_wanted();
     !busy && !wanted && !vm.wants_pageout() && !vm.has_chores(held)
@@ -307,7 +309,7 @@ fn has_nothing_else(cpu: &Cpu, entry: &VcpuRef, held: &mut Held<'_, { rank::VCPU
 fn stand_still(
     cpu: &mut Cpu,
     entry: &VcpuRef,
-    token: IoToken,
+    (vm, token): (&Vm<Metal>, IoToken),
     outside: &dyn Outside,
     held: &mut Held<'_, { rank::VCPU }>,
 ) -> Option<Leaves> {
@@ -315,7 +317,6 @@ fn stand_still(
     ASLEEP[cpu.id].store(true, Ordering::SeqCst);
     // As in `idle`: whoever comes after this sees both, and what came before it is seen here.
     fence(Ordering::SeqCst);
-    let vm = crate::mm::vm();
     if !is_anybody_ready(held) && vm.in_flight(token) {
         let begun = timer::now();
         let watched = vm.machine().store().is_watched();
