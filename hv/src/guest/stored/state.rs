@@ -298,7 +298,8 @@ mod tests {
 
     #[test]
     fn the_format_changes_only_together_with_its_version() {
-        // Fields that come, go or move between types are noticed. When it fails: raise `hv_abi::image::VERSION`, then write down what it finds.
+        // Fields that come, go or move between types are noticed. When it fails: raise `hv_abi::image::VERSION`, then
+        // write down what it finds.
         let bytes = state().encode().unwrap();
         let sum = hv_abi::image::sum(&bytes, hv_abi::image::VERSION.into());
         assert_eq!((hv_abi::image::VERSION, bytes.len(), sum), (4, 1236, 2_179_879_949));
