@@ -73,8 +73,7 @@ fn crawling(name: &str) -> Result<()> {
     machine.wait_long(&late.to_string(), "write 3 is there")?;
     is_at(&mut machine, late, 3, 3)?;
     for guest in [1, child, late] {
-        let id = guest.to_string();
-        ensure!(said(&mut machine, guest, "FAILED")? == 0, "guest {id} has failed");
+        ensure!(said(&mut machine, guest, "FAILED")? == 0, "guest {guest} has failed");
     }
     ensure!(said(&mut machine, 1, "write 2 is there")? == 1, "the parent is answered twice");
     ensure!(said(&mut machine, child, "write 2 is there")? == 1, "the child is answered twice");
@@ -101,17 +100,14 @@ fn under_load(name: &str) -> Result<()> {
     machine.ask("snapshot 1 kept")?;
     let child = number(&machine.ask("create --from kept")?, "/created")?;
     for round in 100..100 + RESETS {
-        let now = loaded::advanced(&mut machine, child, &mut asked)?;
-        while !loaded::moved(&now, &loaded::advanced(&mut machine, child, &mut asked)?) {}
+        loaded::goes_on(&mut machine, child, &mut asked)?;
         machine.talk(child, &format!("LATER=true; echo is-$LATER-{round}"), &format!("is-true-{round}"))?;
         machine.ask(&format!("reset {child}"))?;
         // What it has done since it was kept is undone.
         machine.talk(child, &format!("echo is-$LATER-{round}"), &format!("is--{round}"))?;
     }
-    let now = loaded::advanced(&mut machine, child, &mut asked)?;
-    while !loaded::moved(&now, &loaded::advanced(&mut machine, child, &mut asked)?) {}
-    let now = loaded::advanced(&mut machine, 1, &mut asked)?;
-    while !loaded::moved(&now, &loaded::advanced(&mut machine, 1, &mut asked)?) {}
+    loaded::goes_on(&mut machine, child, &mut asked)?;
+    loaded::goes_on(&mut machine, 1, &mut asked)?;
     machine.check()?;
     machine.shutdown()
 }

@@ -64,14 +64,13 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
             while alive.len() > if round + 1 == clones { 0 } else { ALIVE - 1 } {
                 let (child, had) = alive.remove(round * 7 % alive.len());
                 // Each of the three has done something since the fork.
-                while !moved(&had, &advanced(&mut machine, child, &mut asked)?) {}
+                outdoes(&mut machine, child, &had, &mut asked)?;
                 machine.ask(&format!("kill {child}"))?;
             }
             machine.check()?;
         }
     }
-    let had = advanced(&mut machine, 1, &mut asked)?;
-    while !moved(&had, &advanced(&mut machine, 1, &mut asked)?) {}
+    goes_on(&mut machine, 1, &mut asked)?;
     machine.ask("pause 1")?;
     let after = Holding::of(&mut machine)?;
     let swap = machine.ask("swap")?;
@@ -154,9 +153,16 @@ pub(super) fn begin(machine: &mut Monitored) -> Result<()> {
     machine.talk(1, "dmesg -n 1; disk 1 & disk 2 & memory 3 & echo load-$((40+2))", "load-42")
 }
 
-/// Each has done more.
-pub(super) fn moved(had: &[u64], now: &[u64]) -> bool {
-    now.iter().zip(had).all(|(now, had)| now > had)
+/// Waits until each of a guest's loads has done more rounds than these.
+pub(super) fn outdoes(machine: &mut Monitored, guest: u64, had: &[u64], asked: &mut u64) -> Result<()> {
+    while !advanced(machine, guest, asked)?.iter().zip(had).all(|(now, had)| now > had) {}
+    Ok(())
+}
+
+/// Waits until each has done more than it has now.
+pub(super) fn goes_on(machine: &mut Monitored, guest: u64, asked: &mut u64) -> Result<()> {
+    let had = advanced(machine, guest, asked)?;
+    outdoes(machine, guest, &had, asked)
 }
 
 /// How many rounds each of a guest's loads has done; an error if one of them found a wrong byte.

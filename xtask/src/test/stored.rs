@@ -87,8 +87,7 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
     ensure!(pushes(&mut machine)? > pushed, "nothing was pushed, under load");
     let images = machine.ask("images")?;
     ensure!(text(&images, "/0/state")? == "stored" && number(&images, "/0/generation")? == 1, "{images}");
-    let now = loaded::advanced(&mut machine, 1, &mut asked)?;
-    while !loaded::moved(&now, &loaded::advanced(&mut machine, 1, &mut asked)?) {}
+    loaded::goes_on(&mut machine, 1, &mut asked)?;
     machine.check()?;
     machine.shutdown()?;
     stored::whole(&file)?;
@@ -100,7 +99,7 @@ fn under_load(name: &str, kernel: &str, cpu: &str) -> Result<()> {
     for guest in [1, twin] {
         let first = loaded::advanced(&mut machine, guest, &mut asked)?;
         ensure!(first.iter().zip(&had).all(|(now, had)| now >= had), "{first:?} after {had:?}");
-        while !loaded::moved(&first, &loaded::advanced(&mut machine, guest, &mut asked)?) {}
+        loaded::outdoes(&mut machine, guest, &first, &mut asked)?;
     }
     machine.check()?;
     machine.ask("kill 1")?;
