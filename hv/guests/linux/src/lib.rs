@@ -11,4 +11,4 @@
 mod system;
 
 #[cfg(target_os = "none")]
-pub use system::{Stack, call, exit, open, say};
+pub use system::{Stack, call, exit, map, open, say};

@@ -12,8 +12,10 @@ mod number {
     pub(super) const OPENAT: usize = 56;
     pub(super) const WRITE: usize = 64;
     pub(super) const EXIT_GROUP: usize = 94;
+    pub(super) const MMAP: usize = 222;
 }
 
+const PROT_READ_WRITE: usize = 3;
 const AT_FDCWD: usize = (-100isize).cast_unsigned();
 
 /// What the kernel leaves on the stack of a program that begins, as far as programs look.
@@ -62,6 +64,11 @@ pub fn exit(status: usize) -> ! {
 /// Opens a file.
 pub fn open(path: &CStr, flags: usize) -> Result<usize, isize> {
     call(number::OPENAT, [AT_FDCWD, path.as_ptr() as usize, flags, 0, 0, 0])
+}
+
+/// Maps so many bytes to be read and written, of a file from this offset on unless the flags say otherwise: where.
+pub fn map(bytes: usize, flags: usize, file: usize, offset: usize) -> Result<usize, isize> {
+    call(number::MMAP, [0, bytes, PROT_READ_WRITE, flags, file, offset])
 }
 
 /// A line that is written at once, so that no other's comes in between.

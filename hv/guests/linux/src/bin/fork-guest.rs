@@ -23,20 +23,18 @@ mod linux {
         FORK, GUEST, MAGIC, MAGIC_VALUE, OF, PLACE, RANDOM, STATUS, VERSION, VERSION_VALUE,
     };
     use hv_abi::machine::FORK_PAGE;
-    use hv_guest_programs::{Stack, call, exit, open};
+    use hv_guest_programs::{Stack, call, exit, map, open};
 
     /// Numbers of arm64's system calls.
     mod number {
         pub(super) const IOCTL: usize = 29;
         pub(super) const FLOCK: usize = 32;
-        pub(super) const MMAP: usize = 222;
     }
 
     const O_RDWR: usize = 2;
     /// arm64: makes a mapping of `/dev/mem` that of a device.
     const O_SYNC: usize = 0o4_010_000;
     const LOCK_EX: usize = 2;
-    const PROT_READ_WRITE: usize = 3;
     const MAP_SHARED: usize = 1;
     /// Adds bytes to the kernel's pool, with a credit in bits.
     const RNDADDENTROPY: usize = 0x4008_5203;
@@ -66,7 +64,7 @@ mod linux {
             let mapped = open(c"/dev/mem", O_RDWR | O_SYNC).and_then(|file| {
                 call(number::FLOCK, [file, LOCK_EX, 0, 0, 0, 0])?;
                 let (size, offset) = (word(FORK_PAGE.size), word(FORK_PAGE.base));
-                call(number::MMAP, [0, size, PROT_READ_WRITE, MAP_SHARED, file, offset])
+                map(size, MAP_SHARED, file, offset)
             });
             match mapped {
                 Ok(at) => Self(at),

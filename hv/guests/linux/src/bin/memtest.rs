@@ -19,18 +19,16 @@ fn main() {}
 #[cfg(target_os = "none")]
 mod linux {
     use core::fmt;
-    use hv_guest_programs::{Stack, call, exit, say};
+    use hv_guest_programs::{Stack, call, exit, map, say};
 
     /// Numbers of arm64's system calls.
     mod number {
         pub(super) const SCHED_GETAFFINITY: usize = 123;
         pub(super) const CLONE: usize = 220;
-        pub(super) const MMAP: usize = 222;
         pub(super) const WAIT4: usize = 260;
         pub(super) const GETRANDOM: usize = 278;
     }
 
-    const PROT_READ_WRITE: usize = 3;
     const MAP_PRIVATE_ANONYMOUS: usize = 0x22;
     const NO_FILE: usize = usize::MAX;
     /// What a parent is told when its child ends.
@@ -72,8 +70,7 @@ mod linux {
 
     /// Memory that has never been touched.
     fn memory<'a>(bytes: usize) -> &'a mut [u64] {
-        let at = call(number::MMAP, [0, bytes, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, NO_FILE, 0]);
-        let at = asked("its memory", at) as *mut u64;
+        let at = asked("its memory", map(bytes, MAP_PRIVATE_ANONYMOUS, NO_FILE, 0)) as *mut u64;
         // SAFETY: so many bytes are there now, zero, and nobody else knows of them.
         unsafe { core::slice::from_raw_parts_mut(at, bytes / size_of::<u64>()) }
     }
