@@ -200,6 +200,7 @@ pub fn run(machine: &Machine) {
             generation.look();
         }
         if life.ledger.round == FORKED && fork {
+            await_turn();
             start(machine.vcpus);
             place = life.general.fork();
         }
@@ -225,6 +226,15 @@ pub fn run(machine: &Machine) {
         gap * 1000 / frequency(),
         id[0]
     );
+}
+
+/// Waits until somebody else has had a turn, for this vCPU's own has then just begun. Not for long, if nobody is there.
+fn await_turn() {
+    let mut last = now();
+    wait_until(1000, || {
+        let time = now();
+        time - core::mem::replace(&mut last, time) > milliseconds(2)
+    });
 }
 
 /// Starts the other vCPUs.

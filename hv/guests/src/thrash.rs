@@ -2,16 +2,17 @@
 //! hosts that have less memory than this, whose disks may fail. A page that answers with an external abort is given up, and
 //! counted: it cannot be read, which is allowed. A word that reads as what was not written is not.
 //!
-//! Options: `rounds=3`, `seed=1`; `words=512` of each page; `stride=1`, where an odd number of pages lies between one
-//! and the next, so that with few words every instruction needs another page.
+//! Options: `rounds=3`, or with `typed` as many as begin before a line is typed; `seed=1`; `words=512` of each page;
+//! `stride=1`, where an odd number of pages lies between one and the next, so that with few words every instruction needs
+//! another page.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use hv_abi::machine::RAM_BASE;
 
-use crate::mmu;
 use crate::runtime::Machine;
 use crate::trap::Fault;
+use crate::{console, mmu};
 
 const PAGE: u64 = 4096;
 /// What the loader puts the tree into.
@@ -33,8 +34,10 @@ pub fn run(machine: &Machine) {
     };
     let words = machine.option("words", PAGE / 8);
     let seed = machine.option("seed", 1);
-    let rounds = machine.option("rounds", 3);
-    for round in 1..=rounds {
+    let (until_typed, rounds) = (machine.flag("typed"), machine.option("rounds", 3));
+    let (mut done, mut typed) = (0, None);
+    while if until_typed { typed.is_none() } else { done < rounds } {
+        let round = done + 1;
         let key = seed << 32 | round;
         pages().for_each(|page| each_word(page, words, |at| write(at, value(at, key))));
         println!("thrash: round {round} is written");
@@ -46,9 +49,14 @@ pub fn run(machine: &Machine) {
             });
         });
         println!("thrash: round {round} is read");
+        done = round;
+        typed = until_typed.then(console::typed).flatten();
+    }
+    while typed.is_some_and(|byte| byte != b'\r') {
+        typed = Some(console::read());
     }
     let lost: u32 = GIVEN_UP.iter().map(|word| word.load(Relaxed).count_ones()).sum();
-    println!("thrash: {} pages, {rounds} rounds, {lost} given up", pages().count());
+    println!("thrash: {} pages, {done} rounds, {lost} given up", pages().count());
 }
 
 /// What a word holds.

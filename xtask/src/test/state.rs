@@ -4,7 +4,7 @@
 use super::machine::{STAYS, boot, monitored, tiny_guest};
 use super::stored::{another, fresh};
 use crate::monitored::{Monitored, number, rows, text};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use hv_abi::machine::VMGENID;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -112,9 +112,21 @@ fn is_done(machine: &mut Monitored, job: u64) -> Result<()> {
     machine.until("jobs", done).map(drop)
 }
 
-/// It forks itself while its second vCPU is switched on and has not run; it is also cloned from outside, brought back to a
-/// snapshot, and made again from it after it is dead. Nobody ever finds another value, beside a stranger who has others.
+/// Its second vCPU is to be switched on and not to have run when it forks; where a slice ends between the two it had run, and
+/// that again and again is no accident.
 fn cloned(name: &str, cpu: &str) -> Result<()> {
+    for _ in 0..4 {
+        if forked(name, cpu)? {
+            return Ok(());
+        }
+    }
+    bail!("its second vCPU has never started after the fork")
+}
+
+/// It forks itself while its second vCPU is switched on; it is also cloned from outside, brought back to a snapshot, and made
+/// again from it after it is dead. Nobody ever finds another value, beside a stranger who has others. True if the second vCPU
+/// had not run at the fork.
+fn forked(name: &str, cpu: &str) -> Result<bool> {
     let file = tiny_guest(name, "fpstate")?;
     let more =
         ["--cpu", cpu, "--grant-fork", "1", "--kernel", &file, "--append", "fork typed linger ms=4000"];
@@ -132,7 +144,8 @@ fn cloned(name: &str, cpu: &str) -> Result<()> {
     let (mut lives, soon) = (Lives::default(), Duration::ZERO);
     lives.hear(&mut machine, 1, 0, soon)?;
     let told = lives.hear(&mut machine, child, 1, soon)?;
-    ensure!((told.place, told.pending) == (1, 1), "its second vCPU was to start after the fork: {told:?}");
+    ensure!(told.place == 1, "it is the child: {told:?}");
+    let pending = told.pending == 1;
     twins.iter().try_for_each(|&guest| lives.hear(&mut machine, guest, 1, soon).map(drop))?;
     // Back in the middle, it looks at it all again.
     let age = taken.elapsed();
@@ -146,7 +159,8 @@ fn cloned(name: &str, cpu: &str) -> Result<()> {
     lives.hear(&mut machine, late, 1, age)?;
     lives.hear(&mut machine, stranger, 0, soon)?;
     machine.check()?;
-    machine.shutdown()
+    machine.shutdown()?;
+    Ok(pending)
 }
 
 /// It is stored, and goes on twice in another run, where a stranger was first.
