@@ -99,22 +99,27 @@ impl<S: TableSource, T: TlbOps> Stage2<S, T> {
         self.free_dead(loose.dead);
     }
 
-    /// Takes away the leaves of single pages. A block that has one is broken.
+    /// Takes away the leaves of single pages. A block that has one is broken, and that page is the last.
     pub(crate) fn unmap_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>) {
         let mut batch = Batch::new();
         // The table that the last page was in, and whether it is parked: the next page's, most likely.
         let mut known: Option<(Ipa, Slot, bool)> = None;
+        let blocks = self.blocks;
         for at in pages {
             if known.is_none_or(|(chunk, ..)| chunk != at.chunk()) {
                 known = self.table_of(at, &mut *sink).map(|(first, parked)| (at.chunk(), first, parked));
             }
-            let Some((_, first, parked)) = known else { continue };
-            let old = self.swap(first.beside(Geometry::index(at, LAST)), Descriptor::NOTHING);
-            if old.is_valid() {
-                if !parked {
-                    batch.page(at);
+            if let Some((_, first, parked)) = known {
+                let old = self.swap(first.beside(Geometry::index(at, LAST)), Descriptor::NOTHING);
+                if old.is_valid() {
+                    if !parked {
+                        batch.page(at);
+                    }
+                    harvest(at, old, Descriptor::NOTHING, 1, &mut *sink);
                 }
-                harvest(at, old, Descriptor::NOTHING, 1, &mut *sink);
+            }
+            if self.blocks != blocks {
+                break;
             }
         }
         self.flush(batch);

@@ -133,6 +133,19 @@ fn a_page_that_is_taken_out_of_a_block_leaves_the_others_mapped() {
 }
 
 #[test]
+fn pages_here_and_there_are_taken_out_of_one_block_at_a_time() {
+    let mut guest = guest(NEOVERSE_N1);
+    let (next, first) = (page(CHUNK_PAGES.into()), FIRST.checked_add(CHUNK_PAGES).expect("a frame"));
+    guest.enter_block(next, first, Prot::ALL).expect("the model holds").expect("there are tables");
+    let mut pages = [3, 5, 512 + 3, 512 + 5].map(page).into_iter();
+    for left in [3, 1, 0] {
+        guest.tables.remove_pages(&mut pages, &mut |_| {});
+        assert_eq!(pages.len(), left);
+    }
+    assert!([3, 5, 512 + 3, 512 + 5].iter().all(|&n| guest.tables.lookup(page(n)).is_none()));
+}
+
+#[test]
 fn a_fault_that_a_block_serves_leaves_it_whole() {
     let mut guest = guest(CORTEX_A53);
     guest.age(range(0, CHUNK_PAGES)).expect("the model holds");

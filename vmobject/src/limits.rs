@@ -56,7 +56,8 @@ pub const MAX_SIBLINGS: u32 = 8;
 pub const MAX_COPIED: usize = 256;
 /// Objects that a reset passes on the way to where a guest and its snapshot meet.
 pub const MAX_WAY: usize = 8;
-/// Pages whose leaves are taken away in one step; one that does not follow the last counts for four.
-pub const UNMAP_PAGES: u32 = 48;
+/// Pages whose leaves are taken away in one step: of a reset, where one that does not follow the last counts for two, and of
+/// what empties a map, where a table that is looked through and a block are a step each.
+pub const UNMAP_PAGES: u32 = 64;
 /// How often the walk to a page's leaves begins again before the page is left alone.
 pub const MAX_SWEEPS: u32 = 4;

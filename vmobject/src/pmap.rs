@@ -86,7 +86,8 @@ pub trait Pmap: Send {
     /// mapped in the range, so a caller bounds the range (I6); for everything there is [`Pmap::clear`].
     fn remove(&mut self, range: IpaRange, sink: Sink<'_>);
 
-    /// Unmaps pages here and there, with one invalidate for all of them. Their number is the caller's to bound (I6).
+    /// Unmaps pages here and there, with one invalidate for all of them. Their number is the caller's to bound (I6); but once
+    /// it has broken a block it asks for no more, since that takes as long as many pages.
     fn remove_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>);
 
     /// Unmaps everything, in steps (I6): each looks at about `budget` entries, a whole table at least, and

@@ -253,7 +253,7 @@ fn a_step_takes_away_a_bounded_number_of_leaves() {
     };
     rig.vm.reset_map(&source, &kept, &rest, &mut Held::root()).unwrap();
     assert_eq!((last.get(), leaves(&source)), (500, 500));
-    assert!(steps.get() <= 500 * 4 / UNMAP_PAGES + 4, "{} steps", steps.get());
+    assert!(steps.get() <= 500 * 2 / UNMAP_PAGES + 4, "{} steps", steps.get());
 }
 
 #[test]

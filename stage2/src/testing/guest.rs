@@ -221,7 +221,14 @@ impl Guest {
 
     /// [`Pmap::remove_pages`].
     pub fn remove_pages(&mut self, pages: &[Ipa]) -> Checked<()> {
-        self.edit(|tables, sink| tables.remove_pages(pages.iter().copied(), sink))?;
+        let mut left = pages.iter().copied();
+        while left.len() > 0 {
+            let before = left.len();
+            self.edit(|tables, sink| tables.remove_pages(&mut left, sink))?;
+            if left.len() == before {
+                return Err("no page was asked for".into());
+            }
+        }
         for at in pages {
             self.allowed.remove(at);
             if self.tables.lookup(*at).is_some() {

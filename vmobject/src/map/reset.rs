@@ -31,7 +31,7 @@ use crate::store::Machine;
 use crate::{Vm, VmError};
 
 /// What pages that follow each other count for besides themselves: the first had to be looked for, and so has its leaf.
-const APART: u32 = 3;
+const APART: u32 = 1;
 
 impl<M: Machine> Vm<M> {
     /// Gives a map the memory of a snapshot instead of its own: what it wrote since is gone. None of its
@@ -135,8 +135,8 @@ impl<M: Machine> Vm<M> {
                 let mut run = 0;
                 let pages = core::iter::from_fn(|| {
                     if run == 0 {
-                        from = state.slots.next_present(from..end).map_or(end, |(page, _)| page);
-                        run = state.slots.held_from(from).min(end.number() - from.number());
+                        (from, run) = state.slots.next_run(from..end).unwrap_or((end, 0));
+                        run = run.min(end.number() - from.number());
                         left = left.saturating_sub(APART);
                     }
                     run = run.checked_sub(1)?;

@@ -7,6 +7,7 @@
 //! follows what is present in the range (D10). Of each 2 MiB it is known where in memory they lie, or would if their
 //! frames were side by side (`run`). Called by `object`, `fault`, `pager`.
 
+mod counts;
 mod run;
 
 use alloc::boxed::Box;
@@ -15,6 +16,7 @@ use core::ops::Range;
 
 use crate::VmError;
 use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
+pub use counts::SlotCounts;
 use run::Home;
 
 /// What an object knows of one of its pages.
@@ -68,6 +70,11 @@ const LEAVES: usize = 1 << (REGION_SHIFT - LEAF_SHIFT);
 /// Chunks of a region.
 const CHUNKS: usize = (1 << REGION_SHIFT) / CHUNK_PAGES as usize;
 
+/// The slots of a leaf. Most of what a [`crate::Vm`] takes from the heap is these, so it may be worth a place of their own
+/// there: nothing else has both their size and their alignment.
+#[repr(align(64))]
+pub struct Leaf([u32; LEAF]);
+
 struct Region {
     /// A bit for each leaf that has anything.
     held: u64,
@@ -77,7 +84,7 @@ struct Region {
     present: [u64; LEAVES],
     /// For each chunk.
     homes: [Home; CHUNKS],
-    leaves: [Option<Box<[u32; LEAF]>>; LEAVES],
+    leaves: [Option<Box<[Leaf; 1]>>; LEAVES],
 }
 
 impl Region {
@@ -94,7 +101,7 @@ impl Region {
     #[inline]
     fn get(&self, leaf: usize, slot: usize) -> Slot {
         match &self.leaves[leaf] {
-            Some(slots) => Slot::decode(slots[slot]),
+            Some(slots) => Slot::decode(slots[0].0[slot]),
             None if self.zero & 1 << leaf != 0 => Slot::Zero,
             None => Slot::Absent,
         }
@@ -118,42 +125,6 @@ impl Region {
         self.present[leaf] = 0;
         self.held &= !(1 << leaf);
         self.zero &= !(1 << leaf);
-    }
-}
-
-/// How many slots of each kind there are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SlotCounts {
-    /// In frames.
-    pub resident: u32,
-    /// In the swap store.
-    pub swapped: u32,
-    /// Marked zero.
-    pub zero: u32,
-}
-
-impl SlotCounts {
-    fn add(&mut self, slot: Slot, by: u32) {
-        match slot {
-            Slot::Absent => {}
-            Slot::Zero => self.zero += by,
-            Slot::Resident(_) => self.resident += by,
-            Slot::Swapped(_) => self.swapped += by,
-        }
-    }
-
-    fn sub(&mut self, slot: Slot) {
-        match slot {
-            Slot::Absent => {}
-            Slot::Zero => self.zero -= 1,
-            Slot::Resident(_) => self.resident -= 1,
-            Slot::Swapped(_) => self.swapped -= 1,
-        }
-    }
-
-    /// Slots that are not absent.
-    pub const fn present(&self) -> u32 {
-        self.resident + self.swapped + self.zero
     }
 }
 
@@ -194,7 +165,7 @@ fn boxed<T, const N: usize>(value: impl Fn() -> T) -> Result<Box<[T; N]>, VmErro
 impl Index {
     /// One where everything is absent.
     pub const fn new() -> Self {
-        Self { root: Vec::new(), counts: SlotCounts { resident: 0, swapped: 0, zero: 0 } }
+        Self { root: Vec::new(), counts: SlotCounts::NONE }
     }
 
     /// How many slots of each kind there are.
@@ -233,7 +204,7 @@ impl Index {
         static ZERO_LEAF: [u32; LEAF] = [ZERO; LEAF];
         let (region, leaf, slot) = split(first);
         let slots = match self.region(region).map(|home| (&home.leaves[leaf], home.zero & 1 << leaf != 0)) {
-            Some((Some(slots), _)) => slots,
+            Some((Some(slots), _)) => &slots[0].0,
             Some((None, true)) => &ZERO_LEAF,
             Some((None, false)) | None => &ABSENT_LEAF,
         };
@@ -259,7 +230,7 @@ impl Index {
     pub fn replace(&mut self, page: PageIndex, to: Slot) -> Option<Slot> {
         let (region, leaf, slot) = split(page);
         let [home] = &mut **self.root.get_mut(region)?.as_mut()?;
-        let slots = home.leaves[leaf].as_mut()?;
+        let [Leaf(slots)] = &mut **home.leaves[leaf].as_mut()?;
         let before = Slot::decode(core::mem::replace(&mut slots[slot], to.encode()));
         self.counts.sub(before);
         self.counts.add(to, 1);
@@ -306,7 +277,7 @@ impl Index {
     fn grow(&mut self, region: usize, leaf: usize) -> Result<(), VmError> {
         let home = self.reach(region)?;
         let zero = home.zero & 1 << leaf != 0;
-        home.leaves[leaf] = Some(boxed(|| if zero { ZERO } else { ABSENT })?);
+        home.leaves[leaf] = Some(boxed(|| Leaf([if zero { ZERO } else { ABSENT }; LEAF]))?);
         home.zero &= !(1 << leaf);
         home.held |= 1 << leaf;
         Ok(())
@@ -326,7 +297,10 @@ impl Index {
         home.present[leaf] = u64::MAX;
         home.held |= 1 << leaf;
         home.zero |= 1 << leaf;
-        before.iter().flat_map(|slots| slots.iter()).for_each(|&bits| self.counts.sub(Slot::decode(bits)));
+        before
+            .iter()
+            .flat_map(|slots| slots[0].0.iter())
+            .for_each(|&bits| self.counts.sub(Slot::decode(bits)));
         self.counts.zero += Self::LEAF_PAGES;
         Ok(())
     }
@@ -337,8 +311,23 @@ impl Index {
     /// The first page in a range that is not absent, and what it is. Walking with it visits what is
     /// present, plus one look for every region of the range. With nothing present it is over at once.
     pub fn next_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, Slot)> {
+        let (page, home, leaf, slot) = self.find_present(range)?;
+        Some((page, home.get(leaf, slot)))
+    }
+
+    /// The first page in a range that is not absent, and how many from it on are not, one after the other, as far as its
+    /// leaf goes.
+    #[inline]
+    pub fn next_run(&self, range: Range<PageIndex>) -> Option<(PageIndex, u32)> {
+        let (page, home, leaf, slot) = self.find_present(range)?;
+        Some((page, (home.present[leaf] >> slot).trailing_ones()))
+    }
+
+    /// The first page in a range that is not absent, and where in which region that is.
+    #[inline]
+    fn find_present(&self, range: Range<PageIndex>) -> Option<(PageIndex, &Region, usize, usize)> {
         let mut page = range.start;
-        while page < range.end && self.counts.present() > 0 {
+        while page < range.end && !self.counts.is_empty() {
             let (number, leaf, slot) = split(page);
             if number >= self.root.len() {
                 return None;
@@ -350,7 +339,7 @@ impl Index {
             };
             let page = u32::try_from(number << REGION_SHIFT | leaf << LEAF_SHIFT | slot).ok()?;
             let page = PageIndex::new(page);
-            return (page < range.end).then(|| (page, home.get(leaf, slot)));
+            return (page < range.end).then_some((page, home, leaf, slot));
         }
         None
     }
@@ -367,25 +356,18 @@ impl Index {
     /// nothing is left.
     pub fn drain(&mut self, mut give_up: impl FnMut(Slot) -> bool) -> bool {
         while let Some(region) = self.root.last_mut() {
-            while let Some(home) = region.as_mut().map(|home| &mut home[0]).filter(|home| home.held != 0) {
+            while let Some([home]) = region.as_deref_mut().filter(|home| home[0].held != 0) {
                 let leaf = home.held.trailing_zeros() as usize;
-                let Some(slots) = &mut home.leaves[leaf] else {
+                if let Some([Leaf(slots)]) = home.leaves[leaf].as_deref_mut() {
+                    let present = &mut home.present[leaf];
+                    if !drain_leaf(slots, present, &mut self.counts, &mut give_up) {
+                        return false;
+                    }
+                } else {
                     if !give_up(Slot::Zero) {
                         return false;
                     }
                     self.counts.zero -= Self::LEAF_PAGES;
-                    home.drop_leaf(leaf);
-                    continue;
-                };
-                while home.present[leaf] != 0 {
-                    let slot = &mut slots[home.present[leaf].trailing_zeros() as usize];
-                    let what = Slot::decode(*slot);
-                    if !give_up(what) {
-                        return false;
-                    }
-                    *slot = ABSENT;
-                    home.present[leaf] &= home.present[leaf] - 1;
-                    self.counts.sub(what);
                 }
                 home.drop_leaf(leaf);
             }
@@ -441,12 +423,38 @@ impl Index {
     pub fn bytes(&self) -> usize {
         let regions = self.root.iter().flatten();
         let leaves: usize = regions
-            .map(|home| {
-                size_of_val(&**home) + home[0].leaves.iter().flatten().count() * size_of::<[u32; LEAF]>()
-            })
+            .map(|home| size_of_val(&**home) + home[0].leaves.iter().flatten().count() * size_of::<Leaf>())
             .sum();
         self.root.capacity() * size_of::<Option<Box<[Region; 1]>>>() + leaves
     }
+}
+
+/// Makes every page of a leaf absent, as far as what it has is given up; true when nothing is left.
+#[inline]
+fn drain_leaf(
+    slots: &mut [u32; LEAF],
+    present: &mut u64,
+    counts: &mut SlotCounts,
+    give_up: &mut impl FnMut(Slot) -> bool,
+) -> bool {
+    let (mut left, mut resident) = (*present, 0);
+    while left != 0 {
+        let slot = &mut slots[left.trailing_zeros() as usize];
+        let what = Slot::decode(*slot);
+        if !give_up(what) {
+            break;
+        }
+        *slot = ABSENT;
+        left &= left - 1;
+        match what {
+            Slot::Resident(_) => resident += 1,
+            Slot::Absent | Slot::Zero | Slot::Swapped(_) => counts.sub(what),
+        }
+    }
+    debug_assert!(resident <= counts.resident);
+    counts.resident = counts.resident.wrapping_sub(resident);
+    *present = left;
+    left == 0
 }
 
 /// The first page of the next region.
@@ -557,6 +565,26 @@ mod tests {
             assert_eq!(rest.len(), 64 - first as usize % 64);
             assert!((first..).zip(rest).all(|(page, slot)| slot == index.get(P(page))), "{first}");
         }
+    }
+
+    #[test]
+    fn a_run_is_what_follows_in_its_leaf() {
+        let mut index = Index::new();
+        assert_eq!(index.next_run(P(0)..P(u32::MAX)), None);
+        for page in [3, 4, 5, 63, 64, 9000] {
+            index.set(P(page), Slot::Swapped(page)).unwrap();
+        }
+        index.zero_leaf(P(128)).unwrap();
+        let (end, mut from, mut runs) = (P(u32::MAX), P(0), Vec::new());
+        while let Some((first, pages)) = index.next_run(from..end) {
+            runs.push((first.number(), pages));
+            from = P(first.number() + pages);
+        }
+        assert_eq!(runs, [(3, 3), (63, 1), (64, 1), (128, 64), (9000, 1)]);
+        // From its middle, and in a range that ends before: what a caller must not look at is the caller's to know.
+        assert_eq!(index.next_run(P(4)..P(5)), Some((P(4), 2)));
+        assert_eq!(index.next_run(P(170)..end), Some((P(170), 22)));
+        assert_eq!((index.next_run(P(6)..P(63)), index.next_run(P(5)..P(5))), (None, None));
     }
 
     #[test]

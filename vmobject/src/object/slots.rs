@@ -132,6 +132,16 @@ impl Slots {
         Some((self.page(place)?, slot))
     }
 
+    /// The first page in a range that is not absent, and how many from it on are not, as far as its leaf goes. See
+    /// [`Index::next_run`].
+    #[inline]
+    pub fn next_run(&self, range: Range<PageIndex>) -> Option<(PageIndex, u32)> {
+        let start = self.place(range.start)?;
+        let end = self.place(range.end).unwrap_or(PageIndex::new(u32::MAX));
+        let (place, pages) = self.index.next_run(start..end)?;
+        Some((self.page(place)?, pages))
+    }
+
     /// What is known of the pages from `first` to the end of its leaf.
     #[inline]
     pub fn rest_of_leaf(&self, first: PageIndex) -> Run<'_> {

@@ -411,9 +411,10 @@ impl Frames {
     /// The same for several, under one lock.
     pub fn free_all<const OUTER: u8>(&self, frames: &[Pfn], held: &mut Held<'_, OUTER>) {
         let (mut queues, _held) = self.queues.lock(held);
+        let (base, pages) = (self.base, &*self.pages);
         for &frame in frames {
-            let place = self.place32(frame);
-            let page = &self.pages[place as usize];
+            let place = frame.number().wrapping_sub(base);
+            let page = &pages[place as usize];
             assert!(page.owner.load(Relaxed) < ORPHAN, "{frame:?} is no object's");
             assert!(!page.is_busy(), "{frame:?} is busy");
             assert!(!page.has_clean_slot(), "{frame:?} has a swap slot");
@@ -422,7 +423,7 @@ impl Frames {
                 page.owner.store(ORPHAN, Relaxed);
             } else {
                 page.owner.store(NOBODY, Relaxed);
-                queues.take_back(&self.pages, place, page);
+                queues.take_back(pages, place, page);
             }
         }
     }
@@ -514,20 +515,19 @@ impl Frames {
 
     /// Keeps what a leaf remembered (I14), of each of its pages.
     pub fn note(&self, harvest: Harvest) {
-        let mut bits = 0;
-        if harvest.accessed {
-            bits |= ACCESSED;
+        let bits = (u8::from(harvest.accessed) * ACCESSED) | (u8::from(harvest.dirty) * DIRTY);
+        if bits == 0 {
+            return;
         }
-        if harvest.dirty {
-            bits |= DIRTY;
-        }
-        if bits != 0 {
-            let pages = self.pages.get(self.place(harvest.frame)..).unwrap_or_default();
-            for page in pages.iter().take(harvest.pages as usize) {
-                // A block says of many what is known of most.
-                if page.flags.load(Relaxed) & bits != bits {
-                    page.flags.fetch_or(bits, Relaxed);
-                }
+        let pages = self.pages.get(self.place(harvest.frame)..).unwrap_or_default();
+        let pages = match harvest.pages {
+            1 => pages.first().map_or(&[][..], core::slice::from_ref),
+            more => pages.get(..more as usize).unwrap_or_default(),
+        };
+        for page in pages {
+            // A block says of many what is known of most.
+            if page.flags.load(Relaxed) & bits != bits {
+                page.flags.fetch_or(bits, Relaxed);
             }
         }
     }

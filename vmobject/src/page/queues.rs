@@ -137,7 +137,8 @@ impl Queues {
             None => list.last = place,
         }
         list.first = place;
-        list.length += 1;
+        debug_assert!((list.length as usize) < pages.len());
+        list.length = list.length.wrapping_add(1);
         self.runs.gave(place);
     }
 
@@ -217,7 +218,8 @@ impl Queues {
             Some(after) => after.prev.store(prev, Relaxed),
             None => list.last = prev,
         }
-        list.length -= 1;
+        debug_assert!(list.length > 0);
+        list.length = list.length.wrapping_sub(1);
         true
     }
 

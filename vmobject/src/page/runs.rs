@@ -78,7 +78,8 @@ impl Runs {
     pub(super) fn gave(&mut self, place: u32) {
         let number = place >> SHIFT;
         let run = &mut self.runs[number as usize];
-        run.free += 1;
+        debug_assert!(run.free < WHOLE);
+        run.free = run.free.wrapping_add(1);
         if run.free == WHOLE {
             self.make_whole(number);
         }

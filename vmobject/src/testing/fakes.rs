@@ -346,9 +346,13 @@ impl Pmap for FakePmap {
     }
     fn remove_pages(&mut self, pages: impl Iterator<Item = Ipa>, sink: Sink<'_>) {
         for at in pages {
+            let block = self.leaves.get(&at).is_some_and(|known| known.leaf.block);
             IpaRange::page_of(at).into_iter().for_each(|page| self.trim(page));
             if let Some(leaf) = self.leaves.remove(&at) {
                 sink(leaf.harvest(at));
+            }
+            if block {
+                break;
             }
         }
     }

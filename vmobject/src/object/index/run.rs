@@ -8,7 +8,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-use super::{Index, LEAF, RESIDENT, Region, split};
+use super::{Index, LEAF, Leaf, RESIDENT, Region, split};
 use crate::addr::{CHUNK_PAGES, PageIndex, Pfn};
 use crate::limits::MAX_FRAME;
 use crate::page::{ANY, Wish};
@@ -103,10 +103,10 @@ impl Index {
             return None;
         }
         let leaves = region.leaves.get(leaf..leaf + PER_CHUNK)?;
-        let start = *leaves.first()?.as_ref()?.first()?;
+        let start = *leaves.first()?.as_ref()?[0].0.first()?;
         // Consecutive frames are consecutive numbers of slots.
-        let in_order = |(leaf, from): (&Option<Box<[u32; LEAF]>>, u32)| {
-            let same = |slots: &[u32; LEAF]| {
+        let in_order = |(leaf, from): (&Option<Box<[Leaf; 1]>>, u32)| {
+            let same = |[Leaf(slots)]: &[Leaf; 1]| {
                 slots.iter().zip(from..).fold(0, |all, (&bits, n)| all | (bits ^ n)) == 0
             };
             leaf.as_deref().is_some_and(same)
