@@ -10,6 +10,7 @@ use crate::arch::percpu;
 use crate::mm;
 use board::platform::Platform;
 use log::info;
+use vmobject::object::index::Leaf;
 
 unsafe extern "C" {
     // The linker script's; only its address means anything.
@@ -90,31 +91,56 @@ fn copy() {
     }
 }
 
-/// Fills the heap as guests may, in small pieces, twice; then what must not fail still finds memory. With every other
-/// piece gone there is no room, for nothing larger would fit; with all of them there is.
+/// Fills the heap as guests may, in small pieces, with what has blocks of its own there and with what has none, twice; then
+/// what must not fail still finds memory. With every other piece gone there is no room, for nothing larger would fit; with
+/// all of them there is.
 fn heap() {
     assert!(mm::has_room(), "nothing is in it yet");
     for _ in 0..2 {
-        let mut pieces: Vec<Option<Box<[u8; 256]>>> = Vec::new();
-        pieces.try_reserve_exact(1 << 20).expect("room for the list");
-        while mm::has_room() {
-            let mut piece = Vec::new();
-            piece.try_reserve_exact(256).expect("who has asked finds some");
-            piece.resize(256, 0xa5);
-            pieces.push(piece.into_boxed_slice().try_into().ok());
-        }
-        let vital: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x5a; 4096]));
-        info!("self test: heap: full after {} pieces", pieces.len());
-        pieces.iter_mut().step_by(2).for_each(|piece| drop(piece.take()));
-        assert!(!mm::has_room(), "all that is free is small");
-        let more: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x3c; 4096]));
-        assert!(pieces.iter().flatten().all(|piece| piece.iter().all(|&byte| byte == 0xa5)));
-        assert!(vital.iter().all(|piece| piece.iter().all(|&byte| byte == 0x5a)));
-        assert!(more.iter().all(|piece| piece.iter().all(|&byte| byte == 0x3c)));
-        drop((pieces, vital, more));
-        // A few pieces at a time are set aside again.
-        assert!((0..1000).any(|_| mm::has_room()), "all of it is free");
+        fill_heap(|bytes| bytes);
+        fill_heap(LikeALeaf);
     }
+}
+
+/// What is laid out as a leaf of an object's index.
+#[repr(align(64))]
+struct LikeALeaf([u8; 256]);
+const _: () =
+    assert!(size_of::<LikeALeaf>() == size_of::<Leaf>() && align_of::<LikeALeaf>() == align_of::<Leaf>());
+
+impl AsRef<[u8]> for LikeALeaf {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+fn fill_heap<T: AsRef<[u8]>>(piece: impl Fn([u8; 256]) -> T) {
+    let mut pieces: Vec<Option<Vec<T>>> = Vec::new();
+    pieces.try_reserve_exact(1 << 20).expect("room for the list");
+    while mm::has_room() {
+        let mut one = Vec::new();
+        one.try_reserve_exact(1).expect("who has asked finds some");
+        one.push(piece([0xa5; 256]));
+        pieces.push(Some(one));
+    }
+    let vital: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x5a; 4096]));
+    info!("self test: heap: full after {} pieces", pieces.len());
+    pieces.iter_mut().step_by(2).for_each(|piece| drop(piece.take()));
+    assert!(!mm::has_room(), "all that is free is small");
+    let more: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x3c; 4096]));
+    let mut left = pieces.iter().flatten().flatten();
+    assert!(left.all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
+    assert!(vital.iter().all(|piece| piece.iter().all(|&byte| byte == 0x5a)));
+    assert!(more.iter().all(|piece| piece.iter().all(|&byte| byte == 0x3c)));
+    // From a block and into one: where it lies is another, and what is in it is the same.
+    let mut one = pieces.iter_mut().find_map(Option::take).expect("every other was kept");
+    assert!(one.try_reserve_exact(1).is_ok_and(|()| one.capacity() == 2), "what is set aside is enough");
+    assert!(one.iter().all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
+    one.shrink_to_fit();
+    assert!(one.capacity() == 1 && one.iter().all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
+    drop((one, pieces, vital, more));
+    // A few pieces at a time are set aside again.
+    assert!((0..1000).any(|_| mm::has_room()), "all of it is free");
 }
 
 fn panic() {

@@ -4,22 +4,32 @@
 //! and turns failure into a refusal; what is left to the aborting ones is bounded by the machine, not by
 //! guests (DESIGN 18). So that these find memory when guests have used all they can get, a part of the arena is set
 //! aside, in pieces. An allocation that finds nothing opens one after the other; from then on [`has_room`] says no to
-//! whatever guests would have grow, until all of them can be set aside once more.
+//! whatever guests would have grow, until all of them can be set aside once more. Leaves of objects' indexes lie in blocks
+//! that are cut from the arena a `slab` at a time.
 #![expect(unsafe_code, reason = "the arena is memory by address")]
 
-use core::alloc::Layout;
+use core::alloc::{GlobalAlloc, Layout};
 use core::ops::Range;
-use core::ptr::NonNull;
+use core::ptr::{NonNull, null_mut};
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use talc::{OomHandler, Span, Talc, Talck};
 
+use super::slab::{BLOCK, SLAB, Slabs};
 use crate::arch::percpu;
 
 #[global_allocator]
-static HEAP: Talck<spin::Mutex<()>, Reserve> =
-    Talc::new(Reserve { first: None, pieces: 0, wanted: 0 }).lock();
+static HEAP: Heap = Heap {
+    arena: Talc::new(Reserve { first: None, pieces: 0, wanted: 0 }).lock(),
+    slabs: spin::Mutex::new(Slabs::new()),
+};
 
-/// Some of what is set aside is open. Set and cleared under the heap's lock; who reads it without that is late by one
+/// The arena, and what is cut into blocks of it. Each has its lock, and nobody both.
+struct Heap {
+    arena: Talck<spin::Mutex<()>, Reserve>,
+    slabs: spin::Mutex<Slabs>,
+}
+
+/// Some of what is set aside is open. Set and cleared under the arena's lock; who reads it without that is late by one
 /// allocation at most.
 static OPEN: AtomicBool = AtomicBool::new(false);
 
@@ -44,6 +54,85 @@ const PIECE: Layout = match Layout::from_size_align(PIECE_BYTES, 16) {
 /// Pieces that are set aside at one go, once guests run (invariant I6).
 const FEW: usize = 8;
 
+// SAFETY: each part answers for its own, and the layout says whose something is.
+unsafe impl GlobalAlloc for Heap {
+    #[inline]
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if is_block(layout) {
+            let block = self.slabs.lock().take();
+            return block.map_or_else(|| self.first_block(), NonNull::as_ptr);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.arena.alloc(layout) }
+    }
+
+    #[inline]
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        if is_block(layout) {
+            // SAFETY: the caller's promise: it was allocated, and so it is somewhere.
+            let block = unsafe { NonNull::new_unchecked(at) };
+            // SAFETY: the caller's promise, and blocks are of slabs.
+            let memory = unsafe { self.slabs.lock().give(block) };
+            if let Some(memory) = memory {
+                // SAFETY: `first_block` allocated it with this layout.
+                unsafe { self.give_back(memory.as_ptr(), SLAB) };
+            }
+            return;
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.give_back(at, layout) }
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        let wanted = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
+        if !is_block(layout) && !is_block(wanted) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.arena.realloc(at, layout, size) };
+        }
+        // SAFETY: the caller's promise: the layout has a size.
+        let to = unsafe { self.alloc(wanted) };
+        if !to.is_null() {
+            // SAFETY: both are as large at least, and one was just allocated.
+            unsafe { to.copy_from_nonoverlapping(at, layout.size().min(size)) };
+            // SAFETY: the caller's promise.
+            unsafe { self.dealloc(at, layout) };
+        }
+        to
+    }
+}
+
+impl Heap {
+    /// A block of a new slab.
+    #[cold]
+    fn first_block(&self) -> *mut u8 {
+        // SAFETY: the layout has a size.
+        let memory = NonNull::new(unsafe { self.arena.alloc(SLAB) });
+        let mut slabs = self.slabs.lock();
+        if let Some(memory) = memory {
+            // SAFETY: it was just allocated with this layout.
+            unsafe { slabs.add(memory) };
+        }
+        // Without one somebody may have given a block back meanwhile.
+        slabs.take().map_or(null_mut(), NonNull::as_ptr)
+    }
+
+    /// Out of the way of a block's return.
+    ///
+    /// # Safety
+    /// As for [`GlobalAlloc::dealloc`], and it is no block.
+    #[inline(never)]
+    unsafe fn give_back(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { self.arena.dealloc(at, layout) }
+    }
+}
+
+/// True for what is a block of a slab.
+const fn is_block(layout: Layout) -> bool {
+    layout.size() == BLOCK.size() && layout.align() == BLOCK.align()
+}
+
 /// Where a piece is; it begins with where the next one is.
 type Next = Option<NonNull<u8>>;
 
@@ -54,7 +143,7 @@ struct Reserve {
     wanted: usize,
 }
 
-// SAFETY: the pieces are memory, and tied to no CPU; only who has the heap's lock touches them.
+// SAFETY: the pieces are memory, and tied to no CPU; only who has the arena's lock touches them.
 unsafe impl Send for Reserve {}
 
 impl OomHandler for Reserve {
@@ -98,7 +187,7 @@ fn set_aside(talc: &mut Talc<Reserve>, most: usize) -> bool {
 pub unsafe fn init(arena: Range<u64>) {
     let at = |address: u64| usize::try_from(address).map(core::ptr::with_exposed_provenance_mut);
     let (Ok(start), Ok(end)) = (at(arena.start), at(arena.end)) else { return };
-    let mut talc = HEAP.lock();
+    let mut talc = HEAP.arena.lock();
     // SAFETY: the caller's promise. An arena too small to be used leaves a heap that refuses everything.
     let _ = unsafe { talc.claim(Span::new(start, end)) };
     ARENA.store(end.addr() - start.addr(), Relaxed);
@@ -131,5 +220,5 @@ fn is_eased() -> bool {
     if VITAL.load(Relaxed) & 1 << percpu::cpu() != 0 {
         return true;
     }
-    set_aside(&mut HEAP.lock(), FEW)
+    set_aside(&mut HEAP.arena.lock(), FEW)
 }

@@ -4,7 +4,7 @@
 //! * [`direct`] - the bytes of frames.
 //! * [`store`] - partitions of disks.
 //! * [`machine`] - all of it as one, and the VM on it; [`tables`] its source of table frames.
-//! * `heap` - EL2's own allocations; on the host the standard library's.
+//! * `heap` - EL2's own allocations; on the host the standard library's. `slab`: those of one size.
 
 pub mod ranges;
 
@@ -12,6 +12,9 @@ pub mod direct;
 
 #[cfg(target_os = "none")]
 pub mod heap;
+
+#[cfg(any(target_os = "none", test))]
+mod slab;
 
 pub mod store;
 
