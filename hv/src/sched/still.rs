@@ -13,8 +13,9 @@ use vmobject::lock::Held;
 use super::load::Cpu;
 use super::{Outside, call_daemon, interrupt_guest, shake_until};
 
-/// How long the other CPUs are waited for, in milliseconds.
-const PATIENCE_MS: u64 = 200;
+/// How long the other CPUs are waited for, in milliseconds: they come at once, but for one that an emulator does not run
+/// for a while.
+const PATIENCE_MS: u64 = 2000;
 
 /// Why a guest could not be kept still. It runs as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
