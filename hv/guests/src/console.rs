@@ -56,10 +56,15 @@ pub fn forget() {
     }
 }
 
-/// The same as [`read`], asleep meanwhile. The console's interrupt is let through, and masked.
-pub fn asleep_until_typed() -> u8 {
+/// Has typed bytes raise the interrupt, for [`asleep_until_typed`]. What was typed before is lost, so it comes before
+/// anything is printed that says that one may type.
+pub fn listen() {
     write32(UARTLCR_H, FIFOS | EIGHT_BITS);
     write32(UARTIMSC, RECEIVE_INTERRUPTS);
+}
+
+/// The same as [`read`], asleep meanwhile, after [`listen`]. The console's interrupt is let through, and masked.
+pub fn asleep_until_typed() -> u8 {
     loop {
         // What comes after this look makes it pending again.
         gic::unpend(INTID_PL011);

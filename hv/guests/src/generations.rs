@@ -86,6 +86,7 @@ pub fn run(machine: &Machine) {
     gic::init_distributor();
     gic::init_cpu();
     gic::enable(INTID_PL011);
+    console::listen();
     if machine.flag("alone") {
         for _ in 0..machine.option("generations", 2314) {
             shape.live();

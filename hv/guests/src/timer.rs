@@ -36,7 +36,8 @@ pub fn wait_until(limit: u64, mut done: impl FnMut() -> bool) -> bool {
             return true;
         }
         if now() > end {
-            return false;
+            // Once more: it may have come while the host was away.
+            return done();
         }
         instruction!("yield");
     }

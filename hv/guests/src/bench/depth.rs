@@ -31,6 +31,7 @@ pub(super) fn run(machine: &Machine, empty: u64) {
     let page = |chunk: u64, page: u64| first + chunk * CHUNK + page * PAGE;
     assert!(page(CHUNKS + 1, 0) <= machine.end(), "too little RAM for this");
     gic::enable(INTID_PL011);
+    console::listen();
     for chunk in 0..CHUNKS {
         // Not the first: see `measure`.
         (1..HALF).for_each(|at| poke(page(chunk, HALF + at), at));
