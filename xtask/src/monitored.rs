@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 /// How long is waited between two looks at something that changes by itself.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How often the monitor is asked again when it says that it is to be.
+const AGAIN: usize = 5;
+
 /// A machine whose monitor is asked over the control port.
 pub(crate) struct Monitored {
     /// Its console.
@@ -68,7 +71,19 @@ impl Monitored {
         Ok(text(&reply, "/reply/error")?.to_owned())
     }
 
+    /// Where there is more to do than the machine has CPUs for, one of them may come too late to stand still with the
+    /// others: then nothing has happened, the monitor says so, and is asked again.
     fn reply(&mut self, command: &str) -> Result<Value> {
+        for _ in 0..AGAIN {
+            let reply = self.reply_once(command)?;
+            if !text(&reply, "/reply/error").is_ok_and(|why| why.ends_with("; try again")) {
+                return Ok(reply);
+            }
+        }
+        self.reply_once(command)
+    }
+
+    fn reply_once(&mut self, command: &str) -> Result<Value> {
         let left = self.left(command)?;
         ctl::ask(&self.socket, command, left)
             .with_context(|| format!("asking \"{command}\"\n{}", self.console.tail()))

@@ -56,7 +56,7 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
     machine.ask("resume 1")?;
     let mut alive: Vec<(u64, Vec<u64>)> = Vec::new();
     for round in 0..clones {
-        let child = forked(&mut machine)?;
+        let child = machine.fork(1, 1)?[0];
         machine.check()?;
         let had = advanced(&mut machine, child, &mut asked)?;
         alive.push((child, had));
@@ -83,19 +83,6 @@ fn loaded(name: &str, clones: usize) -> Result<()> {
     ensure!(number(&memory, "/owners/guests_resident")? == 0, "somebody dead has frames: {memory}");
     machine.check()?;
     machine.shutdown()
-}
-
-/// A clone of guest 1. Where there is more to do than the machine has CPUs for, one of four vCPUs may come too late to stand
-/// still with the others: then nothing has happened, and it is asked for again.
-fn forked(machine: &mut Monitored) -> Result<u64> {
-    const TIMES: usize = 5;
-    let mut late = 0;
-    loop {
-        match machine.fork(1, 1) {
-            Err(why) if late < TIMES && why.to_string().contains("does not stop; try again") => late += 1,
-            children => return Ok(children?[0]),
-        }
-    }
 }
 
 /// What there is of a machine's only guest, who stands still.
