@@ -40,11 +40,12 @@ impl Log {
         format!("the end of {}:\n{}", self.file.display(), last.join("\n"))
     }
 
-    /// What follows these words in the last line of the log that has them.
+    /// What follows these words in the last line of the log that has them, of those that are written to their end.
     pub(crate) fn last(&self, words: &str) -> Option<String> {
         let bytes = fs::read(&self.file).ok()?;
         let text = String::from_utf8_lossy(&bytes);
-        text.lines().rev().find_map(|line| line.split_once(words)).map(|(_, rest)| rest.to_owned())
+        let whole = text.rsplit_once('\n')?.0;
+        whole.lines().rev().find_map(|line| line.split_once(words)).map(|(_, rest)| rest.to_owned())
     }
 
     /// What the log says of a panic, with names; `None` if there was none. The whole log with names then lies

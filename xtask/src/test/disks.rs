@@ -1,7 +1,8 @@
 //! Boot tests of guests' disks: what is written, where it ends up, and who sees it.
 
+use super::guests::ends_well;
 use super::machine::{boot, logs, monitored, tiny_guest};
-use crate::monitored::{Monitored, text};
+use crate::monitored::Monitored;
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use std::fs;
@@ -178,9 +179,7 @@ fn hostile(name: &str) -> Result<()> {
     for seed in 1..=4 {
         let create = format!("create name=rings{seed} kernel=rings memory=8M vcpus={}", 1 + seed % 2);
         machine.ask(&format!("{create} append=\"linger seed={seed}\""))?;
-        machine.ask(&format!("wait rings{seed} \"guest rings: \""))?;
-        let log = machine.ask(&format!("log rings{seed}"))?;
-        ensure!(text(&log, "/log")?.contains("guest rings: ok"), "{}", text(&log, "/log")?);
+        ends_well(&mut machine, &format!("rings{seed}"), "rings")?;
         machine.check()?;
         machine.ask(&format!("send rings{seed} x"))?;
         machine.ask(&format!("wait rings{seed} gone"))?;

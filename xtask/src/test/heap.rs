@@ -57,7 +57,7 @@ fn filled(name: &str) -> Result<()> {
     let (disk, zeros) = (logs(name).join("sparse.img"), format!("zeros={}", zeros?));
     File::create(&disk)?.set_len(DISK)?;
     let disk = format!("{},private", disk.display());
-    let words = ["--timeout", "15", "--host-memory", "128M", "--memory", "8M", "--disk", &disk];
+    let words = ["--timeout", "60", "--host-memory", "128M", "--memory", "8M", "--disk", &disk];
     // It has printed all that its log holds: what it says now needs no memory.
     let guest = ["--kernel", &generations?, "--append", "pages=64 talk=72", "--with", &zeros];
     let mut machine = monitored(name, &[&words[..], &guest].concat())?;

@@ -63,6 +63,7 @@ fn crawling(name: &str) -> Result<()> {
     // One that asks for more and is reset then: what comes after that is its old life's, and not told.
     machine.talk(late, "w", "asks for write 3")?;
     machine.ask(&format!("reset {late}"))?;
+    machine.wait_long(&late.to_string(), "write 2 is there")?;
     is_at(&mut machine, late, 2, 2)?;
     machine.talk(child, "w", "asks for write 3")?;
     machine.wait_long(&child.to_string(), "write 3 is there")?;

@@ -123,6 +123,7 @@ fn failing(name: &str) -> Result<()> {
     for guest in ["guest0", "guest1"] {
         machine.ask(&format!("kill {guest}"))?;
     }
+    has_room(&mut machine)?;
     // A guest that begins now meets the same disk.
     machine.ask("create name=late kernel=kernel memory=96M append=\"linger rounds=1 seed=9\"")?;
     machine.ask("wait late \"guest thrash: ok\"")?;
@@ -135,19 +136,9 @@ fn failing(name: &str) -> Result<()> {
 /// A disk with swap room stops answering. Whoever waits for it does so for a bounded time, then it is given up: guests that
 /// had pages there lose those, the others wait for memory, visibly, and all that they had is there for the next.
 fn silent(name: &str) -> Result<()> {
-    const GIVEN_UP: &str = "given up";
     let thrash = tiny_guest(name, "thrash")?;
     let file = logs(name).join("swap.img");
     let swap = file.display().to_string();
-    let told = |which: &str| -> Result<()> {
-        let log = fs::read_to_string(logs(name).join("hv.log"))?;
-        let wanted = ["and none has ended for", GIVEN_UP];
-        ensure!(
-            wanted.iter().all(|words| log.contains(words)),
-            "{which}: nothing is told of the disk:\n{log}"
-        );
-        Ok(())
-    };
     let words = ["--timeout", "120", "--host-memory", "128M", "--memory", "96M", "--guests", "2"];
     let more = ["--swap", &swap, "--overcommit", "none", "--disk-patience", "5", "--kernel", &thrash];
     let words = [&words[..], &STAYS, &more].concat();
@@ -157,7 +148,9 @@ fn silent(name: &str) -> Result<()> {
         let mut machine =
             monitored(name, &[&words[..], &["--swap-stall", which, "--append", "linger rounds=3"]].concat())?;
         machine.until("swap", |swap| swap["devices"][0]["state"] == "gone")?;
-        told(which)?;
+        for words in ["and none has ended for", "given up"] {
+            machine.wait_logged(words).with_context(|| format!("{which}: nothing is told of the disk"))?;
+        }
         machine.check()?;
         if which == "write" {
             // Who waits for memory can be seen.
@@ -169,6 +162,7 @@ fn silent(name: &str) -> Result<()> {
         // What they lose may be anything of theirs, their code, too. Whoever comes after them has what they had.
         machine.ask("kill guest0")?;
         machine.ask("kill guest1")?;
+        has_room(&mut machine)?;
         machine.ask("create name=late kernel=kernel memory=64M append=\"linger rounds=1 seed=9\"")?;
         machine.ask("wait late \"guest thrash: ok\"")?;
         ensure!(given_up(&mut machine, "late")? == Some(0), "it has no page on that disk");
@@ -176,6 +170,12 @@ fn silent(name: &str) -> Result<()> {
         machine.shutdown()?;
     }
     Ok(())
+}
+
+/// Waits until what the dead had is there for a guest that begins: `create` waits only for a moment.
+fn has_room(machine: &mut Monitored) -> Result<()> {
+    const ENOUGH: u64 = 16 << 8;
+    machine.until("memory", |memory| number(memory, "/frames/free").is_ok_and(|n| n >= ENOUGH)).map(drop)
 }
 
 /// Nobody lives any more: no slot is taken.
@@ -246,9 +246,9 @@ fn linux(name: &str, of: &Tested) -> Result<()> {
     for guest in &guests {
         machine.ask(&format!("wait {guest} \"guest ready: {guest}\""))?;
     }
-    for guest in &guests {
-        machine.ask(&format!("send {guest} memtest {set} {rounds}"))?;
-    }
+    // All begin at once, or the first is done before the last begins.
+    let begin = |guest: &String| format!("send {guest} memtest {set} {rounds}");
+    machine.ask_all(&guests.iter().map(begin).collect::<Vec<_>>())?;
     for guest in &guests {
         let end = format!("memtest: {set} MiB, {rounds} rounds, ");
         let line = machine.whole_line(guest, &end)?;
@@ -277,9 +277,9 @@ fn limited(name: &str) -> Result<()> {
     machine.ask("kill guest")?;
 
     let thrashes = "memory=32M append=\"linger rounds=1000000 words=1 stride=97\"";
-    machine.ask(&format!("create name=thrasher kernel=kernel {thrashes}"))?;
-    // It has touched everything in a tenth of a second, and would need nothing new.
-    machine.ask("pause thrasher")?;
+    // It has touched everything in a tenth of a second, and would need nothing new. Both are done before its first slice.
+    machine
+        .ask_all(&[format!("create name=thrasher kernel=kernel {thrashes}"), "pause thrasher".to_owned()])?;
     let limit = machine.ask("limit thrasher")?;
     ensure!(limit["limit_pages"].is_null(), "it was not limited: {limit}");
     let least = number(&limit, "/least_pages")?;
@@ -287,7 +287,7 @@ fn limited(name: &str) -> Result<()> {
     ensure!(told.contains(&format!("resident={}K", least * 4)), "the least is {least} pages: {told}");
     machine.ask(&format!("limit thrasher resident={}K", least * 4))?;
     machine.ask("resume thrasher")?;
-    machine.ask("wait thrasher \"round 1 is read\"")?;
+    machine.wait_long("thrasher", "round 1 is read")?;
 
     let before = machine.ask("stats thrasher")?;
     machine.ask("create name=again kernel=kernel memory=16M append=\"linger rounds=4\"")?;
@@ -302,7 +302,7 @@ fn limited(name: &str) -> Result<()> {
     ensure!(own <= least, "it has {own} pages and may have {least}");
     ensure!(number(&machine.guest("again")?, "/swapped_pages")? == 0, "the neighbour pays as well");
     machine.ask("kill again")?;
-    machine.ask("wait thrasher \"round 2 is read\"")?;
+    machine.wait_long("thrasher", "round 2 is read")?;
     machine.check()?;
     machine.ask("limit thrasher resident=none")?;
     machine.ask("kill thrasher")?;

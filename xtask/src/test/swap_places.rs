@@ -46,7 +46,7 @@ fn partitioned(path: &Path, mib: u64) -> Result<u64> {
     Ok(start)
 }
 
-/// A place takes no write at all, the next is soon full, two share what is left, and the last is not needed.
+/// A place takes no write at all, the next is soon full, two share what is left, and the last is hardly needed.
 fn places(name: &str) -> Result<()> {
     let thrash = tiny_guest(name, "thrash")?;
     let file = |file: &str| logs(name).join(file);
@@ -91,7 +91,11 @@ fn places(name: &str) -> Result<()> {
     ensure!(of(small, "total")? == 32 * MIB_PAGES && of(table, "total")? == 128 * MIB_PAGES, "{swap}");
     // Nearly all of it: single slots come back all the time.
     ensure!(of(small, "in_use")? > 24 * MIB_PAGES && of(small, "written")? >= 32 * MIB_PAGES, "{swap}");
-    ensure!(of(last, "written")? == 0, "the last was used before the others were full: {swap}");
+    // A little goes there while the disks of the others have all that they take at once, and stand still.
+    ensure!(
+        of(last, "written")? * 20 < of(even, "written")?,
+        "the last was used before the others were full: {swap}"
+    );
     let (one, other) = (of(even, "written")?, of(table, "written")?);
     ensure!(one.min(other) > 16 * MIB_PAGES && one.abs_diff(other) * 10 < one + other, "{swap}");
     let failed = rows(&swap["devices"])?.iter().map(|row| of(row, "read_failed")).sum::<Result<u64>>()?;

@@ -21,6 +21,8 @@ enum Way {
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// How long is waited between two looks.
+const PAUSE: Duration = Duration::from_millis(20);
 
 struct Person {
     run: Child,
@@ -64,7 +66,12 @@ fn leave(way: Way, dir: &Path) -> Result<()> {
     let status = person.end()?;
     ensure!(status.success() == (way == Way::CtrlAX), "`run` ended with {status}");
     ensure!(same(&person.modes()?, &before), "the terminal is not as it was");
-    ensure!(qemus(dir).is_empty(), "QEMU is still there");
+    // Whoever was told to go has not gone yet.
+    let start = Instant::now();
+    while !qemus(dir).is_empty() {
+        ensure!(start.elapsed() < PATIENCE, "QEMU is still there");
+        std::thread::sleep(PAUSE);
+    }
     Ok(())
 }
 
@@ -124,7 +131,7 @@ impl Person {
             if let Some(status) = self.run.try_wait()? {
                 return Ok(status);
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(PAUSE);
         }
         bail!("`run` does not end")
     }
