@@ -128,16 +128,17 @@ fn fill_heap<T: AsRef<[u8]>>(piece: impl Fn([u8; 256]) -> T) {
     pieces.iter_mut().step_by(2).for_each(|piece| drop(piece.take()));
     assert!(!mm::has_room(), "all that is free is small");
     let more: [Box<[u8; 4096]>; 64] = core::array::from_fn(|_| Box::new([0x3c; 4096]));
-    let mut left = pieces.iter().flatten().flatten();
-    assert!(left.all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
-    assert!(vital.iter().all(|piece| piece.iter().all(|&byte| byte == 0x5a)));
-    assert!(more.iter().all(|piece| piece.iter().all(|&byte| byte == 0x3c)));
+    let is_all = |piece: &[u8], byte| piece.iter().all(|&found| found == byte);
+    let is_kept = |one: &Vec<T>| one.iter().all(|piece| is_all(piece.as_ref(), 0xa5));
+    assert!(pieces.iter().flatten().all(is_kept));
+    assert!(vital.iter().all(|piece| is_all(&**piece, 0x5a)));
+    assert!(more.iter().all(|piece| is_all(&**piece, 0x3c)));
     // From a block and into one: where it lies is another, and what is in it is the same.
     let mut one = pieces.iter_mut().find_map(Option::take).expect("every other was kept");
     assert!(one.try_reserve_exact(1).is_ok_and(|()| one.capacity() == 2), "what is set aside is enough");
-    assert!(one.iter().all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
+    assert!(is_kept(&one));
     one.shrink_to_fit();
-    assert!(one.capacity() == 1 && one.iter().all(|piece| piece.as_ref().iter().all(|&byte| byte == 0xa5)));
+    assert!(one.capacity() == 1 && is_kept(&one));
     drop((one, pieces, vital, more));
     // A few pieces at a time are set aside again.
     assert!((0..1000).any(|_| mm::has_room()), "all of it is free");

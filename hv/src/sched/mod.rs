@@ -415,10 +415,11 @@ pub fn call_daemon_here() {
     CHORES.store(true, Ordering::SeqCst);
 }
 
-/// Shakes other CPUs, and again every millisecond, until they have come; false if they do not within so many
-/// milliseconds. Once is not enough: one may have been between looking for this and running a guest.
-fn shake_until(patience_ms: u64, mut shake: impl FnMut(), come: impl Fn() -> bool) -> bool {
-    let deadline = timer::now().saturating_add(load::ticks(patience_ms));
+/// Shakes other CPUs, and again every millisecond, until they have come; false if they do not within two seconds. Once is
+/// not enough: one may have been between looking for this and running a guest. They come at once, but for one that makes a
+/// guest and waits for a disk, or that an emulator does not run for a while.
+fn shake_until(mut shake: impl FnMut(), come: impl Fn() -> bool) -> bool {
+    let deadline = timer::now().saturating_add(load::ticks(2000));
     let mut next = 0;
     while !come() {
         let now = timer::now();

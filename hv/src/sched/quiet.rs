@@ -11,9 +11,6 @@ use vmobject::lock::Held;
 
 use super::{call_daemon, shake_until};
 
-/// How long the others are waited for, in milliseconds.
-const PATIENCE_MS: u64 = 2000;
-
 static WANTED: AtomicBool = AtomicBool::new(false);
 static STANDING: AtomicUsize = AtomicUsize::new(0);
 
@@ -36,7 +33,7 @@ pub fn quietly<R>(held: &mut Held<'_, 0>, work: impl FnOnce(&mut Held<'_, 0>) ->
         return None;
     }
     let others = percpu::count().saturating_sub(1);
-    let came = shake_until(PATIENCE_MS, call_daemon, || STANDING.load(Ordering::SeqCst) >= others);
+    let came = shake_until(call_daemon, || STANDING.load(Ordering::SeqCst) >= others);
     let result = came.then(|| work(held));
     WANTED.store(false, Ordering::SeqCst);
     // Nobody may still count as standing when the next one asks.

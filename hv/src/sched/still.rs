@@ -13,10 +13,6 @@ use vmobject::lock::Held;
 use super::load::Cpu;
 use super::{Outside, call_daemon, interrupt_guest, shake_until};
 
-/// How long the other CPUs are waited for, in milliseconds: they come at once, but for one that an emulator does not run
-/// for a while.
-const PATIENCE_MS: u64 = 2000;
-
 /// Why a guest could not be kept still. It runs as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restless {
@@ -73,7 +69,7 @@ fn settle(
     if cpu.loaded.as_ref().is_some_and(|loaded| Arc::ptr_eq(&loaded.guest, guest)) {
         cpu.unload(outside, held);
     }
-    if !shake_until(PATIENCE_MS, || interrupt_guest(guest, held), || guest.is_quiet()) {
+    if !shake_until(|| interrupt_guest(guest, held), || guest.is_quiet()) {
         return Err(Restless::Late);
     }
     match guest.life() {

@@ -40,7 +40,7 @@ impl<M: Machine> Vm<M> {
         }
         {
             let (new, _held) = self.objects.get(object).read(held);
-            if !is_plain(&new) || new.slots.counts().present() > 0 || new.pages != more {
+            if !is_plain(&new) || !new.slots.counts().is_empty() || new.pages != more {
                 return Ok(false);
             }
         }

@@ -201,7 +201,7 @@ impl<M: Machine> Vm<M> {
     ) {
         let place = at.pages_above(at.chunk()).unwrap_or_default().number();
         let (mut state, _held) = self.objects.get(object).write(held);
-        if state.pager == Pager::None && state.slots.counts().present() == 0 {
+        if state.pager == Pager::None && state.slots.counts().is_empty() {
             state.slots.begin_at(place.wrapping_sub(first.number()) % CHUNK_PAGES);
             state.trails.clear(); // they go by places
         }

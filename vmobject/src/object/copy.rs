@@ -97,7 +97,7 @@ impl<M: Machine> Vm<M> {
         held: &mut Held<'_, OUTER>,
     ) -> Result<bool, VmError> {
         let (mut state, mut held) = self.objects.get(copy).write(held);
-        let empty = state.slots.counts().present() == 0 && state.role == Role::Copy;
+        let empty = state.slots.counts().is_empty() && state.role == Role::Copy;
         if state.id != copy || !state.receives_from(source) || !empty {
             return Ok(false);
         }

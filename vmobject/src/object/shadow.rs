@@ -48,7 +48,7 @@ impl<M: Machine> Vm<M> {
             return Err(VmError::NoMemory);
         };
         let (mut state, mut held) = object.write(held);
-        debug_assert!(state.life == Life::Vacant && state.slots.counts().present() == 0);
+        debug_assert!(state.life == Life::Vacant && state.slots.counts().is_empty());
         state.life = Life::Live;
         state.refs = 1;
         state.pages = pages;

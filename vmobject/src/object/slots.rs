@@ -34,7 +34,7 @@ impl Slots {
     /// Has the object begin this far into the index, so that leaves of the index are ranges that guests name as one.
     /// Only while there is nothing.
     pub fn begin_at(&mut self, base: u32) {
-        debug_assert_eq!(self.counts().present(), 0);
+        debug_assert!(self.counts().is_empty());
         self.base = base;
     }
 
@@ -193,7 +193,7 @@ impl Slots {
 
     /// Where the object begins in the index goes back to the start. Only while there is nothing.
     pub fn rewind(&mut self) {
-        debug_assert_eq!(self.counts().present(), 0);
+        debug_assert!(self.counts().is_empty());
         self.index = Index::new();
         self.base = 0;
     }
